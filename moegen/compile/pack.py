@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs: one zip with a manifest and binaries, made by `moegen build --out`, found through MOEGEN_PACK.
+
+A binary is looked up by target, stem and the digest of its text and headers, so that neither NVRTC nor a C++ compiler
+is needed to use it. A pack is code: it must be this user's, and writable by nobody else (MOEGEN_CACHE_TRUST=1 waives
+that), and every binary is checked against the manifest's digest.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moegen import env
+from moegen.compile import safety
+from moegen.errors import CacheError
+from moegen.kernels.spec import SCHEMA
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's earliest date: equal binaries give equal packs
+
+
+@dataclass(frozen=True)
+class Item:
+    """One binary of a pack.
+
+    Attributes:
+        content: digest of the kernel's text and headers.
+        key: the cache key it had where it was made.
+        sha256: of the binary, `bytes` long.
+        member: its name in the zip.
+    """
+
+    stem: str
+    target: str
+    content: str
+    key: str
+    compiler: str
+    sha256: str
+    member: str
+    seconds: float
+    bytes: int
+    resources: Mapping[str, int] | None
+
+
+@dataclass(frozen=True)
+class Pack:
+    """An open pack: where it is, and its items by (target, stem, content)."""
+
+    path: Path
+    items: Mapping[tuple[str, str, str], Item]
+
+    def read(self, item: Item) -> bytes:
+        """The bytes of an item.
+
+        Raises:
+            CacheError: the pack is damaged, or no longer safe to execute.
+        """
+        try:
+            with zipfile.ZipFile(io.BytesIO(safety.read(self.path))) as file:
+                content = file.read(item.member)
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise CacheError(f"{self.path} is no sound pack: {error}; build it again with `moegen build --out`") from error
+        if hashlib.sha256(content).hexdigest() != item.sha256:
+            raise CacheError(f"{item.member} in {self.path} does not match its digest; build the pack again")
+        return content
+
+
+def find(target: str, stem: str, content: str) -> tuple[Pack, Item] | None:
+    """The first pack of MOEGEN_PACK that holds that kernel.
+
+    Raises:
+        CacheError: a pack is missing, damaged, of another schema, or not safe to execute.
+    """
+    for path in env.packs():
+        pack = load(path)
+        if (item := pack.items.get((target, stem, content))) is not None:
+            return pack, item
+    return None
+
+
+def load(path: Path) -> Pack:
+    """Opens a pack; kept in memory until the file changes."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise CacheError(f"MOEGEN_PACK names {path}, which cannot be read: {error.strerror}") from error
+    return _load(path, found.st_mtime_ns, found.st_size, env.cache_trust())
+
+
+@functools.lru_cache(maxsize=16)
+def _load(path: Path, _changed: int, _size: int, _trusted: bool) -> Pack:
+    try:
+        with zipfile.ZipFile(io.BytesIO(safety.read(path))) as file:
+            manifest = json.loads(file.read("manifest.json"))
+        schema = manifest["schema"]
+        items = [Item(**fields) for fields in manifest["binaries"]] if schema == SCHEMA else []
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise CacheError(f"{path} is no pack: {error}; build it again with `moegen build --out`") from error
+    if schema != SCHEMA:
+        raise CacheError(f"{path} has schema {schema}, this moegen reads {SCHEMA}; build it again")
+    return Pack(path, {(item.target, item.stem, item.content): item for item in items})
+
+
+def write(path: Path, binaries: Iterable[tuple[Item, bytes]]) -> None:
+    """Writes a pack, whole or not at all. Equal binaries give an equal file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    ordered = sorted(binaries, key=lambda pair: pair[0].member)
+    manifest: dict[str, Any] = {"schema": SCHEMA, "binaries": [asdict(item) for item, _ in ordered]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as raw:
+            with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as file:
+                _add(file, "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
+                for item, content in ordered:
+                    _add(file, item.member, content)
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _add(file: zipfile.ZipFile, name: str, content: bytes) -> None:
+    info = zipfile.ZipInfo(name, _EPOCH)
+    info.compress_type = zipfile.ZIP_DEFLATED
+    file.writestr(info, content)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every exception that moegen raises on purpose. All derive from `MoegenError`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class MoegenError(Exception):
+    """Base of all of moegen's exceptions."""
+
+
+class SpecError(MoegenError, ValueError):
+    """A kernel configuration that cannot exist; the text says what is allowed."""
+
+
+class InputError(MoegenError, ValueError):
+    """A call whose arguments do not fit; nothing was launched."""
+
+
+class HandleError(InputError):
+    """A handle that is foreign to the object it was given to, or has expired."""
+
+
+class CapacityError(InputError):
+    """A buffer that is too small; the text names the size to use."""
+
+
+class UnsupportedPlatformError(MoegenError, RuntimeError):
+    """What was asked for cannot run on this machine; the text says what is missing and what to install."""
+
+
+class MissingKernelError(MoegenError, RuntimeError):
+    """A kernel would have to be compiled where compiling is not allowed; the text names the `moegen build` to run."""
+
+
+class CacheError(MoegenError, RuntimeError):
+    """A kernel cache or pack that is not safe to execute from."""
+
+
+class WorldError(MoegenError, RuntimeError):
+    """Ranks do not agree, or peers' memory cannot be mapped."""
+
+
+class DestroyedError(MoegenError, RuntimeError):
+    """A call on an object after its `destroy()`."""
+
+
+class KernelFaultError(MoegenError, RuntimeError):
+    """A kernel on the host target broke a rule of the machine (deadlock, missing fence, misaligned copy)."""
+
+
+class InvalidRoutingError(MoegenError, RuntimeError):
+    """A kernel met an expert id outside `[-1, num_experts)`; that selection was ignored."""
+
+
+@dataclass(eq=False)
+class CompileError(MoegenError, RuntimeError):
+    """A kernel did not compile.
+
+    Attributes:
+        stem: name of the kernel.
+        target: e.g. ``sm_90`` or ``host``.
+        options: the compiler's options, in order.
+        log: what the compiler printed.
+        folder: a folder with the source, headers, log and a `repro.sh`, or "" if it could not be written.
+    """
+
+    stem: str
+    target: str
+    options: tuple[str, ...]
+    log: str
+    folder: str = ""
+
+    def __str__(self) -> str:
+        where = f"\nreproduce: {self.folder}/repro.sh" if self.folder else ""
+        return f"{self.stem} does not compile for {self.target} with {' '.join(self.options)}:\n{self.log}{where}"
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.stem, self.target, self.options, self.log, self.folder)
+
+
+@dataclass(eq=False)
+class PeerTimeoutError(MoegenError, TimeoutError):
+    """A wait for a peer ran out of time; the object that raised it is unusable until `destroy()`.
+
+    Attributes:
+        op: stem of the kernel that waited.
+        phase: what it waited for.
+        rank: the rank that waited.
+        peer: the rank that was missing.
+        index: row or token that was awaited, -1 where that makes no sense.
+        epoch: sequence number of the operation.
+        expected: the value that was awaited.
+        seen: the value that stood there instead.
+        timeout: the deadline in seconds.
+    """
+
+    op: str
+    phase: str
+    rank: int
+    peer: int
+    index: int
+    epoch: int
+    expected: int
+    seen: int
+    timeout: float
+
+    def __str__(self) -> str:
+        row = f", row {self.index}" if self.index >= 0 else ""
+        return (
+            f"rank {self.rank} waited {self.timeout:g} s for {self.phase} of rank {self.peer}{row} in {self.op} "
+            f"(epoch {self.epoch}: expected {self.expected:#x}, saw {self.seen:#x}). Is rank {self.peer} alive and "
+            f"making the same calls? This object cannot be used any more: call destroy() and make a new one."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        fields = (self.op, self.phase, self.rank, self.peer, self.index)
+        return type(self), (*fields, self.epoch, self.expected, self.seen, self.timeout)
