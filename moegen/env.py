@@ -52,7 +52,7 @@ VARIABLES: dict[str, Variable] = {
             "MOEGEN_PACK",
             f"files, separated by {os.pathsep!r}",
             "none",
-            "Packs made by `moegen build --out`, asked in order before the cache. A pack is code: its owner is checked.",
+            "Packs made by `moegen build --out`, asked in order before the cache. A pack is code: it must be yours.",
         ),
         Variable(
             "MOEGEN_JIT",
@@ -68,6 +68,12 @@ VARIABLES: dict[str, Variable] = {
             "0",
             "1 compiles with line numbers for profilers and compute-sanitizer; such kernels have their own cache key.",
             ("0", "1"),
+        ),
+        Variable(
+            "MOEGEN_HOST_SEED",
+            "an integer",
+            "0",
+            "Host target: other than 0, threads run in a seeded random order, with pauses before signals.",
         ),
         Variable(
             "MOEGEN_LOG",
@@ -131,3 +137,15 @@ def lineinfo() -> bool:
 def log_level() -> str:
     """The log level of the command line, in capitals as `logging` names it."""
     return (raw("MOEGEN_LOG") or "warning").upper()
+
+
+def host_seed() -> int:
+    """The seed of the host target's scheduler; 0 for a fixed order.
+
+    Raises:
+        InputError: it is no integer.
+    """
+    value = raw("MOEGEN_HOST_SEED") or "0"
+    if not value.isdecimal():
+        raise InputError(f"MOEGEN_HOST_SEED is an integer, 0 or more; got {value!r}")
+    return int(value)

@@ -156,24 +156,8 @@ def from_cache(recipe: Recipe, origin: Origin) -> Binary | None:
 
 
 def toolchain(target: Target) -> Any:
-    """The module that compiles for a target; both have `headers(source)`, `recipe(source, target)`, `compile(recipe)`."""
+    """The module that compiles for a target; both have `headers`, `recipe`, `identity` and `compile`."""
     return host if target.is_host else nvrtc
-
-
-def pack_item(binary: Binary, content: str, compiler: str) -> pack.Item:
-    """How a pack's manifest names a binary."""
-    return pack.Item(
-        stem=binary.stem,
-        target=binary.target.name,
-        content=content,
-        key=binary.key,
-        compiler=compiler,
-        sha256=binary.sha256,
-        member=f"{binary.target.name}/{binary.stem}.{binary.target.suffix}",
-        seconds=binary.seconds,
-        bytes=binary.bytes,
-        resources=binary.resources.to_json() if binary.resources else None,
-    )
 
 
 def _from_entry(entry: Entry, origin: Origin) -> Binary:

@@ -190,7 +190,7 @@ class Store:
             if (entry := self._load(place, key)) is not None:
                 return entry
             break
-        raise CacheError(f"{place} cannot be read back after it was written; is the disk sound? Try `moegen cache clear`")
+        raise CacheError(f"{place} cannot be read back after it was written; is the disk sound?")
 
     def _make(self, folder: Path) -> Path:
         """Makes the folders from the root to `folder` for this user alone, and checks each."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 _PT_NOTE = 4
+_SHT_NOTE = 7
 _NT_GNU_BUILD_ID = 3
 
 
@@ -37,18 +39,25 @@ def _build_id(file: BinaryIO) -> str | None:
     head = file.read(64)
     if head[:6] != b"\x7fELF\x02\x01":
         return None
-    table = struct.unpack_from("<Q", head, 32)[0]
-    entry_size, entries = struct.unpack_from("<HH", head, 54)
-    for index in range(entries):
-        file.seek(table + index * entry_size)
-        entry = file.read(entry_size)
-        if struct.unpack_from("<I", entry, 0)[0] == _PT_NOTE:
-            offset, size = struct.unpack_from("<Q", entry, 8)[0], struct.unpack_from("<Q", entry, 32)[0]
-            file.seek(offset)
-            found = _find_note(file.read(size))
-            if found is not None:
-                return found
+    segments, sections = struct.unpack_from("<QQ", head, 32)
+    segment_size, segment_count, section_size, section_count = struct.unpack_from("<4H", head, 54)
+    # NVRTC 12.8's segment of notes holds zeros since the wheel was patched; its section table is right.
+    places = [*_table(file, segments, segment_size, segment_count, "<I4xQ16xQ", _PT_NOTE)]
+    places += _table(file, sections, section_size, section_count, "<4xI16xQQ", _SHT_NOTE)
+    for offset, size in places:
+        file.seek(offset)
+        if (found := _find_note(file.read(size))) is not None:
+            return found
     return None
+
+
+def _table(file: BinaryIO, at: int, size: int, count: int, layout: str, kind: int) -> Iterator[tuple[int, int]]:
+    """(offset, size) in the file of each entry of that kind in the table of segments or sections."""
+    for index in range(count):
+        file.seek(at + index * size)
+        found, offset, length = struct.unpack_from(layout, file.read(size))
+        if found == kind:
+            yield offset, length
 
 
 def _find_note(notes: bytes) -> str | None:

@@ -15,14 +15,14 @@ from moegen.compile.recipe import KEY_WORD, Recipe
 log = logging.getLogger(__name__)
 
 _REPRO = """#!/bin/sh
-# Compiles kernel.cu as moegen did and exits with the compiler's status.
+# Compiles {stem}.cu as moegen did and exits with the compiler's status.
 # PYTHON names a Python that has moegen; without one, nvcc does.
 cd "$(dirname "$0")" || exit 2
 python=${{PYTHON:-python3}}
 if "$python" -c 'import moegen' 2>/dev/null; then
     exec "$python" -m moegen.compile.repro .
 fi
-exec nvcc -std=c++20 -arch={arch} -Iinclude -cubin -o /dev/null kernel.cu
+exec nvcc -std=c++20 -arch={arch} -Iinclude -cubin -o /dev/null {stem}.cu
 """
 
 
@@ -33,9 +33,9 @@ def keep(recipe: Recipe, files: dict[str, bytes], script: str = "") -> str:
         script: the text of repro.sh, if it is not the one for GPU kernels.
     """
     about = {"stem": recipe.stem, "target": recipe.target.name, "options": recipe.options, "compiler": recipe.compiler}
-    contents = {"kernel.cu": recipe.text.encode(), "recipe.json": json.dumps(about, indent=1).encode(), **files}
-    contents |= {f"include/{name}": content for name, content in recipe.headers}
-    contents["repro.sh"] = (script or _REPRO.format(arch=recipe.target.arch)).encode()
+    contents = {f"{recipe.stem}.cu": recipe.text.encode(), "recipe.json": json.dumps(about, indent=1).encode(), **files}
+    contents |= {f"include/{name}": content for name, content in recipe.headers if "/" in name}
+    contents["repro.sh"] = (script or _REPRO.format(stem=recipe.stem, arch=recipe.target.arch)).encode()
     try:
         parent = cache.store().base / "failed"
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)

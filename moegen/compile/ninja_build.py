@@ -15,12 +15,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moegen.codegen.render import Source
-from moegen.compile import binary, cache, host
+from moegen.compile import binary, cache, host, pack
 from moegen.compile.binary import Binary
 from moegen.compile.recipe import Recipe
 from moegen.compile.target import Target
@@ -39,34 +39,43 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Report:
-    """What a build did: every binary in the order asked for, and how many of them had to be compiled."""
+    """What a build did: every binary and its recipe in the order asked for, and how many had to be compiled."""
 
     binaries: tuple[Binary, ...]
-    contents: tuple[str, ...]
-    compilers: tuple[str, ...]
+    recipes: tuple[Recipe, ...]
     compiled: int
 
     @property
     def up_to_date(self) -> int:
-        return len(self.binaries) - self.compiled
+        return len({made.key for made in self.binaries}) - self.compiled
+
+    def write_pack(self, path: Path) -> None:
+        """Writes all binaries of this build as one pack.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        pairs = {made.key: (made, recipe) for made, recipe in zip(self.binaries, self.recipes, strict=True)}
+        pack.write(path, [(_item(made, recipe), binary.read(made)) for made, recipe in pairs.values()])
 
 
-def build(
-    sources: Sequence[Source], targets: Iterable[Target], jobs: int | None = None, progress: Progress | None = None
-) -> Report:
-    """Brings the cache up to date for kernels x targets. Packs and MOEGEN_JIT are not asked: this is the compiler.
+def build(wanted: Sequence[tuple[Source, Target]], jobs: int | None = None, progress: Progress | None = None) -> Report:
+    """Brings the cache up to date for these kernels, and for the host's runtime if one of them is for the host.
+
+    Packs and MOEGEN_JIT are not asked: this is the compiler.
 
     Raises:
         CompileError: of several kernels that do not compile, the first one's; the others are built all the same.
         UnsupportedPlatformError: there is no compiler for a target.
     """
-    recipes = [recipe for target in targets for recipe in _recipes(sources, target)]
+    host_targets = [target for _, target in wanted if target.is_host]
+    everything = [*wanted, *((host.runtime_source(), target) for target in host_targets[:1])]
+    recipes = [binary.toolchain(target).recipe(source, target) for source, target in everything]
     found = {recipe.key: binary.from_cache(recipe, "cache") for recipe in recipes}
     missing = list({recipe.key: recipe for recipe in recipes if found[recipe.key] is None}.values())
     made = {made.key: made for made in make_all(missing, jobs, progress)}
     binaries = tuple(found[recipe.key] or made[recipe.key] for recipe in recipes)
-    contents = tuple(recipe.content for recipe in recipes)
-    return Report(binaries, contents, tuple(recipe.compiler for recipe in recipes), len(made))
+    return Report(binaries, tuple(recipes), len(made))
 
 
 def make_all(recipes: Sequence[Recipe], jobs: int | None = None, progress: Progress | None = None) -> list[Binary]:
@@ -114,12 +123,22 @@ def ninja_program() -> Path | None:
         return Path(found) if found else None
 
 
-def _recipes(sources: Sequence[Source], target: Target) -> list[Recipe]:
-    tools = binary.toolchain(target)
-    return [tools.recipe(source, target) for source in sources]
+def _item(made: Binary, recipe: Recipe) -> pack.Item:
+    return pack.Item(
+        stem=made.stem,
+        target=made.target.name,
+        content=recipe.content,
+        key=made.key,
+        compiler=recipe.compiler,
+        sha256=made.sha256,
+        member=f"{made.target.name}/{made.stem}.{made.target.suffix}",
+        seconds=made.seconds,
+        bytes=made.bytes,
+        resources=made.resources.to_json() if made.resources else None,
+    )
 
 
-def _run_ninja(program: Path, recipes: Sequence[Recipe], jobs: int, progress: Progress | None) -> dict[str, CompileError]:
+def _run_ninja(program: Path, recipes: Sequence[Recipe], jobs: int, report: Progress | None) -> dict[str, CompileError]:
     """Runs the compiles; gives the errors by key. A recipe that has neither binary nor error is left to the caller."""
     try:
         state = cache.store().scratch("build")
@@ -132,7 +151,7 @@ def _run_ninja(program: Path, recipes: Sequence[Recipe], jobs: int, progress: Pr
         command = [str(program), "-C", str(state), "-j", str(jobs), "-k", "0"]
         with (state / "ninja.log").open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_environment(state))
-        _wait(process, state / "done", len(recipes), progress)
+        _wait(process, state / "done", len(recipes), report)
         if process.returncode:
             text = (state / "ninja.log").read_text(errors="replace")
             log.info("event=ninja_failed status=%d output=%r", process.returncode, text[-4000:])

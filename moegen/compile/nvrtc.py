@@ -7,32 +7,21 @@ import functools
 import logging
 import sys
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moegen import env
-from moegen.compile import elf, failure, resources
-from moegen.compile.recipe import Recipe, reachable
-from moegen.compile.resources import Resources
-from moegen.compile.target import Target
 from moegen.codegen.files import device_headers
 from moegen.codegen.render import Source
+from moegen.compile import elf, failure, resources
+from moegen.compile.recipe import Compiled, Recipe, reachable
+from moegen.compile.target import Target
 from moegen.errors import CompileError, UnsupportedPlatformError
 
 log = logging.getLogger(__name__)
 
 # 12.8 and 13.0 refuse the option (ran), 13.5 knows it. With those `_run` turns a warning in the log into a failure.
 _KNOWS_WERROR = (13, 5)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A fresh binary: its bytes, the seconds it took, and its resources (None for the host)."""
-
-    content: bytes
-    seconds: float
-    resources: Resources | None = None
 
 
 def recipe(source: Source, target: Target) -> Recipe:
@@ -70,7 +59,8 @@ def identity() -> str:
 def version() -> tuple[int, int]:
     """(major, minor) of the NVRTC in use."""
     api = _api()
-    return _check(api, api.nvrtcVersion())
+    major, minor = _check(api, api.nvrtcVersion())
+    return int(major), int(minor)
 
 
 @functools.cache
@@ -120,7 +110,7 @@ def compile(recipe: Recipe) -> Compiled:
     seconds = time.perf_counter() - started
     if not ok:
         raise _failed(recipe, text)
-    log.info("event=compiled stem=%s target=%s seconds=%.3f bytes=%d", recipe.stem, recipe.target, seconds, len(content))
+    log.info("event=compiled stem=%s target=%s seconds=%.3f", recipe.stem, recipe.target, seconds)
     return Compiled(content, seconds, resources.parse(text))
 
 
@@ -215,8 +205,3 @@ def _mapped(library: str) -> Path | None:
         if path and Path(path).name.startswith(library):
             return Path(f"/{path}")
     return None
-
-
-def without_line_info(recipe: Recipe) -> Recipe:
-    """The recipe that goldens are made from: the same on every machine and setting."""
-    return replace(recipe, options=tuple(option for option in recipe.options if option != "--generate-line-info"))

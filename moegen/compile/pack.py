@@ -68,7 +68,7 @@ class Pack:
             with zipfile.ZipFile(io.BytesIO(safety.read(self.path))) as file:
                 content = file.read(item.member)
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise CacheError(f"{self.path} is no sound pack: {error}; build it again with `moegen build --out`") from error
+            raise CacheError(f"{self.path} is no sound pack: {error}; build it again") from error
         if hashlib.sha256(content).hexdigest() != item.sha256:
             raise CacheError(f"{item.member} in {self.path} does not match its digest; build the pack again")
         return content

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from moegen.compile.resources import Resources
 from moegen.compile.target import Target
 from moegen.kernels.spec import SCHEMA
 
@@ -56,6 +57,15 @@ class Recipe:
         fields += [("target", self.target.arch.encode())]
         fields += [("option", option.encode()) for option in self.options]
         return digest([*fields, ("compiler", self.compiler.encode())])
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A fresh binary: its bytes, the seconds it took, and its resources (None for the host)."""
+
+    content: bytes
+    seconds: float
+    resources: Resources | None = None
 
 
 def digest(fields: Iterable[tuple[str, bytes]]) -> str:

@@ -18,7 +18,7 @@ def load(folder: Path) -> Recipe:
     include = folder / "include"
     paths = sorted(path for path in include.rglob("*") if path.is_file()) if include.is_dir() else []
     headers = tuple((path.relative_to(include).as_posix(), path.read_bytes()) for path in paths)
-    text = (folder / "kernel.cu").read_text()
+    text = (folder / f"{about['stem']}.cu").read_text()
     return Recipe(about["stem"], Target(about["target"]), text, headers, tuple(about["options"]), nvrtc.identity())
 
 

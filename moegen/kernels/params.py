@@ -12,12 +12,12 @@ _FORMAT = {"uint64_t": "Q", "int64_t": "q", "uint32_t": "I", "int32_t": "i"}
 
 @dataclass(frozen=True)
 class Param:
-    """One member: a C type (a pointer type is 8 bytes), a name, how many, and what it means."""
+    """One member: a C type (a pointer type is 8 bytes), a name, what it means, and its length if it is an array."""
 
     ctype: str
     name: str
     note: str
-    count: int = 1
+    length: int | None = None
 
     @property
     def format(self) -> str:
@@ -26,7 +26,7 @@ class Param:
     @property
     def declaration(self) -> str:
         space = "" if self.ctype.endswith("*") else " "
-        array = f"[{self.count}]" if self.count > 1 else ""
+        array = "" if self.length is None else f"[{self.length}]"
         return f"{self.ctype}{space}{self.name}{array};"
 
 
@@ -44,7 +44,7 @@ class ParamStruct:
     @cached_property
     def packer(self) -> struct.Struct:
         """Packs the members' values, in order, arrays flattened."""
-        body = "".join(f"{member.count}{member.format}" for member in self.members)
+        body = "".join(f"{member.length or 1}{member.format}" for member in self.members)
         return struct.Struct("=" + body + "x" * (-struct.calcsize("=" + body) % 8))
 
     @property

@@ -24,8 +24,8 @@ constexpr uint32_t kBarriers = 16;
 
 // What a launch's blocks share.
 struct Launch {
-    const moegen_host_kernel* kernel;
-    moegen_host_launch request;
+    const moegen_host_kernel* kernel = nullptr;
+    moegen_host_launch request = {};
     std::atomic<bool> failed = false;
     std::mutex mutex;
     std::condition_variable block_done;
@@ -95,7 +95,7 @@ struct Warp {
 };
 
 struct Mbarrier {
-    const uint64_t* address;
+    const unsigned long long* address;
     uint32_t arrivals, pending;
     int64_t bytes;          // that bulk loads still owe to this phase
     uint32_t parity;        // of the phase under way
@@ -158,11 +158,11 @@ class Block {
     void park(Fiber& self, const Wait& wait);
     void wake(Fiber& fiber);
     void exit(Fiber& self);
-    [[noreturn]] void fail(const std::string& text, Place place);
+    [[noreturn]] void fail(std::string text, Place place);
     void progressed() { progress_ = true; }
 
     // bulk.cpp
-    Mbarrier& find_mbarrier(const uint64_t* word, Place place);
+    Mbarrier& find_mbarrier(const unsigned long long* word, Place place);
     void finish_phase_if_due(Mbarrier& barrier);
     void make_load(std::size_t index);
     void read_store(BulkStore& store);

@@ -81,8 +81,9 @@ struct Frame {  // what moegen_host_switch pops, from the lowest address up
     uint32_t mxcsr, x87_control;
     void *r15, *r14, *r13, *r12, *rbx, *rbp;
     void (*return_to)();
-    void* padding;  // the stack pointer must be 16-byte aligned where moegen_host_fiber_start begins
+    void* padding[2];  // keeps the stack pointer 16-byte aligned where moegen_host_fiber_start begins
 };
+static_assert(sizeof(Frame) % 16 == 0);
 
 void fill(Frame& frame, moegen::host::FiberBody body, void* argument) {
     asm volatile("stmxcsr %0\n\tfnstcw %1" : "=m"(frame.mxcsr), "=m"(frame.x87_control));
@@ -220,7 +221,7 @@ void describe_this_thread(Context& context) {
     (void)context;
 }
 
-void prepare_context(Context& context, unsigned char* lowest, FiberBody body, void* argument) {
+void prepare_context(Context& context, unsigned char* lowest, std::size_t color, FiberBody body, void* argument) {
     context.lowest = lowest;
     context.bytes = Stacks::kBytes;
     context.fake_stack = nullptr;
@@ -230,7 +231,9 @@ void prepare_context(Context& context, unsigned char* lowest, FiberBody body, vo
 #if MOEGEN_HOST_TSAN
     context.tsan_fiber = __tsan_create_fiber(0);
 #endif
-    auto* frame = reinterpret_cast<Frame*>(lowest + Stacks::kBytes - sizeof(Frame));
+    // Stacks that all began at one page offset would share a few sets of the first-level cache.
+    const std::size_t offset = color % 32 * 128;
+    auto* frame = reinterpret_cast<Frame*>(lowest + Stacks::kBytes - offset - sizeof(Frame));
     *frame = Frame{};
     fill(*frame, body, argument);
     context.stack_pointer = frame;

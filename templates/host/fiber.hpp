@@ -50,8 +50,8 @@ using FiberBody = void (*)(void* argument);
 
 // The calling OS thread's own context, before its first switch.
 void describe_this_thread(Context& context);
-// A context that will call `body(argument)` on the stack; the body never returns.
-void prepare_context(Context& context, unsigned char* lowest, FiberBody body, void* argument);
+// A context that will call `body(argument)` on the stack; the body never returns. Neighbours differ in `color`.
+void prepare_context(Context& context, unsigned char* lowest, std::size_t color, FiberBody body, void* argument);
 void discard_context(Context& context);
 // `from_ends`: it is never resumed.
 void switch_context(Context& from, const Context& to, bool from_ends);

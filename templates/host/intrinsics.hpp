@@ -82,9 +82,15 @@ __forceinline__ float __uint2float_rn(unsigned value) { return float(value); }
 
 // ---- min, max, loads ----------------------------------------------------------------------------
 
-#define MOEGEN_HOST_MIN_MAX(result, left, right)                                                         \
-    constexpr result min(left a, right b) { return result(a) < result(b) ? result(a) : result(b); }      \
-    constexpr result max(left a, right b) { return result(a) > result(b) ? result(a) : result(b); }
+#define MOEGEN_HOST_MIN_MAX(result, left, right)                 \
+    constexpr result min(left a, right b) {                      \
+        const result c = a, d = b;                               \
+        return c < d ? c : d;                                    \
+    }                                                            \
+    constexpr result max(left a, right b) {                      \
+        const result c = a, d = b;                               \
+        return c > d ? c : d;                                    \
+    }
 
 MOEGEN_HOST_MIN_MAX(int, int, int)
 MOEGEN_HOST_MIN_MAX(unsigned, unsigned, unsigned)

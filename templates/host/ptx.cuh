@@ -166,6 +166,19 @@ __device__ __forceinline__ void bulk_wait_read() {
     host::bulk_wait(kPending, true);
 }
 
+// ---- numbers ------------------------------------------------------------------------------------
+
+// As cvt.rn.bf16x2.f32: to nearest, ties to even, every NaN becomes 0x7fff.
+__device__ __forceinline__ uint32_t round_to_bf16(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+__device__ __forceinline__ uint32_t round_to_bf16x2(float low, float high) {
+    return round_to_bf16(high) << 16 | round_to_bf16(low);
+}
+
 // ---- clocks -------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint64_t global_timer_ns() { return host::clock_ns(); }

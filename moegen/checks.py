@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call's arguments must be: each check says what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from moegen.errors import CapacityError, HandleError, InputError
+from moegen.handle import Handle
+
+if TYPE_CHECKING:
+    from moegen.expert_parallel import ExpertParallel
+
+_ROW_ALIGNMENT = 16
+
+
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def in_range(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(f"{name} is an integer in {low}..{high}; got {value!r}")
+
+
+def tokens(owner: ExpertParallel, x: torch.Tensor) -> torch.Tensor:
+    problem = owner.problem
+    _tensor(owner, "x", x, (owner.dtype,))
+    if x.dim() != 2 or x.shape[1] != problem.hidden:
+        raise InputError(f"x is [tokens, {problem.hidden}]; got {list(x.shape)}")
+    if x.shape[0] > problem.max_tokens:
+        raise CapacityError(
+            f"{x.shape[0]} tokens are more than this object was made for; make it with max_tokens_per_rank={x.shape[0]} "
+            f"(now {problem.max_tokens}) or dispatch in parts"
+        )
+    rows_fit = x.stride(1) == 1 and x.stride(0) >= problem.hidden and x.stride(0) * x.element_size() % _ROW_ALIGNMENT == 0
+    if x.shape[0] <= 1 or not rows_fit:
+        x = x.contiguous()
+    return x if x.data_ptr() % _ROW_ALIGNMENT == 0 else x.clone()
+
+
+def topk_idx(owner: ExpertParallel, ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    problem = owner.problem
+    _tensor(owner, "topk_idx", ids, (torch.int64, torch.int32))
+    _shape("topk_idx", ids, (num_tokens, problem.num_topk))
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        if low < -1 or high >= problem.num_experts:
+            raise InputError(
+                f"expert ids are 0..{problem.num_experts - 1}, or -1 for no selection; topk_idx holds {low}..{high}"
+            )
+    return ids.contiguous()
+
+
+def topk_weights(owner: ExpertParallel, weights: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+    if weights is None:
+        return None
+    _tensor(owner, "topk_weights", weights, (torch.float32,))
+    _shape("topk_weights", weights, (num_tokens, owner.problem.num_topk))
+    return weights.contiguous()
+
+
+def num_tokens(owner: ExpertParallel, count: torch.Tensor | None) -> None:
+    if count is not None:
+        _tensor(owner, "num_tokens", count, (torch.int32,))
+        if count.numel() != 1:
+            raise InputError(f"num_tokens is one int32 on the device; got {list(count.shape)}")
+
+
+def expert_outputs(owner: ExpertParallel, y: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    _tensor(owner, "y", y, (owner.dtype,))
+    _shape("y", y, shape)
+    y = y.contiguous()
+    return y if y.data_ptr() % _ROW_ALIGNMENT == 0 else y.clone()
+
+
+def out(owner: ExpertParallel, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        return
+    _tensor(owner, "out", tensor, (owner.dtype,))
+    _shape("out", tensor, shape)
+    if not tensor.is_contiguous() or tensor.data_ptr() % _ROW_ALIGNMENT != 0:
+        raise InputError(f"out is contiguous and {_ROW_ALIGNMENT}-byte aligned; got strides {tensor.stride()}")
+
+
+def handle(owner: ExpertParallel, given: Handle) -> None:
+    if not isinstance(given, Handle):
+        raise HandleError(f"combine takes the handle of a dispatch (Dispatched.handle); got {type(given).__name__}")
+    if given.owner is not owner:
+        raise HandleError("this handle comes from another ExpertParallel; give it to that one's combine")
+
+
+def _tensor(owner: ExpertParallel, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{name} is a torch tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise InputError(f"{name} is {' or '.join(map(str, dtypes))}; got {tensor.dtype}")
+    if tensor.device != owner.device:
+        raise InputError(f"{name} is on {tensor.device} and this object on {owner.device}")
+
+
+def _shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name} is {list(shape)}; got {list(tensor.shape)}")

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Problem`: what a user asked for, in values that are equal on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One MoE layer's communication. Never holds a rank's own number of tokens.
+
+    Attributes:
+        num_ranks, num_experts, num_topk, hidden: the layer.
+        max_tokens: capacity, tokens per rank.
+        dtype: of the payload, e.g. "bf16".
+        layout: of what dispatch returns, e.g. "expert".
+        path: "ipc".
+        on_host: the ranks run on CPUs, where a thread costs a switch and not a lane.
+    """
+
+    num_ranks: int
+    num_experts: int
+    num_topk: int
+    hidden: int
+    max_tokens: int
+    dtype: str = "bf16"
+    layout: str = "expert"
+    path: str = "ipc"
+    on_host: bool = False
+
+    def local_experts(self, rank: int) -> range:
+        """The experts of a rank: a contiguous share; the first `num_experts % num_ranks` ranks hold one more."""
+        share, larger = divmod(self.num_experts, self.num_ranks)
+        first = rank * share + min(rank, larger)
+        return range(first, first + share + (rank < larger))

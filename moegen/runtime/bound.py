@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loaded kernel with its parameter struct half filled in: what does not change between calls is packed once."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+from moegen.kernels.params import ParamStruct
+from moegen.runtime.kernel import LoadedKernel
+
+
+class BoundKernel:
+    """Calling it launches the kernel with new values for the members named `varying`, in that order."""
+
+    def __init__(
+        self,
+        kernel: LoadedKernel,
+        params: ParamStruct,
+        blocks: int,
+        fixed: Mapping[str, int | Sequence[int]],
+        varying: Sequence[str],
+    ) -> None:
+        self._kernel = kernel
+        self._blocks = blocks
+        self._packer = params.packer
+        self._buffer = ctypes.create_string_buffer(params.size)
+        self._values: list[int] = []
+        places: dict[str, int] = {}
+        for member in params.members:
+            places[member.name] = len(self._values)
+            value = fixed.get(member.name, 0)
+            self._values += [value] if isinstance(value, int) else list(value)
+        unknown = (set(fixed) | set(varying)) ^ set(places)
+        if unknown or set(fixed) & set(varying):
+            raise AssertionError(f"parameters not bound exactly once: {unknown or set(fixed) & set(varying)}")
+        self._places = [places[name] for name in varying]
+
+    def __call__(self, *varying: int) -> None:
+        values = self._values
+        for place, value in zip(self._places, varying, strict=True):
+            values[place] = value
+        self._packer.pack_into(self._buffer, 0, *values)
+        self._kernel.launch(self._buffer, self._blocks)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Binary -> launch: the table of loaded kernels, and the two ways to start one."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import Any
+
+import torch
+
+from moegen import env
+from moegen.codegen.render import render
+from moegen.compile import binary
+from moegen.compile.target import Target
+from moegen.errors import KernelFaultError, MissingKernelError, UnsupportedPlatformError
+from moegen.kernels.spec import Spec
+
+log = logging.getLogger(__name__)
+
+HOST_NUM_SMS = 2
+"""Blocks per rank on the host by default: the smallest number at which a race between blocks can show."""
+
+
+class LoadedKernel(ABC):
+    """A kernel ready to launch on one device."""
+
+    def __init__(self, spec: Spec, origin: str) -> None:
+        self.spec = spec
+        self.origin = origin
+
+    @property
+    @abstractmethod
+    def resident_blocks(self) -> int:
+        """Blocks that the whole device can run at the same time."""
+
+    @abstractmethod
+    def launch(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> None:
+        """Starts it on the current stream (a GPU) or runs it to its end (the host); `params` may be reused at once.
+
+        Raises:
+            KernelFaultError: on the host, a rule of the machine was broken.
+            RuntimeError: the driver refused the launch.
+        """
+
+
+class _HostLaunch(ctypes.Structure):
+    """moegen_host_launch in `templates/host/simt.hpp`."""
+
+    _fields_ = (
+        ("params", ctypes.c_void_p),
+        ("grid", ctypes.c_uint),
+        ("block", ctypes.c_uint),
+        ("shared_bytes", ctypes.c_uint),
+        ("reserved", ctypes.c_uint),
+        ("seed", ctypes.c_ulonglong),
+    )
+
+
+class HostKernel(LoadedKernel):
+    """A kernel of the host target: a shared library. ctypes releases the GIL while it runs."""
+
+    _ERROR_BYTES = 8192
+
+    def __init__(self, spec: Spec) -> None:
+        _host_runtime()
+        built = binary.obtain(render(spec), Target("host"))
+        super().__init__(spec, built.origin)
+        self._library = ctypes.CDLL(str(built.path))
+        self._entry = self._library.moegen_launch
+        self._entry.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong)
+        self._entry.restype = ctypes.c_int
+        self._seed = env.host_seed()
+
+    @property
+    def resident_blocks(self) -> int:
+        return HOST_NUM_SMS
+
+    def launch(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> None:
+        launch = _HostLaunch(ctypes.addressof(params), blocks, self.spec.block_threads, 0, 0, self._seed)
+        text = ctypes.create_string_buffer(self._ERROR_BYTES)
+        if self._entry(ctypes.addressof(launch), text, self._ERROR_BYTES) != 0:
+            raise KernelFaultError(f"{self.spec.stem}: {text.value.decode(errors='replace')}")
+
+
+class CudaKernel(LoadedKernel):
+    """A cubin in the current context. Launched cooperatively: its blocks wait for other ranks' and for each other."""
+
+    def __init__(self, spec: Spec, device: torch.device) -> None:
+        from cuda.bindings import driver
+
+        torch.cuda.set_device(device)
+        torch.cuda.current_stream(device).synchronize()  # makes torch's context current
+        target = Target.for_capability(*torch.cuda.get_device_capability(device))
+        built = binary.obtain(render(spec), target)
+        super().__init__(spec, built.origin)
+        self._driver = driver
+        self._device = device
+        self._module = _check(driver.cuModuleLoadData(binary.read(built)))
+        self._function = _check(driver.cuModuleGetFunction(self._module, spec.symbol.encode()))
+        blocks = _check(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, spec.block_threads, 0))
+        self._resident = int(blocks) * torch.cuda.get_device_properties(device).multi_processor_count
+        self._threads = spec.block_threads
+        self._pointers: dict[int, tuple[Any, int]] = {}
+
+    @property
+    def resident_blocks(self) -> int:
+        return self._resident
+
+    def launch(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> None:
+        address = ctypes.addressof(params)
+        pointers = self._pointers.get(address)
+        if pointers is None:
+            array = (ctypes.c_void_p * 1)(address)
+            pointers = self._pointers[address] = (array, ctypes.addressof(array))
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        (status,) = self._driver.cuLaunchCooperativeKernel(
+            self._function, blocks, 1, 1, self._threads, 1, 1, 0, stream, pointers[1]
+        )
+        if status:
+            raise RuntimeError(f"{self.spec.stem}: {blocks} x {self._threads} threads could not be launched: {status.name}")
+
+
+_loaded: dict[tuple[Spec, torch.device], LoadedKernel] = {}
+_loading = threading.Lock()
+
+
+def load(spec: Spec, device: torch.device) -> LoadedKernel:
+    """The kernel, from the table of loaded ones or made now (see `moegen.compile.binary.obtain`).
+
+    Raises:
+        MissingKernelError: it would have to be loaded while a CUDA stream captures.
+        CompileError, CacheError, UnsupportedPlatformError: as `obtain`.
+    """
+    kernel = _loaded.get((spec, device))
+    if kernel is not None:
+        return kernel
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise MissingKernelError(f"{spec.stem} is not loaded, and a stream is capturing: call warmup() before capture")
+    with _loading:
+        kernel = _loaded.get((spec, device))
+        if kernel is None:
+            kernel = HostKernel(spec) if device.type == "cpu" else CudaKernel(spec, device)
+            _loaded[(spec, device)] = kernel
+    return kernel
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if status:
+        raise UnsupportedPlatformError(f"the CUDA driver refused a kernel: {status.name}")
+    return values[0] if values else None
+
+
+@cache
+def _host_runtime() -> ctypes.CDLL:
+    """The host target's runtime, whose symbols every kernel library uses."""
+    return ctypes.CDLL(str(binary.host_runtime()), mode=ctypes.RTLD_GLOBAL)

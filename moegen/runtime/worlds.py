@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worlds: ranks that see each other's memory. Kernels get base pointers and never learn which world they are in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+
+from moegen.errors import InputError, WorldError
+from moegen.runtime.memory import SymmetricMemory, share_between_gpus, share_between_processes
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DEFAULT_CONNECTIONS = 8
+MAX_CONNECTIONS = 32
+"""Hardware queues per CUDA context without and with CUDA_DEVICE_MAX_CONNECTIONS at its most: streams beyond that
+share a queue, and kernels that wait for each other in one queue wait for ever."""
+
+
+class RankWorld(ABC):
+    """One rank's end of a world.
+
+    Attributes:
+        rank: 0..size-1.
+        size: number of ranks.
+        device: where this rank's tensors are.
+        ranks_per_device: how many ranks share that device's multiprocessors.
+        description: for the log, e.g. "4 virtual ranks on cpu".
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    ranks_per_device: int
+    description: str
+
+    @abstractmethod
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order. Collective."""
+
+    @abstractmethod
+    def allocate(self, size: int) -> SymmetricMemory:
+        """`size` bytes on every rank, zeroed and mapped into all. Collective."""
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        self.exchange(None)
+
+
+class LocalWorld:
+    """`num_ranks` virtual ranks in one process, each a thread (and a stream, on a GPU): for tests, demos, debugging.
+
+    Args:
+        num_ranks: 1 or more. On a GPU at most 8, or 32 if CUDA_DEVICE_MAX_CONNECTIONS=32 was set before CUDA started
+            (it is set here if CUDA has not started yet).
+        device: "cpu", "cuda" or "cuda:N"; all ranks share it.
+
+    Raises:
+        InputError: a number of ranks that the device cannot hold.
+    """
+
+    def __init__(self, num_ranks: int, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
+        self.size = num_ranks
+        if num_ranks < 1:
+            raise InputError(f"a world has at least one rank; got {num_ranks}")
+        if self.device.type == "cuda":
+            self.device = _cuda_device_for_many_streams(self.device, num_ranks)
+        self._gather = _ThreadGather(num_ranks)
+        self.ranks = tuple(LocalRank(self, rank) for rank in range(num_ranks))
+
+    def run(self, fn: Callable[..., T], *args: Any) -> list[T]:
+        """Calls `fn(rank_world, *args)` in one thread per rank; returns what they return, in rank order.
+
+        Raises:
+            BaseException: the first error of any rank. The other ranks are waited for: one that waits for the failed
+                rank in a kernel ends when its timeout does.
+        """
+        results: list[Any] = [None] * self.size
+        errors: list[BaseException] = []
+        self._gather.reset()
+
+        def work(rank: LocalRank) -> None:
+            try:
+                with rank.stream_context():
+                    results[rank.rank] = fn(rank, *args)
+            except BaseException as error:
+                errors.append(error)
+                self._gather.abort()
+
+        threads = [threading.Thread(target=work, args=(rank,), name=f"moegen-rank-{rank.rank}") for rank in self.ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise next((error for error in errors if not isinstance(error, _OtherRankFailedError)), errors[0])
+        return results
+
+
+class LocalRank(RankWorld):
+    """A virtual rank of a LocalWorld; goes wherever a process group goes."""
+
+    def __init__(self, world: LocalWorld, rank: int) -> None:
+        self._world = world
+        self.rank = rank
+        self.size = world.size
+        self.device = world.device
+        self.ranks_per_device = world.size
+        self.description = f"{world.size} virtual ranks on {world.device}"
+        self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+
+    def stream_context(self) -> Any:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def exchange(self, value: Any) -> list[Any]:
+        return self._world._gather(self.rank, value)
+
+    def allocate(self, size: int) -> SymmetricMemory:
+        local = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        if self._stream is not None:
+            self._stream.synchronize()
+        pairs = self.exchange((local.data_ptr(), local))
+        kept = [pair[1] for pair in pairs]  # a peer's memory outlives the peer
+        return SymmetricMemory(local, tuple(pair[0] for pair in pairs), release=kept.clear)
+
+
+class GroupWorld(RankWorld):
+    """The ranks of a torch process group, one process each. The group may be gloo or nccl: only object collectives
+    and, on GPUs, its name are used.
+
+    Args:
+        group: a `torch.distributed.ProcessGroup`; None is the default group.
+        device: where this rank's tensors are; by default the current GPU if there is one, else the CPU.
+    """
+
+    def __init__(self, group: Any = None, device: str | torch.device | None = None) -> None:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            raise InputError("GroupWorld needs torch.distributed.init_process_group first; or use LocalWorld")
+        self._dist = dist
+        self._group = group if group is not None else dist.group.WORLD
+        self.rank = dist.get_rank(self._group)
+        self.size = dist.get_world_size(self._group)
+        self.device = _default_device() if device is None else torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        places = self.exchange((os.uname().nodename, str(self.device)))
+        self.ranks_per_device = places.count(places[self.rank]) if self.device.type == "cuda" else 1
+        self.description = f"{self.size} processes on {self.device.type}"
+
+    def exchange(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        self._dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def allocate(self, size: int) -> SymmetricMemory:
+        if self.device.type == "cuda":
+            memory = share_between_gpus(size, self._group, self.device)
+            torch.cuda.synchronize(self.device)
+            return memory
+        return share_between_processes(size, self.rank, self.exchange)
+
+
+def as_rank_world(group_or_world: Any, device: str | torch.device | None = None) -> RankWorld:
+    """A rank's world from what users hold: a rank_world, or a torch process group (None: the default one).
+
+    Raises:
+        InputError: it is neither, or a whole LocalWorld was given.
+    """
+    if isinstance(group_or_world, RankWorld):
+        return group_or_world
+    if isinstance(group_or_world, LocalWorld):
+        raise InputError("give the rank_world that LocalWorld.run passes to your function, not the LocalWorld itself")
+    if group_or_world is None or hasattr(group_or_world, "rank"):
+        return GroupWorld(group_or_world, device)
+    raise InputError(f"expected a torch process group or a moegen world; got {type(group_or_world).__name__}")
+
+
+class _OtherRankFailedError(WorldError):
+    """Raised in the ranks that waited for one that failed."""
+
+
+class _ThreadGather:
+    """Gathers an object from each of `size` threads."""
+
+    def __init__(self, size: int) -> None:
+        self._values: list[Any] = [None] * size
+        self._barrier = threading.Barrier(size)
+
+    def __call__(self, rank: int, value: Any) -> list[Any]:
+        self._values[rank] = value
+        try:
+            self._barrier.wait()
+            gathered = list(self._values)
+            self._barrier.wait()
+        except threading.BrokenBarrierError:
+            raise _OtherRankFailedError(f"rank {rank} waited for a rank that had failed") from None
+        return gathered
+
+    def abort(self) -> None:
+        self._barrier.abort()
+
+    def reset(self) -> None:
+        self._barrier.reset()
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _cuda_device_for_many_streams(device: torch.device, num_ranks: int) -> torch.device:
+    variable = "CUDA_DEVICE_MAX_CONNECTIONS"
+    if not torch.cuda.is_initialized():
+        os.environ.setdefault(variable, str(MAX_CONNECTIONS))
+    connections = int(os.environ.get(variable, DEFAULT_CONNECTIONS))
+    if num_ranks > connections:
+        raise InputError(
+            f"{num_ranks} virtual ranks need as many hardware queues, and this process has {connections}: set "
+            f"{variable}={MAX_CONNECTIONS} before anything touches CUDA (at most {MAX_CONNECTIONS} ranks on one GPU)"
+        )
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

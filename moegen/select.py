@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problem -> Specs: a pure function of values that all ranks share, driven by the tables below."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch
+from moegen.kernels.problem import Problem
+from moegen.kernels.spec import DTYPE_BYTES, MAX_BLOCK_WARPS, WARP_SIZE, WarpGroups
+
+INLINE_MAX_TOKENS = 64
+"""Up to this capacity rows carry their epoch in every 16 bytes; above it they have a tag. A bare exchange of 64 rows
+of 14,336 bytes took 6.9 us inline and 7.5 with tags, one of 128 rows 10.1 and 10.3 (two H200)."""
+
+HOST_WARP_GROUPS = WarpGroups(2, 1)
+"""On a CPU more threads only add switches between fibers; two teams keep several rows per block under test."""
+
+VECTOR_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kernels that serve a Problem: combine either with the weights of dispatch or with its own."""
+
+    dispatch: LowLatencyDispatch
+    combine: LowLatencyCombine
+    combine_with_weights: LowLatencyCombine
+
+    @property
+    def specs(self) -> tuple[LowLatencyDispatch, LowLatencyCombine, LowLatencyCombine]:
+        return (self.dispatch, self.combine, self.combine_with_weights)
+
+
+def select(problem: Problem) -> Selection:
+    """The kernels for `problem`.
+
+    Raises:
+        SpecError: a value is outside of what the kernels can be rendered for; the text says what is allowed.
+    """
+    wire = "inline" if problem.max_tokens <= INLINE_MAX_TOKENS else "row"
+    return specs_for(problem, wire, warp_groups(problem))
+
+
+def specs_for(problem: Problem, wire: str, groups: WarpGroups) -> Selection:
+    """The kernels for `problem` with a wire format and warp groups of the caller's choice."""
+    fields = (
+        problem.dtype,
+        problem.layout,
+        problem.num_ranks,
+        problem.hidden,
+        problem.num_topk,
+        problem.num_experts,
+        problem.path,
+        groups,
+        wire,
+    )
+    return Selection(
+        LowLatencyDispatch(*fields),
+        LowLatencyCombine(*fields, "atdispatch"),
+        LowLatencyCombine(*fields, "atcombine"),
+    )
+
+
+def warp_groups(problem: Problem) -> WarpGroups:
+    """As many warps to a row as it has warps' worth of 16-byte vectors, in powers of two; the block stays full."""
+    if problem.on_host:
+        return HOST_WARP_GROUPS
+    vectors = problem.hidden * DTYPE_BYTES.get(problem.dtype, 2) // VECTOR_BYTES
+    warps = 1
+    while warps < MAX_BLOCK_WARPS and warps * WARP_SIZE < vectors:
+        warps *= 2
+    groups = MAX_BLOCK_WARPS // warps
+    # A block has 15 named barriers for teams of several warps.
+    return WarpGroups(groups if warps == 1 else min(groups, 15), warps)

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches, and the OS threads that blocks run on. The threads are kept between launches.
+#include <moegen/block.hpp>
+
+#include <algorithm>
+#include <cstdio>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/prctl.h>
+
+namespace moegen::host {
+
+namespace {
+
+thread_local Block* running_block __attribute__((tls_model("initial-exec"))) = nullptr;
+
+#if defined(__x86_64__)
+constexpr bool kNeedsWholeAccesses = true;
+#else
+constexpr bool kNeedsWholeAccesses = false;  // there is another way, see whole.hpp
+#endif
+
+struct Worker {
+    std::mutex mutex;
+    std::condition_variable work_came;
+    Launch* launch = nullptr;
+    uint32_t index = 0;
+
+    void give(Launch& its_launch, uint32_t its_index) {
+        const std::lock_guard lock(mutex);
+        launch = &its_launch;
+        index = its_index;
+        work_came.notify_one();
+    }
+};
+
+struct Pool {
+    std::mutex mutex;
+    std::vector<Worker*> idle;
+};
+
+// Never destroyed: its threads outlive static destructors. A forked child has none of the threads, hence a new pool.
+Pool* pool = nullptr;
+
+void renew_pool() { pool = new Pool; }
+
+Pool& the_pool() {
+    static const int once = (renew_pool(), pthread_atfork(nullptr, nullptr, renew_pool));
+    (void)once;
+    return *pool;
+}
+
+void finish_block(Launch& launch) {
+    const std::lock_guard lock(launch.mutex);
+    if (--launch.running == 0) launch.block_done.notify_one();
+}
+
+void* serve(void* argument) {
+    Worker& self = *static_cast<Worker*>(argument);
+    prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);  // the default lets a sleep of 1 us last 50
+    prctl(PR_SET_NAME, "moegen block", 0, 0, 0);
+    Block block;
+    running_block = &block;
+    for (;;) {
+        std::unique_lock lock(self.mutex);
+        self.work_came.wait(lock, [&] { return self.launch != nullptr; });
+        Launch& launch = *self.launch;
+        self.launch = nullptr;
+        lock.unlock();
+        block.run(launch, self.index);
+        {
+            Pool& home = the_pool();
+            const std::lock_guard home_lock(home.mutex);
+            home.idle.push_back(&self);
+        }
+        finish_block(launch);
+    }
+}
+
+Worker* start_worker() {
+    auto worker = std::make_unique<Worker>();
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the program's own threads
+    pthread_t thread;
+    const int failed = pthread_create(&thread, nullptr, serve, worker.get());
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (failed) return nullptr;
+    pthread_detach(thread);
+    return worker.release();
+}
+
+// All or nothing: a block without a thread would be waited for by the others.
+std::vector<Worker*> take_workers(uint32_t count) {
+    Pool& home = the_pool();
+    std::vector<Worker*> taken;
+    {
+        const std::lock_guard lock(home.mutex);
+        const std::size_t kept = home.idle.size() - std::min<std::size_t>(count, home.idle.size());
+        taken.assign(home.idle.begin() + long(kept), home.idle.end());
+        home.idle.resize(kept);
+    }
+    while (taken.size() < count) {
+        Worker* worker = start_worker();
+        if (worker == nullptr) {
+            const std::lock_guard lock(home.mutex);
+            home.idle.insert(home.idle.end(), taken.begin(), taken.end());
+            return {};
+        }
+        taken.push_back(worker);
+    }
+    return taken;
+}
+
+std::string objection(const moegen_host_launch& request) {
+    const auto limit = [](const char* what, uint32_t value, uint32_t lowest, uint32_t highest) {
+        if (value >= lowest && value <= highest) return std::string();
+        return std::string(what) + " must be " + std::to_string(lowest) + " to " + std::to_string(highest) + ", not " +
+               std::to_string(value);
+    };
+    if (!has_whole_accesses && kNeedsWholeAccesses) return "the host target needs a CPU with AVX";
+    if (running_block != nullptr) return "a kernel cannot launch a kernel";
+    if (request.reserved != 0) return "`reserved` must be 0";
+    std::string text = limit("grid", request.grid, 1, kMaxBlocks);
+    if (text.empty()) text = limit("block", request.block, 1, kMaxThreads);
+    if (text.empty()) text = limit("shared_bytes", request.shared_bytes, 0, kMaxShared);
+    return text;
+}
+
+std::string launch_and_wait(const moegen_host_kernel& kernel, const moegen_host_launch& request) {
+    std::string text = objection(request);
+    if (!text.empty()) return text;
+    Launch launch;
+    launch.kernel = &kernel;
+    launch.request = request;
+    launch.running = request.grid;
+    const std::vector<Worker*> workers = take_workers(request.grid);
+    if (workers.empty()) return "the system starts no more threads";
+    for (uint32_t i = 0; i < request.grid; ++i) workers[i]->give(launch, i);
+    std::unique_lock lock(launch.mutex);
+    launch.block_done.wait(lock, [&] { return launch.running == 0; });
+    return launch.error;
+}
+
+}  // namespace
+
+Block& this_block() { return *running_block; }
+
+}  // namespace moegen::host
+
+int moegen_host_run(moegen_host_kernel* kernel, const moegen_host_launch* launch, char* error,
+                    unsigned long error_bytes) {
+    const std::string text = moegen::host::launch_and_wait(*kernel, *launch);
+    if (error_bytes != 0) std::snprintf(error, error_bytes, "%s", text.c_str());
+    return text.empty() ? 0 : 1;
+}
