@@ -149,3 +149,10 @@ def host_seed() -> int:
     if not value.isdecimal():
         raise InputError(f"MOEGEN_HOST_SEED is an integer, 0 or more; got {value!r}")
     return int(value)
+
+
+def markdown() -> str:
+    """The table as Markdown: the text of docs/environment.md."""
+    rows = [f"| `{v.name}` | {v.kind} | {v.default} | {v.meaning} |" for v in VARIABLES.values()]
+    head = ["# Environment variables", "", "| variable | value | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows, ""])

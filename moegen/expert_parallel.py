@@ -41,6 +41,8 @@ class ExpertParallel:
         mode: "capacity": counts stay on the device and nothing waits for the host.
         family: "ll" (low latency), or "auto".
         path: "ipc" (peers' memory is mapped), or "auto".
+        wire: how rows cross the link: "inline" (every 16 bytes carry their epoch), "row" (a tag per row), or "auto".
+        warp_groups: teams and warps per team of a block, e.g. "2x16"; None: from the table in `moegen.select`.
         num_sms: thread blocks per launch at most; None: as many as are useful.
         timeout: seconds that one call may wait for other ranks before it fails with PeerTimeoutError.
         device: where a process group's tensors are; None: the current GPU, else the CPU.
@@ -68,6 +70,8 @@ class ExpertParallel:
         mode: str = "capacity",
         family: str = "auto",
         path: str = "auto",
+        wire: str = "auto",
+        warp_groups: str | None = None,
         num_sms: int | None = None,
         timeout: float = 30.0,
         device: str | torch.device | None = None,
@@ -77,6 +81,7 @@ class ExpertParallel:
         checks.one_of("mode", mode, ("capacity",))
         checks.one_of("family", family, ("auto", "ll"))
         checks.one_of("path", path, ("auto", "ipc"))
+        checks.one_of("wire", wire, ("auto", "inline", "row"))
         checks.one_of("dtype", dtype, tuple(_DTYPES))
         checks.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
         checks.in_range("first_epoch", first_epoch, 1, 2**32 - 1)
@@ -94,6 +99,8 @@ class ExpertParallel:
             dtype=_DTYPES[dtype],
             layout=layout,
             on_host=self.world.device.type == "cpu",
+            wire=wire,
+            warp_groups=warp_groups,
         )
         self.dtype = dtype
         self.device = self.world.device

@@ -38,12 +38,6 @@ def select(problem: Problem) -> Selection:
     Raises:
         SpecError: a value is outside of what the kernels can be rendered for; the text says what is allowed.
     """
-    wire = "inline" if problem.max_tokens <= INLINE_MAX_TOKENS else "row"
-    return specs_for(problem, wire, warp_groups(problem))
-
-
-def specs_for(problem: Problem, wire: str, groups: WarpGroups) -> Selection:
-    """The kernels for `problem` with a wire format and warp groups of the caller's choice."""
     fields = (
         problem.dtype,
         problem.layout,
@@ -52,8 +46,8 @@ def specs_for(problem: Problem, wire: str, groups: WarpGroups) -> Selection:
         problem.num_topk,
         problem.num_experts,
         problem.path,
-        groups,
-        wire,
+        warp_groups(problem),
+        wire(problem),
     )
     return Selection(
         LowLatencyDispatch(*fields),
@@ -62,8 +56,17 @@ def specs_for(problem: Problem, wire: str, groups: WarpGroups) -> Selection:
     )
 
 
+def wire(problem: Problem) -> str:
+    """Up to a capacity of INLINE_MAX_TOKENS rows are sent inline."""
+    if problem.wire != "auto":
+        return problem.wire
+    return "inline" if problem.max_tokens <= INLINE_MAX_TOKENS else "row"
+
+
 def warp_groups(problem: Problem) -> WarpGroups:
     """As many warps to a row as it has warps' worth of 16-byte vectors, in powers of two; the block stays full."""
+    if problem.warp_groups is not None:
+        return WarpGroups.parse(problem.warp_groups)
     if problem.on_host:
         return HOST_WARP_GROUPS
     vectors = problem.hidden * DTYPE_BYTES.get(problem.dtype, 2) // VECTOR_BYTES

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import platform
 import shlex
 import shutil
 import subprocess
@@ -135,6 +136,7 @@ def _item(made: Binary, recipe: Recipe) -> pack.Item:
         seconds=made.seconds,
         bytes=made.bytes,
         resources=made.resources.to_json() if made.resources else None,
+        machine=platform.machine() if made.target.is_host else "",
     )
 
 

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -37,6 +38,7 @@ class Item:
         key: the cache key it had where it was made.
         sha256: of the binary, `bytes` long.
         member: its name in the zip.
+        machine: the processor it runs on, e.g. x86_64; "" for a GPU's.
     """
 
     stem: str
@@ -49,11 +51,12 @@ class Item:
     seconds: float
     bytes: int
     resources: Mapping[str, int] | None
+    machine: str = ""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """An open pack: where it is, and its items by (target, stem, content)."""
+    """An open pack: where it is, and the items that can run here, by (target, stem, content)."""
 
     path: Path
     items: Mapping[tuple[str, str, str], Item]
@@ -107,7 +110,8 @@ def _load(path: Path, _changed: int, _size: int, _trusted: bool) -> Pack:
         raise CacheError(f"{path} is no pack: {error}; build it again with `moegen build --out`") from error
     if schema != SCHEMA:
         raise CacheError(f"{path} has schema {schema}, this moegen reads {SCHEMA}; build it again")
-    return Pack(path, {(item.target, item.stem, item.content): item for item in items})
+    usable = [item for item in items if item.machine in ("", platform.machine())]
+    return Pack(path, {(item.target, item.stem, item.content): item for item in usable})
 
 
 def write(path: Path, binaries: Iterable[tuple[Item, bytes]]) -> None:

@@ -17,6 +17,7 @@ class Problem:
         layout: of what dispatch returns, e.g. "expert".
         path: "ipc".
         on_host: the ranks run on CPUs, where a thread costs a switch and not a lane.
+        wire, warp_groups: the user's choice in place of the tables', or "auto" and None.
     """
 
     num_ranks: int
@@ -28,6 +29,8 @@ class Problem:
     layout: str = "expert"
     path: str = "ipc"
     on_host: bool = False
+    wire: str = "auto"
+    warp_groups: str | None = None
 
     def local_experts(self, rank: int) -> range:
         """The experts of a rank: a contiguous share; the first `num_experts % num_ranks` ranks hold one more."""

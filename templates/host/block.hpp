@@ -2,14 +2,13 @@
 // A block under way: its fibers, whom each waits for, and what is queued in its asynchronous proxy.
 #pragma once
 
-#include <moegen/fiber.hpp>
-#include <moegen/simt.hpp>
-
 #include <array>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
+#include <moegen/fiber.hpp>
+#include <moegen/simt.hpp>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -97,10 +96,10 @@ struct Warp {
 struct Mbarrier {
     const unsigned long long* address;
     uint32_t arrivals, pending;
-    int64_t bytes;          // that bulk loads still owe to this phase
-    uint32_t parity;        // of the phase under way
+    int64_t bytes;    // that bulk loads still owe to this phase
+    uint32_t parity;  // of the phase under way
     uint64_t acquired_now, acquired_done;
-    uint64_t order[2];      // addresses for ThreadSanitizer, by parity
+    uint64_t order[2];  // addresses for ThreadSanitizer, by parity
 };
 
 struct BulkLoad {

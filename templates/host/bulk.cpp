@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The asynchronous proxy: bulk copies are queued and made as late as their wait allows, or at a seeded moment before.
-#include <moegen/block.hpp>
-
 #include <algorithm>
 #include <cstring>
+#include <moegen/block.hpp>
 
 namespace moegen::host {
 
@@ -51,7 +50,8 @@ void Block::finish_phase_if_due(Mbarrier& barrier) {
 
 void mbarrier_init(unsigned long long* word, unsigned arrivals, Place place) {
     Block& block = this_block();
-    if (reinterpret_cast<uintptr_t>(word) % 8 != 0) block.fail("mbarrier_init at an address not a multiple of 8", place);
+    if (reinterpret_cast<uintptr_t>(word) % 8 != 0)
+        block.fail("mbarrier_init at an address not a multiple of 8", place);
     block.check_shared(word, 8, "an mbarrier", place);
     if (arrivals == 0 || arrivals > kMaxArrivals) block.fail("mbarrier_init takes 1 to 1024 arrivals", place);
     for (const Mbarrier& barrier : block.mbarriers)

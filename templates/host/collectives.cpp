@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Barriers of a block and collectives of a warp: a fiber parks until all that take part have come.
-#include <moegen/block.hpp>
-
 #include <algorithm>
 #include <cstdio>
+#include <moegen/block.hpp>
 
 namespace moegen::host {
 
@@ -21,9 +20,12 @@ std::string in_hex(uint32_t mask) {
 
 uint32_t outcome(const Barrier& barrier) {
     switch (barrier.vote) {
-        case Vote::any: return barrier.count != 0;
-        case Vote::all: return barrier.count == barrier.expected;
-        default: return barrier.count;
+        case Vote::any:
+            return barrier.count != 0;
+        case Vote::all:
+            return barrier.count == barrier.expected;
+        default:
+            return barrier.count;
     }
 }
 
@@ -90,14 +92,22 @@ struct Members {
 
 uint32_t combine(Collective operation, uint32_t a, uint32_t b) {
     switch (operation) {
-        case Collective::add: return a + b;
-        case Collective::min_signed: return int32_t(a) < int32_t(b) ? a : b;
-        case Collective::max_signed: return int32_t(a) > int32_t(b) ? a : b;
-        case Collective::min_unsigned: return a < b ? a : b;
-        case Collective::max_unsigned: return a > b ? a : b;
-        case Collective::bit_and: return a & b;
-        case Collective::bit_or: return a | b;
-        default: return a ^ b;
+        case Collective::add:
+            return a + b;
+        case Collective::min_signed:
+            return int32_t(a) < int32_t(b) ? a : b;
+        case Collective::max_signed:
+            return int32_t(a) > int32_t(b) ? a : b;
+        case Collective::min_unsigned:
+            return a < b ? a : b;
+        case Collective::max_unsigned:
+            return a > b ? a : b;
+        case Collective::bit_and:
+            return a & b;
+        case Collective::bit_or:
+            return a | b;
+        default:
+            return a ^ b;
     }
 }
 
@@ -142,10 +152,14 @@ void match_all(Members members) {
 void compute(Collective operation, Members members) {
     uint32_t ballot = 0;
     switch (operation) {
-        case Collective::sync: return;
-        case Collective::shuffle: return shuffle(members);
-        case Collective::match_any: return match_any(members);
-        case Collective::match_all: return match_all(members);
+        case Collective::sync:
+            return;
+        case Collective::shuffle:
+            return shuffle(members);
+        case Collective::match_any:
+            return match_any(members);
+        case Collective::match_all:
+            return match_all(members);
         case Collective::ballot:
         case Collective::any:
         case Collective::all:
@@ -153,7 +167,8 @@ void compute(Collective operation, Members members) {
             if (operation == Collective::any) return give_each(members, ballot != 0);
             if (operation == Collective::all) return give_each(members, ballot == members.mask);
             return give_each(members, ballot);
-        default: return reduce(members, operation);
+        default:
+            return reduce(members, operation);
     }
 }
 
@@ -188,9 +203,9 @@ std::size_t find_meeting(Block& block, Warp& warp, const Fiber& self, Collective
         const bool expects_us = other.mask & self.lane_bit();
         const bool expected_by_us = mask & other.arrived;
         if (expects_us && expected_by_us)
-            block.fail(std::string("comes to ") + name_of(operation) + " with mask " + in_hex(mask) +
-                           ", but lanes " + in_hex(other.arrived) + " wait for it in " + name_of(other.operation) +
-                           " with mask " + in_hex(other.mask),
+            block.fail(std::string("comes to ") + name_of(operation) + " with mask " + in_hex(mask) + ", but lanes " +
+                           in_hex(other.arrived) + " wait for it in " + name_of(other.operation) + " with mask " +
+                           in_hex(other.mask),
                        place);
     }
     warp.meetings.push_back({mask, 0, operation});
@@ -243,14 +258,22 @@ unsigned long long collective(Collective operation, unsigned mask, unsigned long
 
 const char* name_of(Collective operation) {
     switch (operation) {
-        case Collective::sync: return "__syncwarp";
-        case Collective::shuffle: return "a shuffle";
-        case Collective::ballot: return "__ballot_sync";
-        case Collective::any: return "__any_sync";
-        case Collective::all: return "__all_sync";
-        case Collective::match_any: return "__match_any_sync";
-        case Collective::match_all: return "__match_all_sync";
-        default: return "a __reduce_sync";
+        case Collective::sync:
+            return "__syncwarp";
+        case Collective::shuffle:
+            return "a shuffle";
+        case Collective::ballot:
+            return "__ballot_sync";
+        case Collective::any:
+            return "__any_sync";
+        case Collective::all:
+            return "__all_sync";
+        case Collective::match_any:
+            return "__match_any_sync";
+        case Collective::match_all:
+            return "__match_all_sync";
+        default:
+            return "a __reduce_sync";
     }
 }
 

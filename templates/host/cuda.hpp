@@ -52,15 +52,15 @@ int printf(const char*, ...);
 
 // ---- vector types: those with members x, y and x, y, z, w, aligned as on the GPU ---------------------------
 
-#define MOEGEN_HOST_VECTOR2(name, type, alignment)        \
-    struct alignas(alignment) name {                      \
-        type x, y;                                        \
-    };                                                    \
+#define MOEGEN_HOST_VECTOR2(name, type, alignment) \
+    struct alignas(alignment) name {               \
+        type x, y;                                 \
+    };                                             \
     inline name make_##name(type x, type y) { return {x, y}; }
-#define MOEGEN_HOST_VECTOR4(name, type, alignment)        \
-    struct alignas(alignment) name {                      \
-        type x, y, z, w;                                  \
-    };                                                    \
+#define MOEGEN_HOST_VECTOR4(name, type, alignment) \
+    struct alignas(alignment) name {               \
+        type x, y, z, w;                           \
+    };                                             \
     inline name make_##name(type x, type y, type z, type w) { return {x, y, z, w}; }
 
 MOEGEN_HOST_VECTOR2(char2, signed char, 2)
@@ -107,9 +107,9 @@ __forceinline__ int __syncthreads_and(int predicate, moegen::host::Place place =
 __forceinline__ int __syncthreads_count(int predicate, moegen::host::Place place = {}) {
     return int(moegen::host::block_barrier(moegen::host::Vote::count, predicate, place));
 }
-__forceinline__ void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-__forceinline__ void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-__forceinline__ void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+__forceinline__ void __threadfence_block() { __sync_synchronize(); }
+__forceinline__ void __threadfence() { __sync_synchronize(); }
+__forceinline__ void __threadfence_system() { __sync_synchronize(); }
 
 #include <moegen/atomics.hpp>
 #include <moegen/intrinsics.hpp>

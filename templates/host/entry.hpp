@@ -15,14 +15,14 @@ static thread_local unsigned char moegen_host_shared_anchor;
 #define MOEGEN_HOST_ENTRY(kernel, Params) MOEGEN_HOST_ENTRY_AS(moegen_launch, kernel, Params)
 
 // Everything but the entry is static: Params is another type in every kernel, and an executable may hold many.
-#define MOEGEN_HOST_ENTRY_AS(name, kernel, Params)                                                                     \
-    static_assert(sizeof(Params) <= 32764, "a GPU takes at most 32,764 bytes of kernel parameters");                   \
-    static void name##_thread(const void* params) { kernel(*static_cast<const Params*>(params)); }                     \
-    static void* name##_shared_anchor() { return &moegen_host_shared_anchor; }                                         \
-    extern "C" __attribute__((visibility("default"))) unsigned long name##_params_bytes() { return sizeof(Params); }   \
-    extern "C" __attribute__((visibility("default"))) int name(const moegen_host_launch* launch, char* error,          \
-                                                               unsigned long error_bytes) {                            \
-        static moegen_host_kernel description = {name##_thread, name##_shared_anchor, 0, 0, 0};                        \
-        return moegen_host_run(&description, launch, error, error_bytes);                                              \
-    }                                                                                                                  \
+#define MOEGEN_HOST_ENTRY_AS(name, kernel, Params)                                                                   \
+    static_assert(sizeof(Params) <= 32764, "a GPU takes at most 32,764 bytes of kernel parameters");                 \
+    static void name##_thread(const void* params) { kernel(*static_cast<const Params*>(params)); }                   \
+    static void* name##_shared_anchor() { return &moegen_host_shared_anchor; }                                       \
+    extern "C" __attribute__((visibility("default"))) unsigned long name##_params_bytes() { return sizeof(Params); } \
+    extern "C" __attribute__((visibility("default"))) int name(const moegen_host_launch* launch, char* error,        \
+                                                               unsigned long error_bytes) {                          \
+        static moegen_host_kernel description = {name##_thread, name##_shared_anchor, 0, 0, 0};                      \
+        return moegen_host_run(&description, launch, error, error_bytes);                                            \
+    }                                                                                                                \
     static_assert(true)

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <moegen/fiber.hpp>
-
-#include <cstdint>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
+
+#include <cstdint>
+#include <moegen/fiber.hpp>
 
 #if MOEGEN_HOST_ASAN
 #include <sanitizer/asan_interface.h>

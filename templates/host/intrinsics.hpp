@@ -9,9 +9,7 @@ __forceinline__ int __popcll(unsigned long long value) { return __builtin_popcou
 __forceinline__ int __ffs(int value) { return __builtin_ffs(value); }
 __forceinline__ int __ffsll(long long value) { return __builtin_ffsll(value); }
 __forceinline__ int __clz(int value) { return value == 0 ? 32 : __builtin_clz(unsigned(value)); }
-__forceinline__ int __clzll(long long value) {
-    return value == 0 ? 64 : __builtin_clzll((unsigned long long)(value));
-}
+__forceinline__ int __clzll(long long value) { return value == 0 ? 64 : __builtin_clzll((unsigned long long)(value)); }
 __forceinline__ unsigned __brev(unsigned value) {
     value = (value >> 1 & 0x55555555u) | (value & 0x55555555u) << 1;
     value = (value >> 2 & 0x33333333u) | (value & 0x33333333u) << 2;
@@ -82,14 +80,14 @@ __forceinline__ float __uint2float_rn(unsigned value) { return float(value); }
 
 // ---- min, max, loads ----------------------------------------------------------------------------
 
-#define MOEGEN_HOST_MIN_MAX(result, left, right)                 \
-    constexpr result min(left a, right b) {                      \
-        const result c = a, d = b;                               \
-        return c < d ? c : d;                                    \
-    }                                                            \
-    constexpr result max(left a, right b) {                      \
-        const result c = a, d = b;                               \
-        return c > d ? c : d;                                    \
+#define MOEGEN_HOST_MIN_MAX(result, left, right) \
+    constexpr result min(left a, right b) {      \
+        const result c = a, d = b;               \
+        return c < d ? c : d;                    \
+    }                                            \
+    constexpr result max(left a, right b) {      \
+        const result c = a, d = b;               \
+        return c > d ? c : d;                    \
     }
 
 MOEGEN_HOST_MIN_MAX(int, int, int)
@@ -109,6 +107,4 @@ __forceinline__ T __ldg(const T* address) {
     return *address;
 }
 
-[[noreturn]] __forceinline__ void __trap(moegen::host::Place place = {}) {
-    moegen::host::fail("trap", place);
-}
+[[noreturn]] __forceinline__ void __trap(moegen::host::Place place = {}) { moegen::host::fail("trap", place); }

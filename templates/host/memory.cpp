@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Shared memory of a block: a poison pattern before it begins, a margin behind it that must stay as it was.
-#include <moegen/block.hpp>
+#include <link.h>
 
 #include <cstdlib>
 #include <cstring>
-#include <link.h>
+#include <moegen/block.hpp>
 
 #if defined(__aarch64__)
 #include <sys/auxv.h>

@@ -41,6 +41,7 @@ __device__ __forceinline__ void store_word(Word* address, Word value, int order,
     check_aligned(address, sizeof(Word), "store to an address that is not a multiple of its size", place);
     if (order == __ATOMIC_RELEASE) pause_point(64);
     __atomic_store_n(address, value, order);
+    ++current_fiber->stores;
     switch_point();
 }
 
@@ -95,6 +96,7 @@ __device__ __forceinline__ void store_whole_relaxed_sys(uint4* address, uint4 va
     host::check_aligned(address, 16, "16-byte store to an address that is not a multiple of 16", place);
     host::pause_point(256);
     host::store_16_bytes(address, value);
+    ++host::current_fiber->stores;
     host::switch_point();
 }
 

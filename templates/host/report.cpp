@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Texts of errors.
-#include <moegen/block.hpp>
-
 #include <cstdio>
 #include <cstring>
 #include <map>
+#include <moegen/block.hpp>
 
 namespace moegen::host {
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which fiber of a block runs next.
-#include <moegen/block.hpp>
-
 #include <sched.h>
 #include <time.h>
+
+#include <moegen/block.hpp>
 #include <utility>
 
 namespace moegen::host {
@@ -49,9 +49,7 @@ Fiber* RunQueue::pop() {
     return fiber;
 }
 
-void RunQueue::shuffle_front(Random& random) {
-    std::swap(ring_[head_], ring_[wrap(head_ + random.below(size_))]);
-}
+void RunQueue::shuffle_front(Random& random) { std::swap(ring_[head_], ring_[wrap(head_ + random.below(size_))]); }
 
 Fiber& this_fiber() { return static_cast<Fiber&>(*current_fiber); }
 
@@ -68,7 +66,8 @@ Fiber* Block::choose() {
             return runnable_.pop();
         }
         if (runnable_.empty() && paused_.empty()) {
-            if (live_ != 0) launch->record_failure("deadlock in block " + std::to_string(view.index.x) + describe_waits());
+            if (live_ != 0)
+                launch->record_failure("deadlock in block " + std::to_string(view.index.x) + describe_waits());
             return nullptr;
         }
         start_round();
@@ -141,12 +140,12 @@ void Block::exit(Fiber& self) {
     Warp& warp = warps[self.number / kLanes];
     for (const Meeting& meeting : warp.meetings)
         if (meeting.mask & self.lane_bit())
-            fail(std::string("exited, but other lanes wait for it in ") + name_of(meeting.operation), Place(nullptr, 0));
+            fail(std::string("exited, but other lanes wait for it in ") + name_of(meeting.operation),
+                 Place(nullptr, 0));
     warp.exited |= self.lane_bit();
     self.state = State::exited;
     progress_ = true;
     --live_;
-    tsan_release(this);
     leave(self, true);
 }
 
@@ -168,9 +167,12 @@ void Block::run(Launch& its_launch, uint32_t index) {
         current_fiber = first;
         switch_context(main_, first->context, false);
         current_fiber = nullptr;
-        tsan_acquire(this);
     }
-    for (Fiber& fiber : fibers) discard_context(fiber.context);
+    for (Fiber& fiber : fibers) {
+        run_as(fiber.context, [this] { tsan_release(this); });
+        discard_context(fiber.context);
+    }
+    tsan_acquire(this);
     check_end();
 }
 
@@ -227,9 +229,9 @@ void fail(const char* text, Place place) { this_block().fail(text, place); }
 
 void poll_pause() {
     Fiber& self = this_fiber();
-    if (self.polls != self.polls_before_pause) this_block().progressed();
+    if (self.polls != self.polls_before_pause || self.stores != 0) this_block().progressed();
     self.polls_before_pause = self.polls;
-    self.polls = 0;
+    self.polls = self.stores = 0;
     self.repeats = 0;
     this_block().pause(self);
 }

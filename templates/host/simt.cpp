@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launches, and the OS threads that blocks run on. The threads are kept between launches.
-#include <moegen/block.hpp>
-
-#include <algorithm>
-#include <cstdio>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/prctl.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <moegen/block.hpp>
 
 namespace moegen::host {
 
@@ -44,10 +44,14 @@ Pool* pool = nullptr;
 
 void renew_pool() { pool = new Pool; }
 
-Pool& the_pool() {
-    static const int once = (renew_pool(), pthread_atfork(nullptr, nullptr, renew_pool));
-    (void)once;
-    return *pool;
+__attribute__((constructor)) void make_pool() {
+    renew_pool();
+    pthread_atfork(nullptr, nullptr, renew_pool);
+}
+
+void keep(const std::vector<Worker*>& workers) {
+    const std::lock_guard lock(pool->mutex);
+    pool->idle.insert(pool->idle.end(), workers.begin(), workers.end());
 }
 
 void finish_block(Launch& launch) {
@@ -68,11 +72,7 @@ void* serve(void* argument) {
         self.launch = nullptr;
         lock.unlock();
         block.run(launch, self.index);
-        {
-            Pool& home = the_pool();
-            const std::lock_guard home_lock(home.mutex);
-            home.idle.push_back(&self);
-        }
+        keep({&self});
         finish_block(launch);
     }
 }
@@ -92,19 +92,18 @@ Worker* start_worker() {
 
 // All or nothing: a block without a thread would be waited for by the others.
 std::vector<Worker*> take_workers(uint32_t count) {
-    Pool& home = the_pool();
     std::vector<Worker*> taken;
     {
-        const std::lock_guard lock(home.mutex);
-        const std::size_t kept = home.idle.size() - std::min<std::size_t>(count, home.idle.size());
-        taken.assign(home.idle.begin() + long(kept), home.idle.end());
-        home.idle.resize(kept);
+        const std::lock_guard lock(pool->mutex);
+        std::vector<Worker*>& idle = pool->idle;
+        const std::size_t kept = idle.size() - std::min<std::size_t>(count, idle.size());
+        taken.assign(idle.begin() + long(kept), idle.end());
+        idle.resize(kept);
     }
     while (taken.size() < count) {
         Worker* worker = start_worker();
         if (worker == nullptr) {
-            const std::lock_guard lock(home.mutex);
-            home.idle.insert(home.idle.end(), taken.begin(), taken.end());
+            keep(taken);
             return {};
         }
         taken.push_back(worker);

@@ -10,12 +10,12 @@ extern "C" {
 
 // One launch. All fields are input.
 struct moegen_host_launch {
-    const void* params;         // the kernel's Params; read until the launch returns
-    unsigned grid;              // blocks, 1..256: every block is an OS thread and all run at once
-    unsigned block;             // threads of a block, 1..1024
-    unsigned shared_bytes;      // dynamic shared memory, at most 232,448 (227 KiB, what an H100 grants)
-    unsigned reserved;          // 0
-    unsigned long long seed;    // 0: fixed order, no pauses; else: seeded order, early bulk copies and pauses
+    const void* params;       // the kernel's Params; read until the launch returns
+    unsigned grid;            // blocks, 1..256: every block is an OS thread and all run at once
+    unsigned block;           // threads of a block, 1..1024
+    unsigned shared_bytes;    // dynamic shared memory, at most 232,448 (227 KiB, what an H100 grants)
+    unsigned reserved;        // 0
+    unsigned long long seed;  // 0: fixed order, no pauses; else: seeded order, early bulk copies and pauses
 };
 
 // The entry of a kernel library. Returns when the grid is done: 0, or 1 with a text in `error` (cut to
@@ -27,8 +27,8 @@ struct moegen_host_kernel {
     void (*thread)(const void* params);
     void* (*shared_anchor)(void);  // address of a thread-local variable of the kernel's library
     int inspected;
-    unsigned long anchor_offset;   // where the anchor lies in the library's thread-local memory
-    unsigned long static_bytes;    // size of that memory; 0 if it is not the library's alone
+    unsigned long anchor_offset;  // where the anchor lies in the library's thread-local memory
+    unsigned long static_bytes;   // size of that memory; 0 if it is not the library's alone
 };
 
 __attribute__((visibility("default"))) int moegen_host_run(moegen_host_kernel* kernel, const moegen_host_launch* launch,
@@ -53,6 +53,7 @@ struct BlockView {
 struct FiberView {
     Index thread;
     const BlockView* block = nullptr;
+    unsigned long long stores = 0;  // a thread that stored since its last poll is not idle
 };
 
 // The CUDA thread that this OS thread is executing. initial-exec spares kernels a call per access; the 8 bytes fit
@@ -75,8 +76,21 @@ unsigned block_barrier(Vote vote, int predicate, Place place);
 void named_barrier(unsigned id, unsigned threads, Place place);
 
 enum class Collective : unsigned char {
-    sync, shuffle, ballot, any, all, match_any, match_all,
-    add, min_signed, max_signed, min_unsigned, max_unsigned, bit_and, bit_or, bit_xor,
+    sync,
+    shuffle,
+    ballot,
+    any,
+    all,
+    match_any,
+    match_all,
+    add,
+    min_signed,
+    max_signed,
+    min_unsigned,
+    max_unsigned,
+    bit_and,
+    bit_or,
+    bit_xor,
 };
 // `source` is the lane that a shuffle reads. What lanes outside the mask would deliver is a poison pattern.
 unsigned long long collective(Collective operation, unsigned mask, unsigned long long value, unsigned source,

@@ -46,22 +46,22 @@ __forceinline__ T shuffle(unsigned mask, T value, unsigned source, int width, Pl
 
 }  // namespace moegen::host
 
-#define MOEGEN_HOST_SHUFFLES(type)                                                                                     \
-    __forceinline__ type __shfl_sync(unsigned mask, type value, int source, int width = 32,                            \
-                                     moegen::host::Place place = {}) {                                                 \
-        return moegen::host::shuffle(mask, value, moegen::host::lane_of(source, width), width, place);                 \
-    }                                                                                                                  \
-    __forceinline__ type __shfl_up_sync(unsigned mask, type value, unsigned delta, int width = 32,                     \
-                                        moegen::host::Place place = {}) {                                              \
-        return moegen::host::shuffle(mask, value, moegen::host::lane_below(delta, width), width, place);               \
-    }                                                                                                                  \
-    __forceinline__ type __shfl_down_sync(unsigned mask, type value, unsigned delta, int width = 32,                   \
-                                          moegen::host::Place place = {}) {                                            \
-        return moegen::host::shuffle(mask, value, moegen::host::lane_above(delta, width), width, place);               \
-    }                                                                                                                  \
-    __forceinline__ type __shfl_xor_sync(unsigned mask, type value, int bits, int width = 32,                          \
-                                         moegen::host::Place place = {}) {                                             \
-        return moegen::host::shuffle(mask, value, moegen::host::lane_across(bits, width), width, place);               \
+#define MOEGEN_HOST_SHUFFLES(type)                                                                       \
+    __forceinline__ type __shfl_sync(unsigned mask, type value, int source, int width = 32,              \
+                                     moegen::host::Place place = {}) {                                   \
+        return moegen::host::shuffle(mask, value, moegen::host::lane_of(source, width), width, place);   \
+    }                                                                                                    \
+    __forceinline__ type __shfl_up_sync(unsigned mask, type value, unsigned delta, int width = 32,       \
+                                        moegen::host::Place place = {}) {                                \
+        return moegen::host::shuffle(mask, value, moegen::host::lane_below(delta, width), width, place); \
+    }                                                                                                    \
+    __forceinline__ type __shfl_down_sync(unsigned mask, type value, unsigned delta, int width = 32,     \
+                                          moegen::host::Place place = {}) {                              \
+        return moegen::host::shuffle(mask, value, moegen::host::lane_above(delta, width), width, place); \
+    }                                                                                                    \
+    __forceinline__ type __shfl_xor_sync(unsigned mask, type value, int bits, int width = 32,            \
+                                         moegen::host::Place place = {}) {                               \
+        return moegen::host::shuffle(mask, value, moegen::host::lane_across(bits, width), width, place); \
     }
 
 MOEGEN_HOST_SHUFFLES(int)
@@ -91,16 +91,16 @@ __forceinline__ int __all_sync(unsigned mask, int predicate, moegen::host::Place
     return int(moegen::host::collective(moegen::host::Collective::all, mask, predicate != 0, 0, place));
 }
 
-#define MOEGEN_HOST_MATCHES(type)                                                                                      \
-    __forceinline__ unsigned __match_any_sync(unsigned mask, type value, moegen::host::Place place = {}) {             \
-        using namespace moegen::host;                                                                                  \
-        return unsigned(collective(Collective::match_any, mask, to_bits(value), 0, place));                            \
-    }                                                                                                                  \
-    __forceinline__ unsigned __match_all_sync(unsigned mask, type value, int* same, moegen::host::Place place = {}) {  \
-        using namespace moegen::host;                                                                                  \
-        const unsigned lanes = unsigned(collective(Collective::match_all, mask, to_bits(value), 0, place));            \
-        *same = lanes != 0;                                                                                            \
-        return lanes;                                                                                                  \
+#define MOEGEN_HOST_MATCHES(type)                                                                                     \
+    __forceinline__ unsigned __match_any_sync(unsigned mask, type value, moegen::host::Place place = {}) {            \
+        using namespace moegen::host;                                                                                 \
+        return unsigned(collective(Collective::match_any, mask, to_bits(value), 0, place));                           \
+    }                                                                                                                 \
+    __forceinline__ unsigned __match_all_sync(unsigned mask, type value, int* same, moegen::host::Place place = {}) { \
+        using namespace moegen::host;                                                                                 \
+        const unsigned lanes = unsigned(collective(Collective::match_all, mask, to_bits(value), 0, place));           \
+        *same = lanes != 0;                                                                                           \
+        return lanes;                                                                                                 \
     }
 
 MOEGEN_HOST_MATCHES(int)
@@ -113,10 +113,10 @@ MOEGEN_HOST_MATCHES(float)
 MOEGEN_HOST_MATCHES(double)
 #undef MOEGEN_HOST_MATCHES
 
-#define MOEGEN_HOST_REDUCE(name, type, operation)                                                          \
-    __forceinline__ type name(unsigned mask, type value, moegen::host::Place place = {}) {                 \
-        using moegen::host::Collective;                                                                    \
-        return type(moegen::host::collective(Collective::operation, mask, unsigned(value), 0, place));     \
+#define MOEGEN_HOST_REDUCE(name, type, operation)                                                      \
+    __forceinline__ type name(unsigned mask, type value, moegen::host::Place place = {}) {             \
+        using moegen::host::Collective;                                                                \
+        return type(moegen::host::collective(Collective::operation, mask, unsigned(value), 0, place)); \
     }
 
 MOEGEN_HOST_REDUCE(__reduce_add_sync, int, add)
