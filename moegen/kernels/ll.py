@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from moegen.kernels.params import Param, ParamStruct
 from moegen.kernels.spec import (
@@ -251,12 +252,8 @@ def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start
         # Reserved for either combine, so that weights may come at combine on any call.
         0 if dispatch else per_source * ceil_div(spec.num_topk, COUNT_PIECE_WORDS) * PIECE_BYTES,
     )
-    offsets = []
-    at = start
-    for size in sizes:
-        offsets.append(at)
-        at += ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT
-    return Regions(*offsets, at)
+    ends = list(accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=start))
+    return Regions(*ends)
 
 
 def num_blocks(spec: LowLatencySpec, max_tokens: int, resident_blocks: int) -> int:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from moegen.errors import CapacityError
 from moegen.handle import Dispatched, Handle
 from moegen.kernels.ll import PHASES, LowLatencySpec, num_blocks, regions
 from moegen.kernels.problem import Problem
@@ -110,7 +109,6 @@ class LowLatency:
         dispatch_at = regions(selection.dispatch, problem.max_tokens, 0)
         combine_at = regions(selection.combine, problem.max_tokens, dispatch_at.end)
         self.buffer_bytes = combine_at.end
-        self._check_capacity()
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
         pinned = world.device.type == "cuda"
@@ -120,13 +118,13 @@ class LowLatency:
         )
         self._set_epoch(first_epoch, (dispatch_at.consumed, combine_at.consumed))
         blocks = [self._num_blocks(world, kernel, num_sms) for kernel in kernels]
-        shared = {
+        shared: dict[str, int | Sequence[int]] = {
             "peers": self.memory.peers,
             "rank": world.rank,
             "max_tokens": problem.max_tokens,
             "timeout_ns": int(timeout * 1e9),
         }
-        dispatch_fixed = {
+        dispatch_fixed: dict[str, int | Sequence[int]] = {
             **shared,
             "control": self.control[0].data_ptr(),
             "failure": self.watchdogs[0].address,
@@ -135,7 +133,7 @@ class LowLatency:
             "rows_offset": dispatch_at.rows,
             "tags_offset": dispatch_at.tags,
         }
-        combine_fixed = {
+        combine_fixed: dict[str, int | Sequence[int]] = {
             **shared,
             "control": self.control[1].data_ptr(),
             "failure": self.watchdogs[1].address,
@@ -148,15 +146,6 @@ class LowLatency:
         self._dispatch = BoundKernel(kernels[0], specs[0].params, blocks[0], dispatch_fixed, _DISPATCH_VARYING)
         self._combine = BoundKernel(kernels[1], specs[1].params, blocks[1], combine_fixed, _COMBINE_VARYING)
         self._combine_weighted = BoundKernel(kernels[2], specs[2].params, blocks[2], combine_fixed, _COMBINE_VARYING)
-
-    def _check_capacity(self) -> None:
-        rows = self.local_experts * self.expert_rows
-        if rows >= 2**31:
-            largest = (2**31 - 1) // (self.local_experts * self.problem.num_ranks)
-            raise CapacityError(
-                f"layout expert would have {rows:,} rows per rank and rows are numbered with 31 bits: "
-                f"max_tokens_per_rank is at most {largest:,} here"
-            )
 
     def _set_epoch(self, epoch: int, consumed_at: tuple[int, int]) -> None:
         """As if the epoch before had just been read by everybody; before any rank may launch."""

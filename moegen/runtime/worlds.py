@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from moegen.errors import InputError, WorldError
+from moegen.errors import CapacityError, InputError, WorldError
 from moegen.runtime.memory import SymmetricMemory, share_between_gpus, share_between_processes
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class LocalRank(RankWorld):
         self.device = world.device
         self.ranks_per_device = world.size
         self.description = f"{world.size} virtual ranks on {world.device}"
-        self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+        self._stream = _new_stream(world.device)
 
     def stream_context(self) -> Any:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -126,7 +126,10 @@ class LocalRank(RankWorld):
         return self._world._gather(self.rank, value)
 
     def allocate(self, size: int) -> SymmetricMemory:
-        local = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        try:
+            local = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        except RuntimeError as error:
+            raise CapacityError(f"no room for {size:,} bytes of symmetric memory per rank on {self.device}") from error
         if self._stream is not None:
             self._stream.synchronize()
         pairs = self.exchange((local.data_ptr(), local))
@@ -215,13 +218,19 @@ class _ThreadGather:
         self._barrier.reset()
 
 
+def _new_stream(device: torch.device) -> Any:
+    stream_type: Any = torch.cuda.Stream
+    return stream_type(device) if device.type == "cuda" else None
+
+
 def _default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _cuda_device_for_many_streams(device: torch.device, num_ranks: int) -> torch.device:
     variable = "CUDA_DEVICE_MAX_CONNECTIONS"
-    if not torch.cuda.is_initialized():
+    cuda: Any = torch.cuda
+    if not cuda.is_initialized():
         os.environ.setdefault(variable, str(MAX_CONNECTIONS))
     connections = int(os.environ.get(variable, DEFAULT_CONNECTIONS))
     if num_ranks > connections:

@@ -14,6 +14,9 @@ static thread_local unsigned char moegen_host_shared_anchor;
 
 #define MOEGEN_HOST_ENTRY(kernel, Params) MOEGEN_HOST_ENTRY_AS(moegen_launch, kernel, Params)
 
+// An executable may hold many kernels, whose helpers can have one name and different contents. Every object is then
+// linked by itself (g++ -r -nostdlib -Wl,--force-group-allocation) and all but its entry made local
+// (objcopy --wildcard --keep-global-symbol='moegen_launch_*').
 // Everything but the entry is static: Params is another type in every kernel, and an executable may hold many.
 #define MOEGEN_HOST_ENTRY_AS(name, kernel, Params)                                                                   \
     static_assert(sizeof(Params) <= 32764, "a GPU takes at most 32,764 bytes of kernel parameters");                 \

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import Kernels, aligned_bytes, words
+from simt_harness import Kernels, aligned_bytes, words
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
@@ -14,6 +14,14 @@ def test_pipeline(kernels: Kernels, seed: int) -> None:
     source.view(np.uint32)[:] = np.arange(2048)
     kernels.launch("bulk_pipeline", block=64, out=out, a=source, b=target, n=8, seed=seed)
     assert (target.view(np.uint32) == np.arange(1, 2049)).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_static_shared_memory(kernels: Kernels, seed: int) -> None:
+    out, source = words(65), aligned_bytes(256)
+    source.view(np.uint32)[:] = np.arange(64)
+    kernels.launch("bulk_through_fixed_memory", block=64, out=out, a=source, seed=seed)
+    assert out.tolist() == [*range(32, 64), *range(32), 0]
 
 
 def test_a_load_happens_as_late_as_its_wait(kernels: Kernels) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One executable of runtime, kernels and driver under ThreadSanitizer and AddressSanitizer: right kernels are clean,
-wrong ones are found."""
+wrong ones are found.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import HERE, KERNELS, Toolchain, runtime_sources
+from simt_harness import HERE, KERNELS, Toolchain, runtime_sources
 
 
 def build(folder: Path, option: str, runtime_options: list[str]) -> Path:

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import Kernels, words
+from simt_harness import Kernels, words
 
 
 def test_thread_ids(kernels: Kernels) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import Kernels, words
+from simt_harness import Kernels, words
 
 LANES = np.arange(32)
 
@@ -46,8 +46,8 @@ def test_votes_and_matches(kernels: Kernels, seed: int) -> None:
         np.full(32, mask(LANES[LANES % 3 == 0])),
         *(np.full(32, value) for value in (0, 1, 1, 0)),
         np.where(LANES % 2 == 0, *halves),
-        np.array([mask(LANES[LANES // 5 == lane // 5]) for lane in LANES]),
-        np.array([mask(LANES[LANES % 2 == lane % 2]) for lane in LANES]),
+        np.array([mask(LANES[lane // 5 == LANES // 5]) for lane in LANES]),
+        np.array([mask(LANES[lane % 2 == LANES % 2]) for lane in LANES]),
         np.full(32, 0xFFFFFFFF),
         np.full(32, 1),
         np.full(32, 1),

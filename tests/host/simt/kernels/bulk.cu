@@ -95,6 +95,24 @@ extern "C" __global__ void phases(const __grid_constant__ Params params) {
     }
 }
 
+// The same with buffers and barrier that have fixed places.
+extern "C" __global__ void bulk_through_fixed_memory(const __grid_constant__ Params params) {
+    struct __align__(16) Row {
+        uint32_t words[32];
+    };
+    __shared__ __align__(128) Row rows[2];
+    __shared__ uint64_t full;
+    if (threadIdx.x == 0) mbarrier_init(&full, 2);
+    __syncthreads();
+    if (threadIdx.x < 2) {
+        mbarrier_arrive_expect(&full, sizeof(Row));
+        bulk_load(&rows[threadIdx.x], params.a + sizeof(Row) * threadIdx.x, sizeof(Row), &full);
+    }
+    while (!mbarrier_test(&full, 0)) poll_pause();
+    params.out[threadIdx.x] = rows[1 - threadIdx.x / 32].words[threadIdx.x % 32];
+    if (threadIdx.x == 0) params.out[64] = uint32_t(reinterpret_cast<size_t>(rows) % 128);
+}
+
 // ---- errors -------------------------------------------------------------------------------------
 
 extern "C" __global__ void load_without_fence(const __grid_constant__ Params params) {

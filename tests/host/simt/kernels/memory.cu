@@ -71,6 +71,7 @@ extern "C" __global__ void read_whole(const __grid_constant__ Params params) {
         poll_pause();
     }
     params.out[1] = torn;
+    __threadfence_system();
     store_release_sys(params.out, 1u);
 }
 
@@ -91,8 +92,7 @@ extern "C" __global__ void all_ranks_meet(const __grid_constant__ Params params)
     for (uint32_t round = 1; round <= params.n; ++round) {
         if (threadIdx.x < 4) {
             store_release_sys(&params.out[threadIdx.x * 64 + blockIdx.x * 4 + params.flag], round);
-            while (load_acquire_sys(&params.out[params.flag * 64 + blockIdx.x * 4 + threadIdx.x]) < round)
-                poll_pause();
+            while (load_acquire_sys(&params.out[params.flag * 64 + blockIdx.x * 4 + threadIdx.x]) < round) poll_pause();
         }
         __syncthreads();
     }

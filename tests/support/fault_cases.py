@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fault at every wait site of family `ll`, on every device: what a missing peer would have written is written by hand
+up to that site, and no further."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.layer import Layer, Shape, random_routing
+
+import moegen
+from moegen.errors import PeerTimeoutError
+from moegen.kernels.ll import PHASES, Regions, regions
+from moegen.kernels.spec import Spec
+
+SHAPE = Shape(2, 4, 2, 64, 8)
+TIMEOUT = 0.5
+ABSENT = 1
+
+
+def make(device: str, wire: str = "row") -> Layer:
+    return Layer(SHAPE, device, timeout=TIMEOUT, wire=wire)
+
+
+def dispatch_regions(layer: Layer) -> Regions:
+    return regions(layer.ranks[0].selection.dispatch, SHAPE.max_tokens, 0)
+
+
+def poke(layer: Layer, offset: int, words: list[int]) -> None:
+    """Writes 32-bit words into rank 0's symmetric memory, as its peer would."""
+    ops = layer.ranks[0]._alive()
+    signed = [word - 2**32 if word >= 2**31 else word for word in words]
+    view = ops.memory.local.view(torch.int32)
+    view[offset // 4 : offset // 4 + len(words)] = torch.tensor(signed, dtype=torch.int32)
+    if layer.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def dispatch_alone(layer: Layer, ids: list[list[int]]) -> moegen.Dispatched:
+    """Rank 0 dispatches; rank 1 does nothing."""
+
+    def work(world: moegen.runtime.worlds.RankWorld) -> moegen.Dispatched | None:
+        if world.rank == ABSENT:
+            return None
+        x = torch.ones(len(ids), SHAPE.hidden, dtype=torch.bfloat16, device=layer.device)
+        rank = layer.ranks[0]
+        mine = torch.tensor(ids, dtype=torch.int64, device=layer.device).reshape(-1, SHAPE.topk)
+        received = rank.dispatch(x, mine)
+        rank.synchronize()
+        return received
+
+    return layer.world.run(work)[0]
+
+
+def dispatch_together(layer: Layer, ids: list[list[list[int]]]) -> list[moegen.Dispatched]:
+    def work(world: moegen.runtime.worlds.RankWorld) -> moegen.Dispatched:
+        mine = torch.tensor(ids[world.rank], dtype=torch.int64, device=layer.device).reshape(-1, SHAPE.topk)
+        x = torch.ones(len(mine), SHAPE.hidden, dtype=torch.bfloat16, device=layer.device)
+        received = layer.ranks[world.rank].dispatch(x, mine)
+        layer.ranks[world.rank].synchronize()
+        return received
+
+    return layer.world.run(work)
+
+
+def combine_alone(layer: Layer, received: moegen.Dispatched, tokens: int, *, late: bool) -> None:
+    def work(world: moegen.runtime.worlds.RankWorld) -> None:
+        if world.rank != ABSENT:
+            weights = torch.ones(tokens, SHAPE.topk, device=layer.device) if late else None
+            layer.ranks[0].combine(received.tokens, received.handle, weights)
+            layer.ranks[0].synchronize()
+
+    layer.world.run(work)
+
+
+def assert_reported(error: PeerTimeoutError, layer: Layer, site: str, index: int) -> None:
+    assert error.phase == PHASES[site]
+    assert (error.rank, error.peer, error.index) == (0, ABSENT, index)
+    assert error.expected != error.seen
+    assert f"rank {ABSENT}" in str(error)
+    Spec.parse(error.op)
+    with pytest.raises(PeerTimeoutError):  # the object is poisoned until it is destroyed
+        layer.ranks[0].check()
+    with pytest.raises(PeerTimeoutError):
+        dispatch_alone(layer, [])
+    layer.destroy()
+
+
+def announce_one_row(layer: Layer) -> None:
+    """Rank 1's counts: one row to rank 0, for its first expert."""
+    epoch = 1
+    pieces = layer.ranks[0].selection.dispatch.count_pieces
+    words = [1, 1, 0, epoch] + [0, 0, 0, epoch] * (pieces - 1)
+    poke(layer, dispatch_regions(layer).counts + ABSENT * pieces * 16, words)
+
+
+def test_fault_while_waiting_for_counts(device: str) -> None:
+    layer = make(device)
+    with pytest.raises(PeerTimeoutError) as caught:
+        dispatch_alone(layer, [[0, 1]])
+    assert_reported(caught.value, layer, "kCounts", -1)
+
+
+def test_fault_while_waiting_for_a_row(device: str) -> None:
+    layer = make(device)
+    announce_one_row(layer)
+    with pytest.raises(PeerTimeoutError) as caught:
+        dispatch_alone(layer, [])
+    assert_reported(caught.value, layer, "kRow", 0)
+
+
+def test_fault_while_waiting_for_an_inline_header(device: str) -> None:
+    layer = make(device, "inline")
+    announce_one_row(layer)
+    with pytest.raises(PeerTimeoutError) as caught:
+        dispatch_alone(layer, [])
+    assert_reported(caught.value, layer, "kRow", 0)
+
+
+def test_fault_while_waiting_for_an_inline_payload(device: str) -> None:
+    layer = make(device, "inline")
+    announce_one_row(layer)
+    spec = layer.ranks[0].selection.dispatch
+    header = dispatch_regions(layer).rows + ABSENT * SHAPE.max_tokens * spec.record_bytes
+    none = 0xFFFFFFFF
+    words = [0, 0, none, 0, 0]  # token 0; expert 0 at place 0, no second selection; weights
+    words += [0] * (spec.header_pieces * 3 - len(words))
+    poke(layer, header, [w for at in range(0, len(words), 3) for w in (*words[at : at + 3], 1)])
+    with pytest.raises(PeerTimeoutError) as caught:
+        dispatch_alone(layer, [])
+    assert_reported(caught.value, layer, "kRow", 0)
+
+
+def test_fault_while_waiting_for_a_free_buffer(device: str) -> None:
+    layer = make(device)
+    dispatch_together(layer, [[[0, 3]], [[1, 2]]])
+    consumed = dispatch_regions(layer).consumed
+    poke(layer, consumed + 4 * ABSENT, [0xFFFFFFFF])  # rank 1 has read the epoch before the first, no more
+    with pytest.raises(PeerTimeoutError) as caught:
+        dispatch_alone(layer, [])
+    assert_reported(caught.value, layer, "kPeerReady", -1)
+
+
+def test_fault_while_waiting_for_weights(device: str) -> None:
+    layer = make(device)
+    received = dispatch_together(layer, [[], [[0, 3]]])  # rank 1's token has an expert on rank 0
+    with pytest.raises(PeerTimeoutError) as caught:
+        combine_alone(layer, received[0], 0, late=True)
+    assert_reported(caught.value, layer, "kWeights", 0)
+
+
+@pytest.mark.parametrize("wire", ["inline", "row"])
+def test_fault_while_waiting_for_a_partial_sum(device: str, wire: str) -> None:
+    layer = make(device, wire)
+    received = dispatch_together(layer, [[[0, 3]], []])  # rank 0's token has an expert on rank 1
+    with pytest.raises(PeerTimeoutError) as caught:
+        combine_alone(layer, received[0], 1, late=False)
+    assert_reported(caught.value, layer, "kPartial", 0)
+
+
+def test_every_wait_site_has_a_fault_test() -> None:
+    tested = {"kCounts", "kRow", "kPeerReady", "kWeights", "kPartial"}
+    assert tested == set(PHASES)
+
+
+def test_a_rank_that_fails_does_not_hang_the_others(device: str) -> None:
+    layer = make(device)
+
+    def work(world: moegen.runtime.worlds.RankWorld) -> None:
+        if world.rank == ABSENT:
+            raise RuntimeError("this rank fails")
+        routing = random_routing(SHAPE, (3, 0), 1)
+        layer.ranks[0].dispatch(routing.x[0].to(device), routing.ids[0].to(device))
+        layer.ranks[0].synchronize()
+
+    with pytest.raises(RuntimeError, match="this rank fails"):
+        layer.world.run(work)
+    layer.destroy()
