@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks as processes: gloo groups on the CPU, and on GPUs (several ranks share one where there are not enough).
+
+The processes are spawned once per device and number of ranks; each test sends them one function to run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.layer import Shape
+from support.processes import Processes, make_layer, round_trip_in_process
+
+from moegen.errors import PeerTimeoutError
+
+SHAPES = (Shape(4, 16, 4, 128, 64), Shape(4, 10, 3, 512, 80))
+
+
+def devices() -> list[object]:
+    gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+    return ["cpu", pytest.param("cuda", marks=gpu)]
+
+
+@pytest.fixture(scope="module", params=devices())
+def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
+    processes = Processes(4 if request.param == "cpu" else 2, request.param)
+    yield processes
+    processes.stop()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_round_trips_equal_reference(group: Processes, shape: Shape) -> None:
+    shape = Shape(group.size, shape.experts, shape.topk, shape.hidden, shape.max_tokens)
+    assert group.call(round_trip_in_process, shape, 3) == ["ok"] * group.size
+
+
+def test_no_shared_memory_is_left_behind(group: Processes) -> None:
+    left = [name for name in os.listdir("/dev/shm") if name.startswith("moegen-")]
+    assert left == []
+
+
+def hundred_pairs(rank: int, device: str) -> float:
+    shape = Shape(torch.distributed.get_world_size(), 16, 4, 128, 32)
+    with make_layer(shape, device) as layer:
+        x = torch.randn(32, shape.hidden, device=device).bfloat16()
+        ids = torch.randint(0, 16, (32, 4), device=device)
+        start = time.perf_counter()
+        pairs = 100 if device == "cpu" else 10  # two processes on one GPU take turns, 4 ms each
+        for _ in range(pairs):
+            received = layer.dispatch(x, ids)
+            layer.combine(received.tokens, received.handle)
+        layer.synchronize()
+        return (time.perf_counter() - start) / pairs
+
+
+def test_back_to_back_between_processes(group: Processes) -> None:
+    seconds = group.call(hundred_pairs)
+    print(f"\n{group.size} processes on {group.device}: {1e3 * max(seconds):.1f} ms per pair")
+
+
+def die_in_the_middle(rank: int, device: str) -> str:
+    shape = Shape(torch.distributed.get_world_size(), 16, 4, 128, 32)
+    layer = make_layer(shape, device, timeout=2.0)
+    x = torch.randn(32, shape.hidden, device=device).bfloat16()
+    ids = torch.arange(32 * 4, device=device).reshape(32, 4) % 16
+    received = layer.dispatch(x, ids)
+    layer.synchronize()
+    if rank == 1:
+        os._exit(0)
+    start = time.monotonic()
+    try:
+        for _ in range(3):
+            layer.combine(received.tokens, received.handle)
+            layer.synchronize()
+            received = layer.dispatch(x, ids)
+            layer.synchronize()
+    except PeerTimeoutError as error:
+        layer.destroy()
+        return f"missing {error.peer} after {time.monotonic() - start < 20}"
+    return "nothing was noticed"
+
+
+@pytest.mark.parametrize("device", devices())
+def test_a_killed_rank_is_named_by_the_others(device: str) -> None:
+    processes = Processes(3 if device == "cpu" else 2, device)
+    answers = processes.call(die_in_the_middle, dead=1)
+    assert [answer for rank, answer in enumerate(answers) if rank != 1] == ["missing 1 after True"] * (len(answers) - 1)
+    processes.stop()

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A few processes in one gloo group, kept alive between tests."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.layer import RankResult, Shape, expert_outputs, random_routing
+
+import moegen
+from moegen import reference
+
+ANSWER_SECONDS = 240
+
+
+class Processes:
+    """`size` processes; rank r uses the CPU, or GPU r modulo the number of GPUs."""
+
+    def __init__(self, size: int, device: str) -> None:
+        self.size = size
+        self.device = device
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._ends: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, size, device, port), daemon=True)
+            process.start()
+            self._ends.append(ours)
+            self._processes.append(process)
+
+    def call(self, fn: Callable[..., Any], *args: Any, dead: int | None = None) -> list[Any]:
+        """`fn(rank, device, *args)` in every process; raises the first error. `dead` is a rank that will not answer."""
+        for end in self._ends:
+            end.send((fn, args))
+        answers: list[Any] = []
+        for rank, end in enumerate(self._ends):
+            if rank == dead:
+                answers.append(None)
+                continue
+            if not end.poll(ANSWER_SECONDS):
+                raise TimeoutError(f"rank {rank} did not answer within {ANSWER_SECONDS} s")
+            ok, value = end.recv()
+            if not ok:
+                raise RuntimeError(f"rank {rank}:\n{value}")
+            answers.append(value)
+        return answers
+
+    def stop(self) -> None:
+        for end in self._ends:
+            try:
+                end.send(None)
+            except BrokenPipeError:
+                pass
+        for process in self._processes:
+            process.join(20)
+            if process.is_alive():
+                process.kill()
+
+
+def _serve(pipe: Connection, rank: int, size: int, device: str, port: int) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    torch.set_num_threads(1)
+    if device == "cuda":
+        if torch.cuda.device_count() < size:
+            os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    while (task := pipe.recv()) is not None:
+        fn, args = task
+        try:
+            pipe.send((True, fn(rank, device, *args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+    torch.distributed.destroy_process_group()
+
+
+def make_layer(shape: Shape, device: str, *, timeout: float = 30.0) -> moegen.ExpertParallel:
+    return moegen.ExpertParallel(
+        torch.distributed.group.WORLD,
+        num_experts=shape.experts,
+        num_topk=shape.topk,
+        hidden=shape.hidden,
+        max_tokens_per_rank=shape.max_tokens,
+        timeout=timeout,
+        device=device,
+    )
+
+
+def round_trip_in_process(rank: int, device: str, shape: Shape, rounds: int) -> str:
+    """Random round trips, each compared with the reference by the rank that owns the tokens."""
+    with make_layer(shape, device) as layer:
+        for seed in range(rounds):
+            tokens = [(7 * r + 13 * seed) % (shape.max_tokens // 2) for r in range(shape.ranks)]
+            routing = random_routing(shape, tokens, seed, kind=("uniform", "free", "one")[seed % 3])
+            late = seed % 2 == 1
+            inputs = [part[rank].to(device) for part in (routing.x, routing.ids, routing.weights)]
+            received = layer.dispatch(inputs[0], inputs[1], None if late else inputs[2])
+            y = expert_outputs(received)
+            combined = layer.combine(y, received.handle, inputs[2] if late else None)
+            layer.synchronize()
+            mine = RankResult(*(t.cpu() for t in (received.tokens, received.counts, received.ranges, y, combined)))
+            _verify_rank(rank, shape, routing, mine, layer.world.exchange(mine.y))
+    return "ok"
+
+
+def _verify_rank(rank: int, shape: Shape, routing: Any, mine: RankResult, outputs: list[torch.Tensor]) -> None:
+    expected = reference.dispatch(routing.x, routing.ids, shape.experts, shape.max_tokens)
+    want = expected[rank]
+    assert torch.equal(mine.counts, want.counts)
+    assert torch.equal(mine.ranges, want.ranges)
+    for expert, count in enumerate(want.counts.tolist()):
+        assert torch.equal(mine.tokens[expert, :count], want.tokens[expert, :count])
+    sums = reference.combine(outputs, expected, routing.ids, routing.weights, shape.experts)[rank]
+    assert ((mine.combined.double() - sums.exact).abs() <= sums.bound).all()
