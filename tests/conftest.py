@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # one hardware queue per virtual rank
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # loading a kernel late waits for those of the other ranks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -53,6 +53,9 @@ def parse(stem: str) -> Spec:
     import moegen.codegen.catalog  # noqa: F401  registers the families
     from moegen.kernels.spec import Spec
 
+    if stem.startswith("bench_"):
+        from moegen.kernels import bench  # noqa: F401  registers what only the benchmark uses
+
     return Spec.parse(stem)
 
 

@@ -22,6 +22,7 @@ VERBS = {
     "show": "moegen.cli.show",
     "cache": "moegen.cli.cache",
     "doctor": "moegen.cli.doctor",
+    "bench": "moegen.cli.bench",
     "demo": "moegen.cli.demo",
 }
 """Verb -> module with a `typer.Typer` named `app`. Such a module imports typer at its top and the rest inside its

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.spawn import spawn
 
 from moegen.demo.layer import CONTEXT, Expert, make_embedding, make_expert, make_router
 from moegen.demo.plan import Plan
@@ -47,8 +48,7 @@ def run(plan: Plan) -> list[RankResult]:
     if plan.world == "local":
         return LocalWorld(plan.num_ranks, plan.device).run(_run_rank, plan)
     with tempfile.TemporaryDirectory(prefix="moegen-demo-") as folder:
-        # An untyped function of torch.
-        torch.multiprocessing.spawn(_process, (plan, folder), nprocs=plan.num_ranks)  # type: ignore[no-untyped-call]
+        spawn(_process, (plan, folder), nprocs=plan.num_ranks)
         files = [Path(folder) / f"{rank}.pt" for rank in range(plan.num_ranks)]
         return [RankResult(**torch.load(file, weights_only=True)) for file in files]
 
@@ -96,9 +96,10 @@ def _run_steps(ep: ExpertParallel, world: RankWorld, plan: Plan, experts: list[E
         start = (step * world.size + world.rank) * plan.tokens
         x = embedding(piece(content, start, CONTEXT - 1 + plan.tokens))
         ids, weights = router(x)
-        out, seconds = _run_step(ep, world, experts, x, ids, weights)
-        steps.append((x.cpu(), ids.cpu(), weights.cpu(), out.cpu(), torch.tensor(seconds, dtype=torch.float64)))
-    return RankResult(*(torch.stack(parts) for parts in zip(*steps, strict=True)), world.description)
+        out, times = _run_step(ep, world, experts, x, ids, weights)
+        steps.append((x.cpu(), ids.cpu(), weights.cpu(), out.cpu(), torch.tensor(times, dtype=torch.float64)))
+    x, ids, weights, out, seconds = (torch.stack(parts) for parts in zip(*steps, strict=True))
+    return RankResult(x, ids, weights, out, seconds, world.description)
 
 
 def _run_step(

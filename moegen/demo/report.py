@@ -43,11 +43,10 @@ def print_result(console: Console, plan: Plan, results: Sequence[RankResult], ve
     for op, column in zip(OPS, seconds.T * 1e3, strict=True):
         table.add_row(op, *(f"{value:.3f}" for value in (column.min(), column.median(), column.max())))
     console.print(table)
-    console.print(
-        f"error    {verdict.error:.3e} at most, values up to {verdict.scale:.3f}, {verdict.elements:,} compared"
-    )
+    compared = f"{verdict.elements:,} values of up to {verdict.scale:.3f} compared"
+    console.print(f"error    at most {verdict.error:.3e}; {compared}")
     judgement = "within the bound" if verdict.ok else "OVER THE BOUND"
-    console.print(f"bound    {verdict.worst:.3f} of it used at most: {judgement}")
+    console.print(f"bound    error / bound is at most {verdict.worst:.3f}: {judgement}")
 
 
 def _print_pairs(console: Console, rows: Sequence[tuple[str, str]]) -> None:

@@ -232,6 +232,8 @@ def _cuda_device_for_many_streams(device: torch.device, num_ranks: int) -> torch
     cuda: Any = torch.cuda
     if not cuda.is_initialized():
         os.environ.setdefault(variable, str(MAX_CONNECTIONS))
+        # A kernel that is loaded when it is first used waits for all running ones, which may wait for its rank.
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     connections = int(os.environ.get(variable, DEFAULT_CONNECTIONS))
     if num_ranks > connections:
         raise InputError(

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moegen bench ll`: what every rank does. The result is plain data, ready for JSON, the same on every rank."""
+
+from __future__ import annotations
+
+import logging
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import Any
+
+from moegen.bench.barrier import DeviceBarrier
+from moegen.bench.case import OPS, Case
+from moegen.bench.config import LowLatencyConfig
+from moegen.bench.eager import measure_eager
+from moegen.bench.inputs import Batch, Buffers
+from moegen.bench.link import measure_link
+from moegen.bench.machine import machine, versions
+from moegen.bench.stats import gigabytes_per_second, over_ranks, quantile, quantiles, slowest
+from moegen.bench.timing import OpClock, meet, record, time_replays
+from moegen.bench.traffic import Traffic, matrices, traffic_of
+from moegen.expert_parallel import ExpertParallel
+from moegen.runtime.worlds import RankWorld
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+"""Number of the layout of the JSON."""
+
+Json = dict[str, Any]
+
+
+def measure(world: RankWorld, config: LowLatencyConfig) -> Json:
+    """Runs everything that `config` asks for. Collective.
+
+    Raises:
+        BenchError: a result was wrong, or memory was allocated where it must not be.
+    """
+    nodes = _nodes(world)
+    barrier = DeviceBarrier(world, config.timeout)
+    clock = OpClock(world, barrier, config.ops, config.replays)
+    link = measure_link(world, barrier, config.link)
+    cases: list[Json] = []
+    eager: list[Json] = []
+    for tokens in config.tokens:
+        for row in _measure_tokens(world, config, clock, tokens, nodes):
+            (eager if row["op"] == "eager" else cases).append(row)
+            if world.rank == 0:
+                log.info("%s, %d tokens, %s: measured", row["op"], tokens, row["routing"])
+    barrier.check()
+    meet(world)
+    barrier.destroy()
+    return {
+        "bench": "ll",
+        "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": config.command,
+        "machine": machine(world.device),
+        "versions": versions(),
+        "world": _world(world, config, nodes),
+        "config": asdict(config),
+        "stems": sorted({*link["stems"], barrier.spec.stem, *(stem for case in cases for stem in case["stems"])}),
+        "link": link,
+        "cases": cases,
+        "eager": eager,
+    }
+
+
+def _measure_tokens(
+    world: RankWorld, config: LowLatencyConfig, clock: OpClock, tokens: int, nodes: list[int]
+) -> Iterator[Json]:
+    max_tokens = config.max_tokens or tokens
+    with ExpertParallel(
+        world,
+        num_experts=config.num_experts,
+        num_topk=config.num_topk,
+        hidden=config.hidden,
+        max_tokens_per_rank=max_tokens,
+        timeout=config.timeout,
+    ) as ep:
+        ep.warmup()
+        buffers = Buffers(world, config, tokens, max_tokens)
+        meet(world)
+        for routing in config.routings:
+            cases: dict[str, Case] = {}
+            for op in OPS:
+                batch = Batch.draw(world, config, tokens, routing, _seed(config.seed, tokens, routing, op))
+                cases[op] = Case(ep, op, buffers, batch, config.ops)
+                timed = _time(world, config, clock, cases[op])
+                yield _row(world, config, cases[op], batch, timed, nodes) | {
+                    "tokens": tokens,
+                    "max_tokens": max_tokens,
+                    "routing": routing,
+                    "stems": [spec.stem for spec in _specs(ep, op)],
+                    "rotation": asdict(buffers.rotation) | {"note": buffers.rotation.note},
+                }
+            mine = measure_eager(world, cases["pair"], cases["combine"], config.calls)
+            ep.check()
+            answers = world.exchange(mine)
+            yield {"op": "eager", "tokens": tokens, "routing": routing, "ranks": answers, "calls": config.calls} | {
+                name: over_ranks([answer[name] for answer in answers]) for name in mine
+            }
+        meet(world)
+
+
+def _time(world: RankWorld, config: LowLatencyConfig, clock: OpClock, case: Case) -> tuple[list[float], float]:
+    """An op's microseconds per replay, and the barrier's that were taken off; verified before and after."""
+    steps = case.steps()
+    paired = case.op == "pair"
+    recording = record(world, steps) if paired else clock.record(steps)
+    case.poison()
+    recording.replay()
+    case.verify()
+    case.poison()
+    if paired:
+        timed = [us / len(steps) for us in time_replays(world, recording, config.replays)], 0.0
+    else:
+        timed = clock.time(recording)
+    case.verify()
+    return timed
+
+
+def _row(
+    world: RankWorld,
+    config: LowLatencyConfig,
+    case: Case,
+    batch: Batch,
+    timed: tuple[list[float], float],
+    nodes: list[int],
+) -> Json:
+    """The figures of one recording, from all ranks' times."""
+    answers = world.exchange((*timed, case.error_share))
+    times = [answer[0] for answer in answers]
+    traffic = traffic_of(case.op, matrices(batch.ids, config.num_experts), config.row_bytes, nodes)
+    medians = [quantile(own, 0.5) for own in times]
+    over = over_ranks(medians)
+    return {
+        "op": case.op,
+        "us": quantiles(slowest(times)),
+        "us_over_ranks": over,
+        "barrier_us": over_ranks([answer[1] for answer in answers]),
+        "gbps": bandwidths(traffic, over),
+        "bytes": byte_summary(traffic),
+        "ranks": [
+            {"rank": rank, "us": quantiles(times[rank]), "send": asdict(own.send), "receive": asdict(own.receive)}
+            | {"send_gbps": gigabytes_per_second(own.send.unique_remote, medians[rank])}
+            | {"receive_gbps": gigabytes_per_second(own.receive.unique_remote, medians[rank])}
+            for rank, own in enumerate(traffic)
+        ],
+        "verified": {
+            "before_and_after": True,
+            "combine_columns": 0 if case.op == "dispatch" else case.columns,
+            "worst_error_over_bound": max(answer[2] for answer in answers),
+        },
+    }
+
+
+def bandwidths(traffic: list[Traffic], us: dict[str, float]) -> dict[str, float]:
+    """GB/s of unique remote rows.
+
+    Returns:
+        `from_avg`, `from_max`: what a rank sends on average, over the average and the longest of the ranks' times.
+        `aggregate`: what all ranks send together, over the longest.
+        `busiest`: the largest of any rank's sent or received bytes, over the longest: what the link's limit bounds.
+    """
+    sent = [own.send.unique_remote for own in traffic]
+    busiest = max(max(own.send.unique_remote, own.receive.unique_remote) for own in traffic)
+    mean = sum(sent) / len(sent)
+    return {
+        "from_avg": gigabytes_per_second(mean, us["avg"]),
+        "from_max": gigabytes_per_second(mean, us["max"]),
+        "aggregate": gigabytes_per_second(sum(sent), us["max"]),
+        "busiest": gigabytes_per_second(busiest, us["max"]),
+    }
+
+
+def byte_summary(traffic: list[Traffic]) -> dict[str, float]:
+    """What a rank sends on average, three ways, and the most that any rank sends or receives over the link."""
+    sent = [asdict(own.send) for own in traffic]
+    busiest = max(max(own.send.unique_remote, own.receive.unique_remote) for own in traffic)
+    return {name: sum(own[name] for own in sent) / len(sent) for name in sent[0]} | {"busiest": busiest}
+
+
+def _specs(ep: ExpertParallel, op: str) -> tuple[Any, ...]:
+    chosen = ep.selection
+    return {
+        "dispatch": (chosen.dispatch,),
+        "combine": (chosen.combine,),
+        "combine_weighted": (chosen.combine_with_weights,),
+        "pair": (chosen.dispatch, chosen.combine),
+    }[op]
+
+
+def _seed(*parts: object) -> int:
+    """The same number in every process and every run."""
+    return zlib.crc32(repr(parts).encode())
+
+
+def _nodes(world: RankWorld) -> list[int]:
+    """For each rank, the number of its node."""
+    names = world.exchange(os.uname().nodename)
+    return [names.index(name) for name in names]
+
+
+def _world(world: RankWorld, config: LowLatencyConfig, nodes: list[int]) -> Json:
+    gpu = world.device.type == "cuda"
+    notes = []
+    if config.virtual and gpu:
+        notes.append("virtual ranks on one GPU: not a link measurement")
+    if not gpu:
+        notes.append("CPU host target: correctness, not speed")
+    return {
+        "kind": "virtual" if config.virtual else "processes",
+        "ranks": world.size,
+        "ranks_per_device": world.ranks_per_device,
+        "nodes": len(set(nodes)),
+        "description": world.description,
+        "notes": notes,
+        "timing": "graphs between events" if gpu else "eager, by the host's clock",
+    }

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many bytes a routing moves, counted three ways, because published figures differ in which one they state.
+
+All functions are pure. Bytes are those of the tokens' payload; headers, tags and counts are not in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from moegen.reference import expert_ranges
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """What every rank sends to every rank in a dispatch: [source][destination], in rows.
+
+    Attributes:
+        rows: a token counts once for each rank that holds one of its experts.
+        selections: a token counts once for each (token, expert) selection.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    selections: tuple[tuple[int, ...], ...]
+
+
+def matrices(topk_idx: Sequence[torch.Tensor], num_experts: int) -> Matrices:
+    """Counts a routing.
+
+    Args:
+        topk_idx: per rank [tokens, topk], ids in [-1, num_experts); -1 selects nothing; the same expert twice in one
+            row is two selections and one row.
+    """
+    holders = expert_ranges(num_experts, len(topk_idx))
+    rows: list[tuple[int, ...]] = []
+    selections: list[tuple[int, ...]] = []
+    for ids in topk_idx:
+        held = [(ids >= experts.start) & (ids < experts.stop) for experts in holders]
+        rows.append(tuple(int(here.any(dim=1).sum()) for here in held))
+        selections.append(tuple(int(here.sum()) for here in held))
+    return Matrices(tuple(rows), tuple(selections))
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of one direction of one rank.
+
+    Attributes:
+        unique_remote: each token once per other rank: what crosses the link.
+        unique_with_self: the same, and those that stay on this rank.
+        selections: one row for each (token, expert) selection, whichever rank holds the expert.
+        same_node, cross_node: unique_remote, split by where the other rank is.
+    """
+
+    unique_remote: int
+    unique_with_self: int
+    selections: int
+    same_node: int
+    cross_node: int
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank sends and receives in one op."""
+
+    send: Bytes
+    receive: Bytes
+
+    def swapped(self) -> Traffic:
+        """Combine sends back what dispatch brought."""
+        return Traffic(self.receive, self.send)
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.send + other.send, self.receive + other.receive)
+
+
+def dispatch_traffic(moved: Matrices, row_bytes: int, nodes: Sequence[int]) -> list[Traffic]:
+    """Each rank's bytes in a dispatch; `nodes` says which node each rank is on."""
+    ranks = range(len(nodes))
+    return [
+        Traffic(
+            _one_direction(rank, list(moved.rows[rank]), list(moved.selections[rank]), row_bytes, nodes),
+            _one_direction(
+                rank,
+                [moved.rows[source][rank] for source in ranks],
+                [moved.selections[source][rank] for source in ranks],
+                row_bytes,
+                nodes,
+            ),
+        )
+        for rank in ranks
+    ]
+
+
+def traffic_of(op: str, moved: Matrices, row_bytes: int, nodes: Sequence[int]) -> list[Traffic]:
+    """Each rank's bytes in an op of `moegen.bench.ll`: a dispatch, a combine, or the pair."""
+    there = dispatch_traffic(moved, row_bytes, nodes)
+    if op == "dispatch":
+        return there
+    back = [one.swapped() for one in there]
+    return [a + b for a, b in zip(there, back, strict=True)] if op == "pair" else back
+
+
+def _one_direction(rank: int, rows: list[int], selections: list[int], row_bytes: int, nodes: Sequence[int]) -> Bytes:
+    others = [peer for peer in range(len(nodes)) if peer != rank]
+    same = sum(rows[peer] for peer in others if nodes[peer] == nodes[rank])
+    cross = sum(rows[peer] for peer in others if nodes[peer] != nodes[rank])
+    counts = (same + cross, same + cross + rows[rank], sum(selections), same, cross)
+    return Bytes(*(count * row_bytes for count in counts))

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples, and the README's, do what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README_LINES = 12
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.dist
+def test_two_ranks(tmp_path: Path) -> None:
+    lines = sorted(run(str(ROOT / "examples" / "two_ranks.py"), cwd=tmp_path).splitlines())
+    assert [line.split(",")[0] for line in lines] == ["rank 0: sent 20 tokens", "rank 1: sent 25 tokens"]
+
+
+def test_virtual_ranks(tmp_path: Path) -> None:
+    lines = run(str(ROOT / "examples" / "virtual_ranks.py"), cwd=tmp_path).splitlines()
+    assert lines[2] == "rank 2 leaves without a word"
+    assert lines[0].startswith("rank 0 missed rank 2") and lines[1].startswith("rank 1 missed rank 2")
+
+
+def test_every_example_is_run_here() -> None:
+    here = Path(__file__).read_text()
+    assert all(path.name in here for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_the_readme_example_runs(tmp_path: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    assert len(code.splitlines()) <= README_LINES
+    (tmp_path / "example.py").write_text(code)
+    assert run("example.py", cwd=tmp_path).split() == ["[0.0,", "0.0,", "0.0,", "0.0]"]

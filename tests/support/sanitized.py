@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Round trips of virtual ranks on one GPU, as a program to run under compute-sanitizer.
+
+Kernels load lazily here (the sanitizer would instrument all of torch otherwise), so one rank alone runs every torch
+kernel that is used before two ranks wait for each other.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from support.layer import Layer, Shape, random_routing
+
+SHAPES = (
+    Shape(1, 5, 5, 512, 70),
+    Shape(2, 13, 8, 2880, 65),
+    Shape(3, 9, 5, 2880, 37),
+    Shape(4, 256, 8, 512, 80),
+    Shape(8, 20, 6, 96, 66),
+)
+
+
+def main() -> None:
+    for shape in SHAPES:
+        layer = Layer(shape, "cuda", timeout=60.0)
+        for seed, kind in enumerate(("uniform", "free", "one", "none")):
+            tokens = [(11 * seed + 17 * rank) % min(shape.max_tokens, 40) for rank in range(shape.ranks)]
+            routing = random_routing(shape, tokens, seed, kind=kind)
+            for late in (False, True):
+                layer.verify(routing, layer.round_trip(routing, late=late, narrow_ids=seed % 2 == 1))
+        layer.destroy()
+        print(f"{shape}: ok", flush=True)
+
+
+if __name__ == "__main__":
+    main()
