@@ -20,7 +20,7 @@ from moegen.bench.link import measure_link
 from moegen.bench.machine import machine, versions
 from moegen.bench.stats import gigabytes_per_second, over_ranks, quantile, quantiles, slowest
 from moegen.bench.timing import OpClock, meet, record, time_replays
-from moegen.bench.traffic import Traffic, matrices, traffic_of
+from moegen.bench.traffic import bandwidths, byte_summary, matrices, traffic_of
 from moegen.expert_parallel import ExpertParallel
 from moegen.runtime.worlds import RankWorld
 
@@ -155,32 +155,6 @@ def _row(
             "worst_error_over_bound": max(answer[2] for answer in answers),
         },
     }
-
-
-def bandwidths(traffic: list[Traffic], us: dict[str, float]) -> dict[str, float]:
-    """GB/s of unique remote rows.
-
-    Returns:
-        `from_avg`, `from_max`: what a rank sends on average, over the average and the longest of the ranks' times.
-        `aggregate`: what all ranks send together, over the longest.
-        `busiest`: the largest of any rank's sent or received bytes, over the longest: what the link's limit bounds.
-    """
-    sent = [own.send.unique_remote for own in traffic]
-    busiest = max(max(own.send.unique_remote, own.receive.unique_remote) for own in traffic)
-    mean = sum(sent) / len(sent)
-    return {
-        "from_avg": gigabytes_per_second(mean, us["avg"]),
-        "from_max": gigabytes_per_second(mean, us["max"]),
-        "aggregate": gigabytes_per_second(sum(sent), us["max"]),
-        "busiest": gigabytes_per_second(busiest, us["max"]),
-    }
-
-
-def byte_summary(traffic: list[Traffic]) -> dict[str, float]:
-    """What a rank sends on average, three ways, and the most that any rank sends or receives over the link."""
-    sent = [asdict(own.send) for own in traffic]
-    busiest = max(max(own.send.unique_remote, own.receive.unique_remote) for own in traffic)
-    return {name: sum(own[name] for own in sent) / len(sent) for name in sent[0]} | {"busiest": busiest}
 
 
 def _specs(ep: ExpertParallel, op: str) -> tuple[Any, ...]:

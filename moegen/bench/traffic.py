@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from moegen.bench.stats import gigabytes_per_second
 from moegen.reference import expert_ranges
 
 
@@ -105,6 +106,32 @@ def traffic_of(op: str, moved: Matrices, row_bytes: int, nodes: Sequence[int]) -
         return there
     back = [one.swapped() for one in there]
     return [a + b for a, b in zip(there, back, strict=True)] if op == "pair" else back
+
+
+def bandwidths(traffic: list[Traffic], us: dict[str, float]) -> dict[str, float]:
+    """GB/s of unique remote rows.
+
+    Returns:
+        `from_avg`, `from_max`: what a rank sends on average, over the average and the longest of the ranks' times.
+        `aggregate`: what all ranks send together, over the longest.
+        `busiest`: the largest of any rank's sent or received bytes, over the longest: what the link's limit bounds.
+    """
+    sent = [own.send.unique_remote for own in traffic]
+    busiest = max(max(own.send.unique_remote, own.receive.unique_remote) for own in traffic)
+    mean = sum(sent) / len(sent)
+    return {
+        "from_avg": gigabytes_per_second(mean, us["avg"]),
+        "from_max": gigabytes_per_second(mean, us["max"]),
+        "aggregate": gigabytes_per_second(sum(sent), us["max"]),
+        "busiest": gigabytes_per_second(busiest, us["max"]),
+    }
+
+
+def byte_summary(traffic: list[Traffic]) -> dict[str, float]:
+    """What a rank sends on average, three ways, and the most that any rank sends or receives over the link."""
+    sent = [asdict(own.send) for own in traffic]
+    busiest = max(max(own.send.unique_remote, own.receive.unique_remote) for own in traffic)
+    return {name: sum(own[name] for own in sent) / len(sent) for name in sent[0]} | {"busiest": busiest}
 
 
 def _one_direction(rank: int, rows: list[int], selections: list[int], row_bytes: int, nodes: Sequence[int]) -> Bytes:

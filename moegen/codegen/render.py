@@ -73,7 +73,9 @@ def banner(spec: Spec) -> str:
 
 
 def tidy(text: str) -> str:
-    """Drops the gaps that left-out branches leave: at most one blank line in a row, none after an opening brace."""
+    """Mends the gaps that Jinja's lines leave: one blank line between the parts of a file and none after a brace."""
     text = re.sub(r"[ \t]+\n", "\n", text)
+    text = re.sub(r"^(\};?)\n(?=\S)", r"\1\n\n", text, flags=re.MULTILINE)
+    text = re.sub(r"\}\n(?=//)", "}\n\n", text)
     text = re.sub(r"\n{3,}", "\n\n", text)
     return re.sub(r"\{\n\n", "{\n", text).lstrip("\n")

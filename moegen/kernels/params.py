@@ -25,9 +25,8 @@ class Param:
 
     @property
     def declaration(self) -> str:
-        space = "" if self.ctype.endswith("*") else " "
         array = "" if self.length is None else f"[{self.length}]"
-        return f"{self.ctype}{space}{self.name}{array};"
+        return f"{self.ctype} {self.name}{array};"
 
 
 @dataclass(frozen=True)

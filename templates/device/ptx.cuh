@@ -117,7 +117,7 @@ __device__ __forceinline__ uint32_t atomic_cas_acq_rel_gpu(uint32_t* address, ui
 // An input that nobody writes during the launch: read once, kept out of L1.
 __device__ __forceinline__ uint4 load_input(const uint4* address) {
     uint4 value;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                  : "l"(address));
     return value;
@@ -125,7 +125,7 @@ __device__ __forceinline__ uint4 load_input(const uint4* address) {
 
 __device__ __forceinline__ uint32_t load_input(const uint32_t* address) {
     uint32_t value;
-    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(address));
+    asm("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(address));
     return value;
 }
 

@@ -59,7 +59,7 @@ def test_the_command_runs_four_processes_and_compiles_once() -> None:
 def test_the_ranks_agree_with_the_dense_layer(tiny: plan.Plan, results: list[ranks.RankResult]) -> None:
     verdict = dense.compare(tiny, results)
     assert verdict.ok
-    assert 0.01 < verdict.worst, "a bound that is never nearly met proves nothing"
+    assert verdict.worst > 0.01, "a bound that is never nearly met proves nothing"
     assert verdict.elements == 4 * 2 * 24 * 128
 
 

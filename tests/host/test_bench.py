@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moegen bench ll` from one end to the other on the CPU, and that it notices wrong results.
+
+What needs the benchmark's own kernels runs in processes of its own: they belong to no catalog.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moegen import reference
+from moegen.bench.config import HOST_LINK, LowLatencyConfig
+from moegen.bench.failure import BenchError
+from moegen.bench.inputs import Batch, Buffers
+from moegen.bench.verify import Verifier
+from moegen.handle import Dispatched, Handle
+from moegen.runtime.worlds import LocalWorld
+
+ROOT = Path(__file__).resolve().parents[2]
+LINK_STEMS = ("bench_push_r3_t64_n8", "bench_pull_r3_t64_n8", "bench_push_r1_t512_n8", "bench_pull_r8_t512_n8")
+BARRIER_STEMS = ("bench_barrier_r1", "bench_barrier_r3", "bench_barrier_r64")
+
+
+def moegen(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", "moegen", *words], env=environment, capture_output=True, text=True)
+
+
+def bench(folder: Path, *words: str) -> dict[str, object]:
+    """Runs it on tiny inputs; gives the one JSON that it wrote."""
+    sizes = ("--device", "cpu", "--hidden", "64", "--experts", "7", "--topk", "3", "--ops", "2", "--replays", "2")
+    done = moegen("bench", "ll", *sizes, "--out", str(folder), *words)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    (data,) = folder.glob("*.json")
+    assert data.with_suffix(".txt").is_file()
+    for word in ("combine_weighted", "GB/s avg", "limit measured in this run", "correctness, not speed"):
+        assert word in done.stdout and word in data.with_suffix(".txt").read_text()
+    result: dict[str, object] = json.loads(data.read_text())
+    return result
+
+
+def test_virtual_ranks(tmp_path: Path) -> None:
+    result = bench(tmp_path, "--ranks", "3", "--tokens", "1,5", "--max-tokens", "6")
+    assert [path.stem for path in tmp_path.glob("*.json")] == ["ll_cpu_virtual_r3_h64_k3_e7"]
+    cases = result["cases"]
+    assert isinstance(cases, list)
+    assert len(cases) == 2 * 3 * 4  # tokens, routings, ops
+    for case in cases:
+        assert case["us"]["p50"] <= case["us"]["p90"] <= case["us"]["p99"]
+        assert case["us_over_ranks"]["min"] <= case["us_over_ranks"]["avg"] <= case["us_over_ranks"]["max"]
+        assert len(case["ranks"]) == 3 and case["stems"] and case["verified"]["worst_error_over_bound"] <= 1
+        assert case["bytes"]["cross_node"] == 0
+    assert str(ROOT) not in json.dumps(result) and os.uname().nodename not in json.dumps(result)
+
+
+@pytest.mark.dist
+def test_processes(tmp_path: Path) -> None:
+    result = bench(tmp_path, "--ranks", "2", "--tokens", "2", "--routing", "uniform", "--world", "processes")
+    assert result["world"]["kind"] == "processes"  # type: ignore[index]
+
+
+def test_what_cannot_run_fails() -> None:
+    done = moegen("bench", "ll", "--device", "cpu", "--hidden", "64")
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    if not torch.cuda.is_available():
+        done = moegen("bench", "ll", "--device", "cuda")
+        assert done.returncode == 1 and "torch sees 0" in done.stderr
+
+
+@pytest.mark.nvrtc
+def test_kernels_compile_for_every_target() -> None:
+    done = moegen("build", *LINK_STEMS, *BARRIER_STEMS, "--arch", "sm80,sm90,sm100,host")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+CONFIG = LowLatencyConfig(
+    ranks=2,
+    device="cpu",
+    processes=False,
+    preset="",
+    hidden=16,
+    num_experts=5,
+    num_topk=2,
+    tokens=(6,),
+    max_tokens=0,
+    routings=("uniform",),
+    ops=2,
+    replays=1,
+    calls=1,
+    link=HOST_LINK,
+)
+TOKENS = 6
+
+
+class RightResult:
+    """What rank 0 of two gets from a dispatch and a combine that are right, and who checks it."""
+
+    def __init__(self) -> None:
+        world = LocalWorld(2).ranks[0]
+        buffers = Buffers(world, CONFIG, TOKENS, TOKENS)
+        batch = Batch.draw(world, CONFIG, TOKENS, "uniform", seed=3)
+        x = [buffers.x_of(rank, 1) for rank in range(2)]
+        expected = reference.dispatch(x, batch.ids, CONFIG.num_experts, TOKENS)
+        y = [buffers.table[buffers.table_rows(rank, 1)] for rank in range(2)]
+        combined = reference.combine(y, expected, batch.ids, batch.weights, CONFIG.num_experts)
+        self.verifier = Verifier(0, buffers, batch, CONFIG.num_experts)
+        self.tokens = expected[0].tokens
+        memory = torch.zeros(1, dtype=torch.int32)
+        handle = Handle(None, TOKENS, memory, (0, 0, 0, 0, 0, 0))
+        self.dispatched = Dispatched(self.tokens, None, expected[0].counts, expected[0].ranges, handle)
+        self.combined = combined[0].exact.to(torch.bfloat16)
+
+
+def test_right_results_pass() -> None:
+    right = RightResult()
+    assert torch.equal(torch.stack(Buffers(LocalWorld(2).ranks[0], CONFIG, TOKENS, TOKENS).x)[1], right_x(right))
+    right.verifier.check_counts(right.dispatched)
+    right.verifier.check_tokens(right.tokens, 1)
+    right.verifier.check_combined(right.combined, 1)
+    assert 0 < right.verifier.worst <= 1
+
+
+def right_x(right: RightResult) -> torch.Tensor:
+    return right.verifier._buffers.x_of(0, 1)
+
+
+def test_wrong_results_are_noticed() -> None:
+    right = RightResult()
+    expert = int(right.dispatched.counts.argmax())
+    with pytest.raises(BenchError, match="tokens differ"):
+        right.verifier.check_tokens(right.tokens, 0)
+    right.tokens[expert, 0, 15] += 1
+    with pytest.raises(BenchError, match="tokens differ"):
+        right.verifier.check_tokens(right.tokens, 1)
+    with pytest.raises(BenchError, match="times the bound"):
+        right.verifier.check_combined(right.combined, 0)
+    right.combined[5, 3] += 1
+    with pytest.raises(BenchError, match="times the bound"):
+        right.verifier.check_combined(right.combined, 1)
+    right.combined[5, 3] = torch.nan
+    with pytest.raises(BenchError, match="nobody wrote"):
+        right.verifier.check_combined(right.combined, 1)
+    right.dispatched.counts[0] += 1
+    with pytest.raises(BenchError, match="counts differ"):
+        right.verifier.check_counts(right.dispatched)
