@@ -6,6 +6,7 @@ VENV ?= .venv
 PYTHON = $(VENV)/bin/python
 MOEGEN = $(PYTHON) -m moegen
 PYTEST = $(PYTHON) -m pytest
+PIP = $(PYTHON) -m pip install -q
 STAMP = $(VENV)/.installed
 
 OLD_VENV = .venv-nvrtc12
@@ -34,6 +35,7 @@ help:
 install: $(STAMP)
 
 # A torch that the system has already (a CUDA build, say) is taken as it is; else the pinned one is installed.
+# CUDA builds of torch ask for an NVRTC of their own; the manifest's is put in its place, which torch can use as well.
 $(STAMP): pyproject.toml constraints.txt
 	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo 'moegen needs Python >= 3.10: make SYSTEM_PYTHON=python3.12 ...'; exit 1; }
@@ -41,10 +43,11 @@ $(STAMP): pyproject.toml constraints.txt
 	    if $(SYSTEM_PYTHON) -c 'import torch' 2>/dev/null; then site=--system-site-packages; fi; \
 	    $(SYSTEM_PYTHON) -m venv $$site $(VENV); \
 	fi
-	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install -q -c constraints.txt torch numpy
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-	$(PYTHON) -m pip install -q -c $(VENV)/constraints.txt hatchling editables
-	$(PYTHON) -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev,cu13]'
+	$(PYTHON) -c 'import torch' 2>/dev/null || $(PIP) $$(grep '^torch==' constraints.txt)
+	grep -v '^torch==\|^nvidia-cuda-nvrtc==' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) -c $(VENV)/constraints.txt hatchling editables
+	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) --no-deps $$(grep '^nvidia-cuda-nvrtc==' constraints.txt)
 	touch $@
 
 demo: $(STAMP)

@@ -33,10 +33,12 @@ def tokens(owner: ExpertParallel, x: torch.Tensor) -> torch.Tensor:
         raise InputError(f"x is [tokens, {problem.hidden}]; got {list(x.shape)}")
     if x.shape[0] > problem.max_tokens:
         raise CapacityError(
-            f"{x.shape[0]} tokens are more than this object was made for; make it with max_tokens_per_rank={x.shape[0]} "
-            f"(now {problem.max_tokens}) or dispatch in parts"
+            f"{x.shape[0]} tokens are more than this object was made for; make it with "
+            f"max_tokens_per_rank={x.shape[0]} (now {problem.max_tokens}) or dispatch in parts"
         )
-    rows_fit = x.stride(1) == 1 and x.stride(0) >= problem.hidden and x.stride(0) * x.element_size() % _ROW_ALIGNMENT == 0
+    rows_fit = (
+        x.stride(1) == 1 and x.stride(0) >= problem.hidden and x.stride(0) * x.element_size() % _ROW_ALIGNMENT == 0
+    )
     if x.shape[0] <= 1 or not rows_fit:
         x = x.contiguous()
     return x if x.data_ptr() % _ROW_ALIGNMENT == 0 else x.clone()

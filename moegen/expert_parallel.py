@@ -84,7 +84,7 @@ class ExpertParallel:
         checks.one_of("wire", wire, ("auto", "inline", "row"))
         checks.one_of("dtype", dtype, tuple(_DTYPES))
         checks.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
-        checks.in_range("first_epoch", first_epoch, 1, 2**32 - 1)
+        checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
         if num_sms is not None:
             checks.in_range("num_sms", num_sms, 1, 1024)
         if not timeout > 0:
@@ -117,7 +117,12 @@ class ExpertParallel:
         self._poison: MoegenError | None = None
         self._synchronize_device()
         self.world.barrier()
-        log.info("rank %d of %s: family ll, path ipc, %s", self.world.rank, self.world.description, self.selection.dispatch.stem)
+        log.info(
+            "rank %d of %s: family ll, path ipc, %s",
+            self.world.rank,
+            self.world.description,
+            self.selection.dispatch.stem,
+        )
 
     @property
     def rank(self) -> int:
@@ -256,7 +261,9 @@ class ExpertParallel:
     def __enter__(self) -> ExpertParallel:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.destroy()
 
     def _alive(self) -> LowLatency:
@@ -281,7 +288,9 @@ class _PoisonedByFaults:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if isinstance(error, MoegenError):
             self._owner._poison = error
         elif error is None and self._owner.device.type == "cpu":

@@ -17,7 +17,7 @@ class Handle:
         owner: the object that made it; only that object's combine takes it.
         num_tokens: rows of the token tensor that was dispatched.
         memory: the device memory behind `addresses`.
-        addresses: of rows_from, row_tokens, row_slots, row_weights, token_ranks, tokens_sent, in that order.
+        addresses: of rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent, in that order.
     """
 
     owner: object

@@ -103,7 +103,8 @@ def combine(
     """
     num_ranks = len(y)
     row_of = [
-        [{source: row for row, source in enumerate(rows)} for rows in expected[rank].sources] for rank in range(num_ranks)
+        [{source: row for row, source in enumerate(rows)} for rows in expected[rank].sources]
+        for rank in range(num_ranks)
     ]
     ranges = expert_ranges(num_experts, num_ranks)
     outputs = [part.detach().cpu().double() for part in y]

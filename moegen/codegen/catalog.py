@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels that are committed under `generated/` and built ahead of time: few, and the ones that readers look for."""
+"""The kernels that are committed under `generated/` and built ahead of time: few, those that readers look for."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ DEFAULT_CAPACITIES = (INLINE_MAX_TOKENS, INLINE_MAX_TOKENS + 1)
 _CATALOG_PRESETS = (("deepseek-v3", (2, 4, 8)), ("gpt-oss-120b", (4,)), ("tiny", (4,)))
 
 
-def preset_specs(
-    preset_name: str, ranks: Sequence[int], family: str | None = None, target: str = "sm90"
-) -> list[Spec]:
+def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = None, target: str = "sm90") -> list[Spec]:
     """Every kernel that a preset may launch with these numbers of ranks, on one target.
 
     Raises:
@@ -48,7 +46,5 @@ def _preset_specs(name: str, ranks: Sequence[int], *, on_host: bool) -> Iterator
     layer = preset(name)
     for num_ranks in ranks:
         for capacity in DEFAULT_CAPACITIES:
-            problem = Problem(
-                num_ranks, layer.num_experts, layer.num_topk, layer.hidden, capacity, on_host=on_host
-            )
+            problem = Problem(num_ranks, layer.num_experts, layer.num_topk, layer.hidden, capacity, on_host=on_host)
             yield from select(problem).specs

@@ -43,6 +43,13 @@ POSITION_BITS = 20
 """A header word holds an expert id above these bits and below them the token's place among its source's rows for
 that expert, so a rank may send at most 2**20 tokens."""
 
+HALVES = 2
+"""Receive buffers per op: an epoch writes into the one that the epoch before last used, so that a sender need not wait
+until the previous epoch has been read."""
+
+WINDOW_IDS = 4096
+"""Expert ids that a block keeps in shared memory (8 KiB): all of them up to 512 tokens of 8."""
+
 MAX_TOKENS_PER_RANK = 1 << POSITION_BITS
 
 
@@ -135,9 +142,9 @@ _COMMON = (
     Param("const int32_t*", "num_tokens", "one number: tokens of this call, at most `tokens`; null: `tokens`"),
     Param("Control*", "control", "this op's epoch and abort word"),
     Param("Failure*", "failure", "where the host reads what went wrong"),
-    Param("uint64_t", "consumed_offset", "[rank] u32: the last epoch of mine that the peer has read"),
-    Param("uint64_t", "rows_offset", "[source][max_tokens] records"),
-    Param("uint64_t", "tags_offset", "[source][max_tokens] u64: epoch of the row that is there"),
+    Param("uint64_t", "consumed_offset", "[rank] u32: the last epoch that the peer has read"),
+    Param("uint64_t", "rows_offset", "[half][source][max_tokens] records"),
+    Param("uint64_t", "tags_offset", "[half][source][max_tokens] u64: epoch of the row there"),
 )
 _COMMON_32 = (
     Param("uint32_t", "rank", "this rank"),
@@ -160,6 +167,11 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
         return ceil_div(self.header_words, self.piece_words)
 
     @property
+    def window_tokens(self) -> int:
+        """Tokens whose selections a block keeps in shared memory; at least one round's."""
+        return max(WINDOW_IDS // self.num_topk, self.teams)
+
+    @property
     def record_bytes(self) -> int:
         return (self.header_pieces + self.row_pieces) * PIECE_BYTES
 
@@ -174,14 +186,14 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
                 Param("uint8_t*", "out", "[local experts, ranks * max_tokens, hidden]"),
                 Param("int32_t*", "counts", "[local experts]: rows of each expert"),
                 Param("int32_t*", "ranges", "[local experts, ranks, 2]: first row and rows of each source"),
-                Param("int32_t*", "rows_from", "[ranks]: rows that each source sent here"),
-                Param("int32_t*", "row_tokens", "[ranks, max_tokens]: the source's token of each row"),
-                Param("int32_t*", "row_slots", "[ranks, max_tokens, topk]: by token; row in `out`, or -1"),
-                Param("float*", "row_weights", "[ranks, max_tokens, topk]: by token"),
+                Param("int32_t*", "rows_received", "one number: rows from other ranks"),
+                Param("int32_t*", "row_origin", "[(ranks - 1) * max_tokens]: source * max_tokens + token of each"),
+                Param("int32_t*", "row_slots", "[ranks * max_tokens, topk]: row in `out` or -1; own tokens last"),
+                Param("float*", "row_weights", "[ranks * max_tokens, topk]"),
                 Param("uint64_t*", "token_ranks", "[max_tokens]: bit r: rank r holds an expert of this token"),
                 Param("int32_t*", "tokens_sent", "one number: the tokens of this call"),
                 Param("uint64_t", "x_stride", "bytes from one token of x to the next"),
-                Param("uint64_t", "counts_offset", "[source][count pieces]"),
+                Param("uint64_t", "counts_offset", "[half][source][count pieces]"),
                 *_COMMON,
                 Param("uint64_t", "timeout_ns", "how long the waits of this launch may take together"),
                 *_COMMON_32,
@@ -212,13 +224,13 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
                 Param("const uint8_t*", "y", "[local experts, ranks * max_tokens, hidden]"),
                 Param("uint8_t*", "out", "[tokens, hidden]"),
                 Param("const float*", "topk_weights", "[tokens, topk] if given at combine, else null"),
-                Param("const int32_t*", "rows_from", "[ranks]: rows that each source sent here"),
-                Param("const int32_t*", "row_tokens", "[ranks, max_tokens]: the source's token of each row"),
-                Param("const int32_t*", "row_slots", "[ranks, max_tokens, topk]: by token; row in `y`, or -1"),
-                Param("const float*", "row_weights", "[ranks, max_tokens, topk]: by token"),
+                Param("const int32_t*", "rows_received", "one number: rows from other ranks"),
+                Param("const int32_t*", "row_origin", "[(ranks - 1) * max_tokens]: source * max_tokens + token of each"),
+                Param("const int32_t*", "row_slots", "[ranks * max_tokens, topk]: row in `y` or -1; own tokens last"),
+                Param("const float*", "row_weights", "[ranks * max_tokens, topk]"),
                 Param("const uint64_t*", "token_ranks", "[max_tokens]: bit r: rank r holds an expert of this token"),
                 *_COMMON,
-                Param("uint64_t", "weights_offset", "[source][max_tokens][weight pieces]"),
+                Param("uint64_t", "weights_offset", "[half][source][max_tokens][weight pieces]"),
                 Param("uint64_t", "timeout_ns", "how long the waits of this launch may take together"),
                 *_COMMON_32,
             )
@@ -241,21 +253,23 @@ REGION_ALIGNMENT = 256
 
 
 def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start: int) -> Regions:
-    """Lays an op's regions out from byte `start` on."""
-    per_source = spec.num_ranks * max_tokens
+    """Lays an op's regions out from byte `start` on: two halves of each, for even and odd epochs."""
+    rows = HALVES * spec.num_ranks * max_tokens
     dispatch = isinstance(spec, LowLatencyDispatch)
     sizes = (
         spec.num_ranks * 4,
-        spec.num_ranks * spec.count_pieces * PIECE_BYTES if dispatch else 0,
-        per_source * spec.record_bytes,
-        per_source * 8 if spec.wire == "row" else 0,
+        HALVES * spec.num_ranks * spec.count_pieces * PIECE_BYTES if dispatch else 0,
+        rows * spec.record_bytes,
+        rows * 8 if spec.wire == "row" else 0,
         # Reserved for either combine, so that weights may come at combine on any call.
-        0 if dispatch else per_source * ceil_div(spec.num_topk, COUNT_PIECE_WORDS) * PIECE_BYTES,
+        0 if dispatch else rows * ceil_div(spec.num_topk, COUNT_PIECE_WORDS) * PIECE_BYTES,
     )
     ends = list(accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=start))
     return Regions(*ends)
 
 
 def num_blocks(spec: LowLatencySpec, max_tokens: int, resident_blocks: int) -> int:
-    """Blocks to launch: a team per row that may arrive or be sent, never more than can run at the same time."""
-    return max(1, min(resident_blocks, ceil_div(spec.num_ranks * max_tokens, spec.teams)))
+    """Blocks to launch: a team for each row that may arrive or be sent and for each rank to tell the counts, never more
+    than can run at the same time."""
+    ranks = spec.num_ranks
+    return max(1, min(resident_blocks, ceil_div((ranks + 1) * max_tokens + ranks, spec.teams)))

@@ -118,7 +118,9 @@ class Spec:
         words = rest.split("_")
         if len(words) != len(fields(cls)):
             names = ", ".join(f.name for f in fields(cls))
-            raise SpecError(f"{stem!r} has {len(words)} fields after {family}_{op}; expected {len(fields(cls))}: {names}")
+            raise SpecError(
+                f"{stem!r} has {len(words)} fields after {family}_{op}; expected {len(fields(cls))}: {names}"
+            )
         spec = cls(*(_parse_field(stem, f, word) for f, word in zip(fields(cls), words, strict=True)))
         if spec.stem != stem:
             raise SpecError(f"{stem!r} is not the canonical spelling; did you mean {spec.stem!r}?")

@@ -121,7 +121,9 @@ class CudaKernel(LoadedKernel):
             self._function, blocks, 1, 1, self._threads, 1, 1, 0, stream, pointers[1]
         )
         if status:
-            raise RuntimeError(f"{self.spec.stem}: {blocks} x {self._threads} threads could not be launched: {status.name}")
+            raise RuntimeError(
+                f"{self.spec.stem}: {blocks} x {self._threads} threads could not be launched: {status.name}"
+            )
 
 
 _loaded: dict[tuple[Spec, torch.device], LoadedKernel] = {}

@@ -21,7 +21,8 @@ from moegen.select import Selection
 
 log = logging.getLogger(__name__)
 
-FIRST_EPOCH = 1
+FIRST_EPOCH = 2
+"""See `epoch_after` in `templates/device/signal.cuh`."""
 _CONTROL_WORDS = 32
 """32-bit words per op: struct Control, on a 128-byte line of its own."""
 
@@ -34,8 +35,8 @@ _DISPATCH_VARYING = (
     "counts",
     "ranges",
     "token_ranks",
-    "rows_from",
-    "row_tokens",
+    "rows_received",
+    "row_origin",
     "row_slots",
     "row_weights",
     "tokens_sent",
@@ -47,8 +48,8 @@ _COMBINE_VARYING = (
     "y",
     "out",
     "topk_weights",
-    "rows_from",
-    "row_tokens",
+    "rows_received",
+    "row_origin",
     "row_slots",
     "row_weights",
     "token_ranks",
@@ -64,8 +65,8 @@ class MetadataLayout:
     token_ranks: int
     counts: int
     ranges: int
-    rows_from: int
-    row_tokens: int
+    rows_received: int
+    row_origin: int
     row_slots: int
     row_weights: int
     tokens_sent: int
@@ -78,7 +79,7 @@ class MetadataLayout:
             2 * problem.max_tokens,  # first: 64-bit masks
             local_experts,
             local_experts * problem.num_ranks * 2,
-            problem.num_ranks,
+            1,
             rows,
             rows * problem.num_topk,
             rows * problem.num_topk,
@@ -148,8 +149,8 @@ class LowLatency:
         self._combine_weighted = BoundKernel(kernels[2], specs[2].params, blocks[2], combine_fixed, _COMBINE_VARYING)
 
     def _set_epoch(self, epoch: int, consumed_at: tuple[int, int]) -> None:
-        """As if the epoch before had just been read by everybody; before any rank may launch."""
-        before = 0xFFFFFFFF if epoch == 1 else epoch - 1
+        """As if everybody had read all epochs before; before any rank may launch."""
+        before = 0xFFFFFFFF if epoch == FIRST_EPOCH else epoch - 1
         self.control[:, 0] = _signed(epoch)
         words = self.memory.local.view(torch.int32)
         for offset in consumed_at:
@@ -178,14 +179,14 @@ class LowLatency:
         memory = torch.empty(at.words, dtype=torch.int32, device=x.device)
         base = memory.data_ptr()
         addresses = (
-            base + 4 * at.rows_from,
-            base + 4 * at.row_tokens,
+            base + 4 * at.rows_received,
+            base + 4 * at.row_origin,
             base + 4 * at.row_slots,
             base + 4 * at.row_weights,
             base + 4 * at.token_ranks,
             base + 4 * at.tokens_sent,
         )
-        rows_from, row_tokens, row_slots, row_weights, token_ranks, tokens_sent = addresses
+        rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent = addresses
         self._dispatch(
             x.data_ptr(),
             topk_idx.data_ptr(),
@@ -195,8 +196,8 @@ class LowLatency:
             base + 4 * at.counts,
             base + 4 * at.ranges,
             token_ranks,
-            rows_from,
-            row_tokens,
+            rows_received,
+            row_origin,
             row_slots,
             row_weights,
             tokens_sent,
@@ -211,14 +212,14 @@ class LowLatency:
 
     def combine(self, y: torch.Tensor, handle: Handle, weights: torch.Tensor | None, out: torch.Tensor) -> None:
         """Launches combine; arguments are checked already."""
-        rows_from, row_tokens, row_slots, row_weights, token_ranks, tokens_sent = handle.addresses
+        rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent = handle.addresses
         kernel = self._combine if weights is None else self._combine_weighted
         kernel(
             y.data_ptr(),
             out.data_ptr(),
             0 if weights is None else weights.data_ptr(),
-            rows_from,
-            row_tokens,
+            rows_received,
+            row_origin,
             row_slots,
             row_weights,
             token_ranks,

@@ -39,8 +39,8 @@ class Watchdog:
             token = words[8] - 1
             words[8] = 0
             raise InvalidRoutingError(
-                f"{self._op}: token {token} selected an expert that does not exist; ids are 0..num_experts-1, or -1 for "
-                f"no selection. That selection was left out of this and possibly other calls."
+                f"{self._op}: token {token} selected an expert that does not exist; ids are 0..num_experts-1, or -1 "
+                f"for no selection. That selection was left out of this and possibly other calls."
             )
 
     def _expired(self) -> PeerTimeoutError:

@@ -94,16 +94,12 @@ __device__ __forceinline__ void store_whole_relaxed_sys(uint4* address, uint4 va
 
 __device__ __forceinline__ uint32_t atomic_add_acq_rel_gpu(uint32_t* address, uint32_t value) {
     uint32_t before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(address), "r"(value)
-                 : "memory");
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
     return before;
 }
 
 // Returns what stood there; the exchange took place if that equals `expected`.
-__device__ __forceinline__ uint32_t atomic_cas_acq_rel_gpu(uint32_t* address, uint32_t expected,
-                                                           uint32_t desired) {
+__device__ __forceinline__ uint32_t atomic_cas_acq_rel_gpu(uint32_t* address, uint32_t expected, uint32_t desired) {
     uint32_t before;
     asm volatile("atom.acq_rel.gpu.global.cas.b32 %0, [%1], %2, %3;"
                  : "=r"(before)
@@ -118,8 +114,8 @@ __device__ __forceinline__ uint32_t atomic_cas_acq_rel_gpu(uint32_t* address, ui
 __device__ __forceinline__ uint4 load_input(const uint4* address) {
     uint4 value;
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(address));
+        : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+        : "l"(address));
     return value;
 }
 
@@ -127,6 +123,11 @@ __device__ __forceinline__ uint32_t load_input(const uint32_t* address) {
     uint32_t value;
     asm("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(address));
     return value;
+}
+
+// Asks for the line of an input that will be loaded soon.
+__device__ __forceinline__ void prefetch_input(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // ---- numbers ------------------------------------------------------------------------------------
@@ -152,8 +153,7 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
-                 : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
@@ -163,8 +163,7 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
 
 // Arrives, and makes the phase wait for `bytes` more bytes of bulk loads.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-                 "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
 

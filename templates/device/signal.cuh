@@ -8,9 +8,9 @@ namespace moegen {
 
 // State of one (slot, op) of this rank, in its own device memory. No two launches that may overlap share one.
 struct Control {
-    uint32_t epoch;        // number of the running or next launch; 0 is never used, so zeroed memory is never current
-    uint32_t blocks_done;  // blocks of this launch that have finished
-    uint32_t aborted;      // raised by the first wait that runs out of time; every other wait then gives up
+    uint32_t epoch;           // number of the running or next launch
+    uint32_t blocks_entered;  // blocks of this launch that have read the epoch
+    uint32_t aborted;         // raised by the first wait that runs out of time; every other wait then gives up
 };
 
 // What the first expired wait tells the host, in pinned host memory. `valid` is written last.
@@ -26,16 +26,19 @@ struct Failure {
     uint32_t invalid_token;  // 1 + a token that selected an expert that does not exist; 0: none did
 };
 
-__device__ __forceinline__ uint32_t epoch_after(uint32_t epoch) { return epoch + 1 == 0 ? 1 : epoch + 1; }
-__device__ __forceinline__ uint32_t epoch_before(uint32_t epoch) { return epoch == 1 ? 0xffffffffu : epoch - 1; }
+// Epochs run from 2 to 2**32 - 1 and begin again: 0, which fresh memory holds, is never current, and even and odd ones
+// take turns for ever, each with its own half of the receive buffers.
+__device__ __forceinline__ uint32_t epoch_after(uint32_t epoch) { return epoch == 0xffffffffu ? 2 : epoch + 1; }
+__device__ __forceinline__ uint32_t epoch_before(uint32_t epoch) { return epoch == 2 ? 0xffffffffu : epoch - 1; }
 
 // One thread's view of the launch while it waits.
 struct Watch {
     Control* control;
     Failure* failure;
-    uint64_t deadline_ns;
+    uint64_t timeout_ns;
     uint32_t rank;
     uint32_t epoch;
+    uint64_t deadline_ns = 0;  // set when a wait first looks at the clock
     bool gave_up = false;
 };
 
@@ -57,21 +60,28 @@ __device__ __noinline__ void report_expired(const Watch& watch, uint32_t phase, 
     store_release_sys(&failure->valid, 1);
 }
 
-// Polls until `poll()` returns `expected`. False if the deadline passed or another wait of this launch gave up:
-// the caller then goes on as if nothing had arrived, so that every barrier is still reached.
+// True if the launch is over for this thread: its deadline passed, or another wait of this launch gave up.
+template <class Report>
+__device__ __forceinline__ bool gives_up(Watch& watch, Report report) {
+    const uint64_t now = global_timer_ns();
+    if (watch.deadline_ns == 0) watch.deadline_ns = now + watch.timeout_ns;
+    const bool expired = now > watch.deadline_ns;
+    if (expired) report();
+    watch.gave_up = expired || load_relaxed_sys(&watch.control->aborted) != 0;
+    return watch.gave_up;
+}
+
+// Polls until `poll()` returns `expected`. False if that did not happen in time: the caller then goes on as if nothing
+// had arrived, so that every barrier is still reached.
 template <class Poll>
 __device__ __forceinline__ bool wait_for(Watch& watch, uint32_t phase, uint32_t peer, int32_t index,
                                          uint32_t expected, Poll poll) {
     uint32_t seen = poll();
     for (uint32_t polls = 1; seen != expected; ++polls) {
         if (watch.gave_up) return false;
-        if (polls % kPollsPerCheck == 0) {
-            const bool expired = global_timer_ns() > watch.deadline_ns;
-            if (expired) report_expired(watch, phase, peer, index, expected, seen);
-            if (expired || load_relaxed_sys(&watch.control->aborted) != 0) {
-                watch.gave_up = true;
-                return false;
-            }
+        if (polls % kPollsPerCheck == 0 &&
+            gives_up(watch, [&] { report_expired(watch, phase, peer, index, expected, seen); })) {
+            return false;
         }
         poll_pause();
         seen = poll();
@@ -79,14 +89,11 @@ __device__ __forceinline__ bool wait_for(Watch& watch, uint32_t phase, uint32_t 
     return true;
 }
 
-// True in the last block of the launch to get here, for all of its threads: everything that the other blocks did
-// before has then happened.
-__device__ __forceinline__ bool is_last_block(Control* control) {
-    __shared__ bool last;
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomic_add_acq_rel_gpu(&control->blocks_done, 1) == gridDim.x - 1;
-    __syncthreads();
-    return last;
+// Called by one thread of each block once all of the block have read the epoch: the last block moves on to the next.
+__device__ __forceinline__ void leave_epoch_to_the_next_launch(Control* control, uint32_t epoch) {
+    if (atomic_add_acq_rel_gpu(&control->blocks_entered, 1) != gridDim.x - 1) return;
+    control->blocks_entered = 0;
+    control->epoch = epoch_after(epoch);
 }
 
 }  // namespace moegen

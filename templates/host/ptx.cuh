@@ -168,6 +168,8 @@ __device__ __forceinline__ void bulk_wait_read() {
     host::bulk_wait(kPending, true);
 }
 
+__device__ __forceinline__ void prefetch_input(const void*) {}
+
 // ---- numbers ------------------------------------------------------------------------------------
 
 // As cvt.rn.bf16x2.f32: to nearest, ties to even, every NaN becomes 0x7fff.

@@ -54,7 +54,9 @@ def replay_on_both_ranks(graphs_of_rank: list[list[str]], ops_per_round: int) ->
     """Every rank replays its list of graphs in turn, REPLAYS of them; a round of `ops_per_round` has one routing."""
     layer = Layer(SHAPE, "cuda")
     kinds = ("uniform", "free", "one")
-    routings = [random_routing(SHAPE, (step * 5 % 33, (31 * step + 7) % 33), step, kind=kinds[step % 3]) for step in range(6)]
+    routings = [
+        random_routing(SHAPE, (step * 5 % 33, (31 * step + 7) % 33), step, kind=kinds[step % 3]) for step in range(6)
+    ]
     golden = [layer.round_trip(routing) for routing in routings]
     for routing, results in zip(routings, golden, strict=True):
         layer.verify(routing, results)
@@ -70,9 +72,7 @@ def replay_on_both_ranks(graphs_of_rank: list[list[str]], ops_per_round: int) ->
                 torch.cuda.synchronize()
             world.barrier()
         inputs = [[part[r].to(world.device) for part in (s.x, s.ids, s.weights)] for s in routings]
-        wanted = [
-            RankResult(*(part.to(world.device) for part in vars(results[r]).values())) for results in golden
-        ]
+        wanted = [RankResult(*(part.to(world.device) for part in vars(results[r]).values())) for results in golden]
         wrong = torch.zeros((), dtype=torch.int64, device=world.device)
         ops = 0
         for step in range(REPLAYS // len(names) * len(names)):

@@ -72,7 +72,11 @@ def test_call(layer: moegen.ExpertParallel, call: Callable[[Any], None], error: 
         ({"hidden": 65536}, errors.SpecError, "up to 65536"),
         ({"max_tokens_per_rank": 0}, errors.InputError, r"max_tokens_per_rank is an integer in 1\.\."),
         ({"max_tokens_per_rank": 2**20 + 1}, errors.InputError, r"1\.\.1048576"),
-        ({"max_tokens_per_rank": 2**20, "hidden": 32768, "num_experts": 1024, "num_topk": 32}, errors.CapacityError, "no room"),
+        (
+            {"max_tokens_per_rank": 2**20, "hidden": 32768, "num_experts": 1024, "num_topk": 32},
+            errors.CapacityError,
+            "no room",
+        ),
         ({"dtype": torch.float16}, errors.InputError, "dtype is one of torch.bfloat16"),
         ({"layout": "packed"}, errors.InputError, "layout is one of expert"),
         ({"mode": "exact"}, errors.InputError, "mode is one of capacity"),

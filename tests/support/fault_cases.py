@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A fault at every wait site of family `ll`, on every device: what a missing peer would have written is written by hand
-up to that site, and no further."""
+up to that site, and no further.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from support.layer import Layer, Shape, random_routing
 
 import moegen
 from moegen.errors import PeerTimeoutError
 from moegen.kernels.ll import PHASES, Regions, regions
 from moegen.kernels.spec import Spec
+from moegen.runtime.low_latency import FIRST_EPOCH
+from support.layer import Layer, Shape, random_routing
 
 SHAPE = Shape(2, 4, 2, 64, 8)
 TIMEOUT = 0.5
@@ -88,7 +90,7 @@ def assert_reported(error: PeerTimeoutError, layer: Layer, site: str, index: int
 
 def announce_one_row(layer: Layer) -> None:
     """Rank 1's counts: one row to rank 0, for its first expert."""
-    epoch = 1
+    epoch = FIRST_EPOCH
     pieces = layer.ranks[0].selection.dispatch.count_pieces
     words = [1, 1, 0, epoch] + [0, 0, 0, epoch] * (pieces - 1)
     poke(layer, dispatch_regions(layer).counts + ABSENT * pieces * 16, words)
@@ -125,7 +127,7 @@ def test_fault_while_waiting_for_an_inline_payload(device: str) -> None:
     none = 0xFFFFFFFF
     words = [0, 0, none, 0, 0]  # token 0; expert 0 at place 0, no second selection; weights
     words += [0] * (spec.header_pieces * 3 - len(words))
-    poke(layer, header, [w for at in range(0, len(words), 3) for w in (*words[at : at + 3], 1)])
+    poke(layer, header, [w for at in range(0, len(words), 3) for w in (*words[at : at + 3], FIRST_EPOCH)])
     with pytest.raises(PeerTimeoutError) as caught:
         dispatch_alone(layer, [])
     assert_reported(caught.value, layer, "kRow", 0)
@@ -135,7 +137,7 @@ def test_fault_while_waiting_for_a_free_buffer(device: str) -> None:
     layer = make(device)
     dispatch_together(layer, [[[0, 3]], [[1, 2]]])
     consumed = dispatch_regions(layer).consumed
-    poke(layer, consumed + 4 * ABSENT, [0xFFFFFFFF])  # rank 1 has read the epoch before the first, no more
+    poke(layer, consumed + 4 * ABSENT, [0xFFFFFFF0])  # as if rank 1 were still some epochs behind
     with pytest.raises(PeerTimeoutError) as caught:
         dispatch_alone(layer, [])
     assert_reported(caught.value, layer, "kPeerReady", -1)

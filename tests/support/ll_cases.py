@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.layer import Layer, Routing, Shape, expert_outputs, random_routing
 
 import moegen
 from moegen import errors
@@ -20,6 +19,7 @@ from moegen.compile.binary import obtain_many
 from moegen.compile.target import Target
 from moegen.kernels.problem import Problem
 from moegen.select import select
+from support.layer import Layer, Routing, Shape, expert_outputs, random_routing
 
 # Covers the domain pairwise: ranks 1..9, experts that divide and do not, top-k 1..16, rows from 16 bytes up, both wire
 # formats (capacity up to 64 is inline), rows that 12 bytes divide and do not.
@@ -71,9 +71,7 @@ def layers(device: str) -> Iterator[dict[Shape, Layer]]:
 
 
 @pytest.mark.parametrize("shape", POOL, ids=str)
-@settings(
-    max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_round_trip_equals_reference(shape: Shape, layers: dict[Shape, Layer], data: Any) -> None:
     largest = min(shape.max_tokens, 40)
@@ -141,7 +139,9 @@ def soak(device: str, pairs: int, *, options: dict[str, Any] | None = None) -> N
     shape = SOAK_SHAPE
     layer = Layer(shape, device, **(options or {}))
     routings = [
-        random_routing(shape, [(7 * rank + 5 * step) % 25 for rank in range(3)], step, kind=["uniform", "free"][step % 2])
+        random_routing(
+            shape, [(7 * rank + 5 * step) % 25 for rank in range(3)], step, kind=["uniform", "free"][step % 2]
+        )
         for step in range(4)
     ]
     golden = [layer.round_trip(routing) for routing in routings]
@@ -195,7 +195,9 @@ def test_num_tokens_on_the_device(layers: dict[Shape, Layer]) -> None:
     layer = layers[shape]
     full = random_routing(shape, (9, 20, 37), 11)
     counts = (4, 0, 30)
-    cut = Routing(*([part[:n] for part, n in zip(parts, counts, strict=True)] for parts in (full.x, full.ids, full.weights)))
+    cut = Routing(
+        *([part[:n] for part, n in zip(parts, counts, strict=True)] for parts in (full.x, full.ids, full.weights))
+    )
 
     def work(world: moegen.runtime.worlds.RankWorld) -> tuple[torch.Tensor, torch.Tensor]:
         rank, r = layer.ranks[world.rank], world.rank

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.layer import RankResult, Shape, expert_outputs, random_routing
 
 import moegen
 from moegen import reference
+from support.layer import RankResult, Shape, expert_outputs, random_routing
 
 ANSWER_SECONDS = 240
 
@@ -60,10 +61,8 @@ class Processes:
 
     def stop(self) -> None:
         for end in self._ends:
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 end.send(None)
-            except BrokenPipeError:
-                pass
         for process in self._processes:
             process.join(20)
             if process.is_alive():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from support.layer import Layer, Shape, random_routing
+from support.layer import Layer, Shape, random_routing  # noqa: E402
 
 SHAPES = (
     Shape(1, 5, 5, 512, 70),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder; no other variable of moegen is set, and no earlier test's warnings are remembered."""
     for name in env.VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -51,7 +51,7 @@ def cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setenv("MOEGEN_CACHE_DIR", str(root))
     for cached in (cache._unusable, cache._warn_once, cache.temporary_store):
         cached.cache_clear()
-    yield root
+    return root
 
 
 @pytest.fixture

@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: Apache-2.0
+// Virtual ranks that run the low-latency kernels back to back, as an executable for sanitizers:
+//     driver VARIANT SEED ROUNDS
+// The ranks meet nowhere but in the kernels. Exit status 0: every result is right; 1: one is not; 2: a launch failed;
+// else the sanitizer's own.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <moegen/simt.hpp>
+#include <random>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+// Where one op's parts lie in symmetric memory.
+struct Regions {
+    uint64_t consumed, counts, rows, tags, weights, end;
+};
+
+// A dispatch and a combine kernel. `late`: weights are given to combine.
+struct Variant {
+    const char* name;
+    moegen_host_entry* dispatch;
+    unsigned long (*dispatch_bytes)();
+    moegen_host_entry* combine;
+    unsigned long (*combine_bytes)();
+    uint32_t threads;
+    bool late;
+    Regions dispatch_at, combine_at;
+};
+
+// struct Control and struct Failure of signal.cuh, which a file with standard headers cannot include.
+struct alignas(128) Control {
+    uint32_t epoch, rest[31];
+};
+struct alignas(128) Failure {
+    uint32_t words[32];
+};
+
+#include <variants.hpp>
+
+namespace {
+
+constexpr uint32_t kFirstEpoch = 0xfffffffa;  // wraps after 6 launches
+constexpr uint64_t kTimeoutNs = 60'000'000'000;
+constexpr uint32_t kMaxLocalExperts = (kExperts + kRanks - 1) / kRanks;
+constexpr uint32_t kExpertRows = kRanks * kMaxTokens;
+constexpr uint32_t kCombinesOfRound[] = {1, 0, 2, 1};  // without one between, only `consumed` holds the next op back
+constexpr uint16_t kNan = 0x7fc0;
+
+using Bf16 = uint16_t;
+
+float widened(Bf16 number) {
+    const uint32_t bits = uint32_t(number) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Of a number that bf16 holds exactly.
+Bf16 narrowed(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return Bf16(bits >> 16);
+}
+
+uint32_t first_expert(uint32_t rank) { return rank * (kExperts / kRanks) + std::min(rank, kExperts % kRanks); }
+
+uint32_t rank_of(uint32_t expert) {
+    uint32_t rank = 0;
+    while (expert >= first_expert(rank + 1)) ++rank;
+    return rank;
+}
+
+// What stands in for the experts: each multiplies by its own factor, exactly in bf16.
+float factor_of(uint32_t expert) { return float(expert % 3 + 1); }
+
+// One dispatch of one rank and the combines that follow it: what goes in, and what has come out.
+struct Round {
+    uint32_t rows = 0;  // of the token tensor
+    int32_t tokens = 0;
+    bool counted_on_device = false, wide = false;
+    std::vector<Bf16> x;
+    std::vector<int32_t> ids;
+    std::vector<int64_t> wide_ids;
+    std::vector<float> weights;
+
+    std::vector<Bf16> out, y, combined[2];
+    std::vector<int32_t> counts, ranges, rows_from, row_tokens, row_slots;
+    std::vector<float> row_weights;
+    std::vector<uint64_t> token_ranks;
+    int32_t tokens_sent = -1;
+    uint32_t num_combines = 0;
+
+    Round(uint32_t number, std::minstd_rand& random);
+    bool selects(uint32_t token, uint32_t expert) const {
+        const int32_t* of_token = &ids[token * kTopk];
+        return std::find(of_token, of_token + kTopk, int32_t(expert)) != of_token + kTopk;
+    }
+};
+
+Round::Round(uint32_t number, std::minstd_rand& random) : num_combines(kCombinesOfRound[number % 4]) {
+    const auto below = [&](uint32_t limit) { return uint32_t(random() >> 8) % limit; };
+    rows = below(4) == 0 ? 0 : below(kMaxTokens + 1);
+    counted_on_device = below(2);
+    tokens = int32_t(counted_on_device ? below(rows + 1) : rows);
+    wide = below(2);
+    // Exactly as long as the kernels may read and write, so that an access beyond is one that AddressSanitizer sees.
+    for (uint32_t i = 0; i < rows * kHidden; ++i) x.push_back(narrowed((float(below(63)) - 31) / 8));
+    for (uint32_t i = 0; i < rows * kTopk; ++i) {
+        ids.push_back(int32_t(below(kExperts + 2)) - 2);
+        if (ids.back() < -1) ids.back() = i % kTopk ? ids[i - 1] : -1;  // the same expert twice
+        weights.push_back(float(below(1000)) / 999);
+    }
+    if (wide) wide_ids.assign(ids.begin(), ids.end());
+    out.assign(kMaxLocalExperts * kExpertRows * kHidden, kNan);
+    y = out;
+    for (auto& result : combined) result.assign(rows * kHidden, kNan);
+    counts.assign(kMaxLocalExperts, -1);
+    ranges.assign(kMaxLocalExperts * kRanks * 2, -1);
+    rows_from.assign(kRanks, -1);
+    row_tokens.assign(kExpertRows, -1);
+    row_slots.assign(kExpertRows * kTopk, -1);
+    row_weights.assign(kExpertRows * kTopk, NAN);
+    token_ranks.assign(kMaxTokens, ~0ull);
+}
+
+struct Rank {
+    uint32_t number = 0;
+    std::unique_ptr<uint8_t, decltype(&std::free)> memory = {nullptr, std::free};
+    Control control[2] = {};
+    Failure failure[2] = {};
+    std::vector<Round> rounds;
+    std::minstd_rand random;
+};
+
+// All ranks of one run.
+class Ranks {
+  public:
+    Ranks(const Variant& variant, uint32_t seed, uint32_t rounds);
+    int run();  // the exit status
+    bool verify() const;
+
+  private:
+    void work(Rank& rank);
+    template <typename Params>
+    void launch(Rank& rank, moegen_host_entry* entry, const Params& params);
+    template <typename Params>
+    Params common_params(Rank& rank, uint32_t op, const Regions& at);
+    void dispatch(Rank& rank, Round& round);
+    void combine(Rank& rank, Round& round, std::vector<Bf16>& result);
+    bool verify_dispatch(const Rank& rank, uint32_t number) const;
+    bool verify_combine(const Rank& rank, uint32_t number) const;
+
+    const Variant& variant_;
+    const uint32_t seed_;
+    std::vector<Rank> ranks_{kRanks};
+    std::atomic<bool> failed_ = false;
+};
+
+Ranks::Ranks(const Variant& variant, uint32_t seed, uint32_t rounds) : variant_(variant), seed_(seed) {
+    for (uint32_t number = 0; number < kRanks; ++number) {
+        Rank& rank = ranks_[number];
+        rank.number = number;
+        rank.random.seed(seed * kRanks + number + 1);
+        for (uint32_t round = 0; round < rounds; ++round) rank.rounds.emplace_back(round, rank.random);
+        rank.memory.reset(static_cast<uint8_t*>(std::aligned_alloc(256, variant.combine_at.end)));
+        std::memset(rank.memory.get(), 0, variant.combine_at.end);
+        for (Control& control : rank.control) control.epoch = kFirstEpoch;
+        for (const uint64_t consumed : {variant.dispatch_at.consumed, variant.combine_at.consumed}) {
+            auto* words = reinterpret_cast<uint32_t*>(rank.memory.get() + consumed);
+            std::fill(words, words + kRanks, kFirstEpoch - 1);
+        }
+    }
+}
+
+// ---- running --------------------------------------------------------------------------------------
+
+template <typename Params>
+void Ranks::launch(Rank& rank, moegen_host_entry* entry, const Params& params) {
+    if (rank.random() / 256 % 2) std::this_thread::sleep_for(std::chrono::microseconds(rank.random() / 256 % 300));
+    char error[4000];
+    const uint64_t seed = seed_ == 0 ? 0 : rank.random();
+    const moegen_host_launch request = {&params, kBlocks, variant_.threads, 0, 0, seed};
+    if (entry(&request, error, sizeof error) == 0) return;
+    std::printf("rank %u: %s\n", rank.number, error);
+    failed_ = true;
+}
+
+template <typename Params>
+Params Ranks::common_params(Rank& rank, uint32_t op, const Regions& at) {
+    Params p = {};
+    for (uint32_t peer = 0; peer < kRanks; ++peer) p.peers[peer] = ranks_[peer].memory.get();
+    p.control = &rank.control[op];
+    p.failure = &rank.failure[op];
+    p.consumed_offset = at.consumed;
+    p.rows_offset = at.rows;
+    p.tags_offset = at.tags;
+    p.timeout_ns = kTimeoutNs;
+    p.rank = rank.number;
+    p.max_tokens = kMaxTokens;
+    return p;
+}
+
+void Ranks::dispatch(Rank& rank, Round& round) {
+    auto p = common_params<DispatchParams>(rank, 0, variant_.dispatch_at);
+    p.counts_offset = variant_.dispatch_at.counts;
+    p.x = reinterpret_cast<const uint8_t*>(round.x.data());
+    p.x_stride = kHidden * sizeof(Bf16);
+    p.topk_idx = round.wide ? static_cast<const void*>(round.wide_ids.data()) : round.ids.data();
+    p.wide_ids = round.wide;
+    p.topk_weights = variant_.late ? nullptr : round.weights.data();
+    p.tokens = round.rows;
+    p.num_tokens = round.counted_on_device ? &round.tokens : nullptr;
+    p.out = reinterpret_cast<uint8_t*>(round.out.data());
+    p.counts = round.counts.data();
+    p.ranges = round.ranges.data();
+    p.rows_from = round.rows_from.data();
+    p.row_tokens = round.row_tokens.data();
+    p.row_slots = round.row_slots.data();
+    p.row_weights = round.row_weights.data();
+    p.token_ranks = round.token_ranks.data();
+    p.tokens_sent = &round.tokens_sent;
+    launch(rank, variant_.dispatch, p);
+}
+
+void Ranks::combine(Rank& rank, Round& round, std::vector<Bf16>& result) {
+    auto p = common_params<CombineParams>(rank, 1, variant_.combine_at);
+    p.weights_offset = variant_.combine_at.weights;
+    p.y = reinterpret_cast<const uint8_t*>(round.y.data());
+    p.out = reinterpret_cast<uint8_t*>(result.data());
+    p.topk_weights = variant_.late ? round.weights.data() : nullptr;
+    p.rows_from = round.rows_from.data();
+    p.row_tokens = round.row_tokens.data();
+    p.row_slots = round.row_slots.data();
+    p.row_weights = round.row_weights.data();
+    p.token_ranks = round.token_ranks.data();
+    p.num_tokens = &round.tokens_sent;
+    p.tokens = round.rows;
+    launch(rank, variant_.combine, p);
+}
+
+// Rows that no token came to stay NaN: a sum that one of them enters is found.
+void run_experts(const Rank& rank, Round& round) {
+    const uint32_t first = first_expert(rank.number), last = first_expert(rank.number + 1);
+    for (uint32_t expert = first; expert < last; ++expert) {
+        const uint32_t begin = (expert - first) * kExpertRows * kHidden;
+        const uint32_t end = begin + uint32_t(round.counts[expert - first]) * kHidden;
+        for (uint32_t at = begin; at < end; ++at) round.y[at] = narrowed(widened(round.out[at]) * factor_of(expert));
+    }
+}
+
+void Ranks::work(Rank& rank) {
+    for (Round& round : rank.rounds) {
+        dispatch(rank, round);
+        if (failed_) return;
+        run_experts(rank, round);
+        for (uint32_t i = 0; i < round.num_combines && !failed_; ++i) combine(rank, round, round.combined[i]);
+    }
+}
+
+int Ranks::run() {
+    std::vector<std::thread> threads;
+    for (Rank& rank : ranks_) threads.emplace_back([this, &rank] { work(rank); });
+    for (std::thread& thread : threads) thread.join();
+    if (failed_) return 2;
+    return verify() ? 0 : 1;
+}
+
+// ---- what is right --------------------------------------------------------------------------------
+
+bool wrong(const char* what, const Rank& rank, uint32_t round, uint32_t index) {
+    std::printf("rank %u, round %u: wrong %s %u\n", rank.number, round, what, index);
+    return false;
+}
+
+bool Ranks::verify_dispatch(const Rank& rank, uint32_t number) const {
+    const Round& got = rank.rounds[number];
+    const uint32_t first = first_expert(rank.number);
+    for (uint32_t expert = first; expert < first_expert(rank.number + 1); ++expert) {
+        const uint32_t local = expert - first;
+        uint32_t row = 0;
+        for (const Rank& source : ranks_) {
+            const Round& sent = source.rounds[number];
+            const uint32_t before = row;
+            for (uint32_t token = 0; token < uint32_t(sent.tokens); ++token) {
+                if (!sent.selects(token, expert)) continue;
+                const Bf16* there = &got.out[(local * kExpertRows + row++) * kHidden];
+                if (std::memcmp(there, &sent.x[token * kHidden], kHidden * sizeof(Bf16)) != 0)
+                    return wrong("row of expert", rank, number, expert);
+            }
+            const int32_t* range = &got.ranges[(local * kRanks + source.number) * 2];
+            if (range[0] != int32_t(before) || range[1] != int32_t(row - before))
+                return wrong("range of expert", rank, number, expert);
+        }
+        if (got.counts[local] != int32_t(row)) return wrong("count of expert", rank, number, expert);
+    }
+    return true;
+}
+
+// As moegen.reference.combine: each remote partial sum and the result are rounded to bf16 once, and all additions are
+// fp32, at most kTopk + kRanks of them.
+bool is_near(const Round& round, uint32_t owner, uint32_t token, uint32_t column, Bf16 got) {
+    double partials[kRanks] = {}, magnitude = 0, exact = 0, rounded = 0;
+    const double x = widened(round.x[token * kHidden + column]);
+    for (uint32_t at = token * kTopk; at < (token + 1) * kTopk; ++at) {
+        if (round.ids[at] < 0) continue;
+        const uint32_t expert = uint32_t(round.ids[at]);
+        const double term = double(round.weights[at]) * factor_of(expert) * x;
+        partials[rank_of(expert)] += term;
+        magnitude += std::abs(term);
+    }
+    for (uint32_t rank = 0; rank < kRanks; ++rank) {
+        exact += partials[rank];
+        if (rank != owner) rounded += std::abs(partials[rank]);
+    }
+    const double bound = std::ldexp(rounded + std::abs(exact), -8) + std::ldexp(magnitude * (kTopk + kRanks), -24);
+    return std::abs(widened(got) - exact) <= bound * (1 + 0x1p-6) + 0x1p-133;  // false for NaN
+}
+
+bool Ranks::verify_combine(const Rank& rank, uint32_t number) const {
+    const Round& round = rank.rounds[number];
+    for (uint32_t i = 0; i < round.num_combines; ++i) {
+        for (uint32_t at = 0; at < uint32_t(round.tokens) * kHidden; ++at) {
+            if (!is_near(round, rank.number, at / kHidden, at % kHidden, round.combined[i][at]))
+                return wrong("sum of token", rank, number, at / kHidden);
+        }
+    }
+    return true;
+}
+
+bool Ranks::verify() const {
+    bool right = true;
+    for (const Rank& rank : ranks_) {
+        for (uint32_t op = 0; op < 2; ++op) {
+            for (const uint32_t word : rank.failure[op].words)
+                if (word != 0) return wrong("silence of op", rank, 0, op);
+        }
+        for (uint32_t round = 0; round < rank.rounds.size(); ++round)
+            right = right && verify_dispatch(rank, round) && verify_combine(rank, round);
+    }
+    return right;
+}
+
+const Variant* find(std::string_view name) {
+    for (const Variant& variant : kVariants)
+        if (name == variant.name) return &variant;
+    return nullptr;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    const Variant* variant = count == 4 ? find(arguments[1]) : nullptr;
+    if (variant == nullptr || variant->dispatch_bytes() != sizeof(DispatchParams) ||
+        variant->combine_bytes() != sizeof(CombineParams)) {
+        std::printf("usage: driver VARIANT SEED ROUNDS, with a variant of this executable\n");
+        return 2;
+    }
+    Ranks ranks(*variant, uint32_t(std::atoi(arguments[2])), uint32_t(std::atoi(arguments[3])));
+    return ranks.run();
+}
