@@ -13,7 +13,6 @@ OLD_VENV = .venv-nvrtc12
 OLD_STAMP = $(OLD_VENV)/.installed
 OLD_TOOLS = 'cuda-bindings==12.9.*' nvidia-cuda-nvrtc-cu12==12.8.93 jinja2 ninja typer rich
 
-# The catalog's targets whose resources the manifest records are checked by `generated`.
 OLD_ARCHS = sm80,sm90
 
 TEMPLATE_FILES = $(shell find templates -name '*.cuh' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.jinja')
@@ -21,10 +20,10 @@ TEMPLATE_FILES = $(shell find templates -name '*.cuh' -o -name '*.hpp' -o -name 
 TEST_JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types format-check generated nvrtc-oldest pytest tsan asan format generate clean
+.PHONY: help install demo test lint types generated nvrtc-oldest pytest tsan asan format generate clean
 
 help:
-	@echo 'make demo          build the kernels of deepseek-v3 for sm90, then run a MoE layer across ranks'
+	@echo 'make demo          build the kernels of deepseek-v3 for sm90, then run an MoE layer across ranks'
 	@echo 'make test          every check and test that needs no GPU'
 	@echo 'make tsan asan     the protocol under ThreadSanitizer and AddressSanitizer'
 	@echo 'make format        format Python and templates'
@@ -35,11 +34,11 @@ help:
 install: $(STAMP)
 
 # A torch that the system has already (a CUDA build, say) is taken as it is; else the pinned one is installed.
-# CUDA builds of torch ask for an NVRTC of their own; the manifest's is put in its place, which torch can use as well.
+# CUDA builds of torch ask for an NVRTC of their own; the manifest's is put in its place.
 $(STAMP): pyproject.toml constraints.txt
 	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo 'moegen needs Python >= 3.10: make SYSTEM_PYTHON=python3.12 ...'; exit 1; }
-	if [ ! -x $(PYTHON) ]; then \
+	if [ ! -x $(PYTHON) ]; then site=; \
 	    if $(SYSTEM_PYTHON) -c 'import torch' 2>/dev/null; then site=--system-site-packages; fi; \
 	    $(SYSTEM_PYTHON) -m venv $$site $(VENV); \
 	fi
@@ -70,7 +69,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(PYTHON) -m mypy
 
-# Text and, by the pinned NVRTC, registers, shared memory, spills and digests.
+# Text; and what the pinned NVRTC makes of it for sm90 and sm100: registers, shared memory, spills, digests.
 generated: $(STAMP)
 	$(MOEGEN) generate --check --resources
 

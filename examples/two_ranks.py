@@ -2,7 +2,7 @@
 """Two ranks as two processes: dispatch tokens, run the experts, combine.
 
 python examples/two_ranks.py            # on CPUs
-python examples/two_ranks.py cuda       # one process per GPU, two GPUs
+python examples/two_ranks.py cuda       # one process per GPU, two GPUs (not run yet)
 """
 
 from __future__ import annotations

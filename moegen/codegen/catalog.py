@@ -9,14 +9,16 @@ from moegen.errors import InputError
 from moegen.kernels.presets import preset
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
-from moegen.select import INLINE_MAX_TOKENS, select
+from moegen.select import INLINE_MAX_TOKENS, MOST_WARPS, select
 
 MAX_CATALOG = 50
 
-DEFAULT_CAPACITIES = (INLINE_MAX_TOKENS, INLINE_MAX_TOKENS + 1)
-"""One capacity of each wire format: a Spec depends on the capacity through the wire format alone."""
-
-_CATALOG_PRESETS = (("deepseek-v3", (2, 4, 8)), ("gpt-oss-120b", (4,)), ("tiny", (4,)))
+_CATALOG = (
+    ("deepseek-v3", (2, 4, 8), (32, 128, 1024)),
+    ("gpt-oss-120b", (4,), (32, 128)),
+    ("tiny", (4,), (32, 128)),
+)
+"""Preset, numbers of ranks, capacities."""
 
 
 def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = None, target: str = "sm90") -> list[Spec]:
@@ -28,23 +30,31 @@ def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = No
     """
     if family not in (None, "ll"):
         raise InputError(f"no family {family!r}; there is: ll")
-    return list(dict.fromkeys(_preset_specs(preset_name, ranks, on_host=target == "host")))
+    on_host = target == "host"
+    specs = (spec for r in ranks for spec in _specs(preset_name, r, all_capacities(r), on_host=on_host))
+    return list(dict.fromkeys(specs))
+
+
+def all_capacities(num_ranks: int) -> list[int]:
+    """Capacities, one at least on each side of every limit at which `select` changes its mind."""
+    limits = [INLINE_MAX_TOKENS, *(rows // num_ranks for rows, _ in MOST_WARPS[:-1])]
+    return sorted({capacity for limit in limits for capacity in (limit, limit + 1) if capacity > 0})
 
 
 def catalog() -> list[Spec]:
     """The committed set, in a fixed order, at most MAX_CATALOG."""
     specs: dict[Spec, None] = {}
-    for name, ranks in _CATALOG_PRESETS:
-        specs.update(dict.fromkeys(_preset_specs(name, ranks, on_host=False)))
-    specs.update(dict.fromkeys(_preset_specs("tiny", (4,), on_host=True)))
+    for name, ranks, capacities in _CATALOG:
+        for num_ranks in ranks:
+            specs.update(dict.fromkeys(_specs(name, num_ranks, capacities, on_host=False)))
+    specs.update(dict.fromkeys(_specs("tiny", 4, (32, 128), on_host=True)))
     if len(specs) > MAX_CATALOG:
         raise AssertionError(f"{len(specs)} kernels are too many to read; the catalog holds at most {MAX_CATALOG}")
     return list(specs)
 
 
-def _preset_specs(name: str, ranks: Sequence[int], *, on_host: bool) -> Iterator[Spec]:
+def _specs(name: str, num_ranks: int, capacities: Sequence[int], *, on_host: bool) -> Iterator[Spec]:
     layer = preset(name)
-    for num_ranks in ranks:
-        for capacity in DEFAULT_CAPACITIES:
-            problem = Problem(num_ranks, layer.num_experts, layer.num_topk, layer.hidden, capacity, on_host=on_host)
-            yield from select(problem).specs
+    for capacity in capacities:
+        problem = Problem(num_ranks, layer.num_experts, layer.num_topk, layer.hidden, capacity, on_host=on_host)
+        yield from select(problem).specs
