@@ -225,7 +225,9 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
                 Param("uint8_t*", "out", "[tokens, hidden]"),
                 Param("const float*", "topk_weights", "[tokens, topk] if given at combine, else null"),
                 Param("const int32_t*", "rows_received", "one number: rows from other ranks"),
-                Param("const int32_t*", "row_origin", "[(ranks - 1) * max_tokens]: source * max_tokens + token of each"),
+                Param(
+                    "const int32_t*", "row_origin", "[(ranks - 1) * max_tokens]: source * max_tokens + token of each"
+                ),
                 Param("const int32_t*", "row_slots", "[ranks * max_tokens, topk]: row in `y` or -1; own tokens last"),
                 Param("const float*", "row_weights", "[ranks * max_tokens, topk]"),
                 Param("const uint64_t*", "token_ranks", "[max_tokens]: bit r: rank r holds an expert of this token"),
@@ -270,6 +272,7 @@ def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start
 
 def num_blocks(spec: LowLatencySpec, max_tokens: int, resident_blocks: int) -> int:
     """Blocks to launch: a team for each row that may arrive or be sent and for each rank to tell the counts, never more
-    than can run at the same time."""
+    than can run at the same time.
+    """
     ranks = spec.num_ranks
     return max(1, min(resident_blocks, ceil_div((ranks + 1) * max_tokens + ranks, spec.teams)))

@@ -101,6 +101,8 @@ class CudaKernel(LoadedKernel):
         self._device = device
         self._module = _check(driver.cuModuleLoadData(binary.read(built)))
         self._function = _check(driver.cuModuleGetFunction(self._module, spec.symbol.encode()))
+        # Under lazy loading the first launch would load it, and loading waits for kernels that may wait for this one.
+        _check(driver.cuFuncLoad(self._function))
         blocks = _check(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, spec.block_threads, 0))
         self._resident = int(blocks) * torch.cuda.get_device_properties(device).multi_processor_count
         self._threads = spec.block_threads

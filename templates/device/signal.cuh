@@ -74,8 +74,8 @@ __device__ __forceinline__ bool gives_up(Watch& watch, Report report) {
 // Polls until `poll()` returns `expected`. False if that did not happen in time: the caller then goes on as if nothing
 // had arrived, so that every barrier is still reached.
 template <class Poll>
-__device__ __forceinline__ bool wait_for(Watch& watch, uint32_t phase, uint32_t peer, int32_t index,
-                                         uint32_t expected, Poll poll) {
+__device__ __forceinline__ bool wait_for(Watch& watch, uint32_t phase, uint32_t peer, int32_t index, uint32_t expected,
+                                         Poll poll) {
     uint32_t seen = poll();
     for (uint32_t polls = 1; seen != expected; ++polls) {
         if (watch.gave_up) return false;

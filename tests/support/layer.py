@@ -87,16 +87,30 @@ class Layer:
         for rank in self.ranks:
             rank.destroy()
 
-    def round_trip(self, routing: Routing, *, late: bool = False, narrow_ids: bool = False) -> list[RankResult]:
-        """One dispatch and combine on every rank; weights given to combine if `late`, else to dispatch."""
+    def round_trip(
+        self, routing: Routing, *, late: bool = False, narrow_ids: bool = False, in_step: bool = False
+    ) -> list[RankResult]:
+        """One dispatch and combine on every rank; weights given to combine if `late`, else to dispatch.
+
+        `in_step`: no rank goes on before all are done, so that torch may load kernels in between.
+        """
 
         def work(world: moegen.runtime.worlds.RankWorld) -> RankResult:
             layer = self.ranks[world.rank]
+
+            def step() -> None:
+                if in_step:
+                    layer.synchronize()
+                    world.barrier()
+
             x = routing.x[world.rank].to(self.device)
             ids = routing.ids[world.rank].to(self.device, torch.int32 if narrow_ids else torch.int64)
             weights = routing.weights[world.rank].to(self.device)
+            step()
             received = layer.dispatch(x, ids, None if late else weights)
+            step()
             y = expert_outputs(received)
+            step()
             combined = layer.combine(y, received.handle, weights if late else None)
             layer.synchronize()
             return RankResult(

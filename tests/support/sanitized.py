@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Round trips of virtual ranks on one GPU, as a program to run under compute-sanitizer.
 
-Kernels load lazily here (the sanitizer would instrument all of torch otherwise), so one rank alone runs every torch
-kernel that is used before two ranks wait for each other.
+Kernels load lazily here (the sanitizer would instrument all of torch otherwise), and loading one waits for those that
+run: the ranks go in step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
             tokens = [(11 * seed + 17 * rank) % min(shape.max_tokens, 40) for rank in range(shape.ranks)]
             routing = random_routing(shape, tokens, seed, kind=kind)
             for late in (False, True):
-                layer.verify(routing, layer.round_trip(routing, late=late, narrow_ids=seed % 2 == 1))
+                layer.verify(routing, layer.round_trip(routing, late=late, narrow_ids=seed % 2 == 1, in_step=True))
         layer.destroy()
         print(f"{shape}: ok", flush=True)
 

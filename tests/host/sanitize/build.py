@@ -2,11 +2,14 @@
 """The low-latency kernels, right ones and ones with one order taken away, in one executable for a sanitizer.
 
 Every kernel is an object of its own in which all but its entry is local: their helpers have one name and different
-contents. `variants.hpp`, which the driver includes, lists the kernels and declares their parameter structs.
+contents. Every rank then has a copy of the runtime and the kernels for itself: the runtime keeps its threads for later
+launches, in one list behind one lock, and for a sanitizer that lock would order the ranks as no GPU does.
+The driver includes `shape.hpp` and `variants.hpp`, which are written here.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,17 +44,17 @@ MOEGEN_HOST_ENTRY_AS({entry}, {symbol}, Params);
 
 @dataclass(frozen=True)
 class Edit:
-    """One place of a kernel's text, or of a header that it includes, that becomes another."""
+    """The one place of a kernel's text, or of a header that it includes, that matches `pattern` becomes `new`."""
 
     file: str
-    old: str
+    pattern: str
     new: str
 
     def applied(self, text: str) -> str:
-        found = text.count(self.old)
-        if found != 1:
-            raise ValueError(f"{self.old!r} occurs {found} times in {self.file or 'the kernel'}; expected once")
-        return text.replace(self.old, self.new)
+        edited, places = re.subn(self.pattern, self.new, text, flags=re.DOTALL)
+        if places != 1:
+            raise ValueError(f"{self.pattern!r} matches {self.file or 'the kernel'} in {places} places; expected one")
+        return edited
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,11 @@ def weakened(right: Variant, op: str, name: str, edit: Edit) -> Variant:
 # ---- what the driver includes ---------------------------------------------------------------------
 
 
+def of_rank(symbol: str, rank: int) -> str:
+    """The name that a symbol of a kernel has in one rank's copy."""
+    return f"rank{rank}_{symbol}"
+
+
 def _struct(name: str, spec: LowLatencyDispatch | LowLatencyCombine) -> str:
     members = "".join(f"    {declaration}\n" for declaration, _ in spec.params.declarations)
     return f"struct {name} {{\n{members}}};\nstatic_assert(sizeof({name}) == {spec.params.size});\n"
@@ -112,16 +120,16 @@ def _row(variant: Variant) -> str:
     combine_at = regions(combine, MAX_TOKENS, dispatch_at.end)
     late = "true" if combine.weights == "atcombine" else "false"
     entries = ", ".join(
-        f"{kernel.entry}, {kernel.entry}_params_bytes" for kernel in (variant.dispatch, variant.combine)
+        "{" + ", ".join(of_rank(kernel.entry, rank) for rank in range(RANKS)) + "}"
+        for kernel in (variant.dispatch, variant.combine)
     )
+    sizes = ", ".join(f"{of_rank(kernel.entry, 0)}_params_bytes" for kernel in (variant.dispatch, variant.combine))
     layouts = f"{_layout(dispatch_at)}, {_layout(combine_at)}"
-    return f'    {{"{variant.name}", {entries}, {dispatch.block_threads}, {late}, {layouts}}},\n'
+    return f'    {{"{variant.name}", {entries}, {sizes}, {dispatch.block_threads}, {late}, {layouts}}},\n'
 
 
-def header(variants: Sequence[Variant]) -> str:
-    """`variants.hpp`: the one shape, the parameter structs and the table of kernels."""
-    dispatch, combine = variants[0].dispatch.spec, variants[0].combine.spec
-    assert isinstance(dispatch, LowLatencyDispatch) and isinstance(combine, LowLatencyCombine)
+def shape_header() -> str:
+    """`shape.hpp`: the one shape."""
     shape = {
         "kRanks": RANKS,
         "kHidden": HIDDEN,
@@ -130,10 +138,16 @@ def header(variants: Sequence[Variant]) -> str:
         "kMaxTokens": MAX_TOKENS,
         "kBlocks": BLOCKS,
     }
-    entries = sorted(kernel.entry for kernel in kernels_of(variants))
+    return "".join(f"constexpr unsigned {name} = {value};\n" for name, value in shape.items())
+
+
+def variants_header(variants: Sequence[Variant]) -> str:
+    """`variants.hpp`: the parameter structs and the table of kernels."""
+    dispatch, combine = variants[0].dispatch.spec, variants[0].combine.spec
+    assert isinstance(dispatch, LowLatencyDispatch) and isinstance(combine, LowLatencyCombine)
+    entries = [of_rank(kernel.entry, rank) for kernel in kernels_of(variants) for rank in range(RANKS)]
     return "".join(
         [
-            *(f"constexpr uint32_t {name} = {value};\n" for name, value in shape.items()),
             _struct("DispatchParams", dispatch),
             _struct("CombineParams", combine),
             *(f'extern "C" moegen_host_entry {entry};\n' for entry in entries),
@@ -150,7 +164,16 @@ def header(variants: Sequence[Variant]) -> str:
 
 def kernels_of(variants: Sequence[Variant]) -> list[Kernel]:
     """Each kernel once."""
-    return list({kernel.name: kernel for variant in variants for kernel in (variant.dispatch, variant.combine)}.values())
+    return list(
+        {kernel.name: kernel for variant in variants for kernel in (variant.dispatch, variant.combine)}.values()
+    )
+
+
+def _merge(tools: Toolchain, parts: Sequence[Path], target: Path) -> Path:
+    """One object of several, of whose symbols only the kernels' entries stay visible."""
+    tools.run("-r", "-nostdlib", "-Wl,--force-group-allocation", *parts, "-o", target)
+    subprocess.run(["objcopy", "--wildcard", f"--keep-global-symbol={PREFIX}*", target], check=True)
+    return target
 
 
 def _compile(kernel: Kernel, folder: Path, option: str) -> Path:
@@ -165,23 +188,33 @@ def _compile(kernel: Kernel, folder: Path, option: str) -> Path:
     (folder / f"{kernel.name}.cu").write_text(text)
     wrapper = folder / f"{kernel.name}.cpp"
     wrapper.write_text(WRAPPER.format(name=kernel.name, entry=kernel.entry, symbol=kernel.spec.symbol))
-    made, alone = tools.compile(wrapper, option), folder / "alone.o"
-    tools.run("-r", "-nostdlib", "-Wl,--force-group-allocation", made, "-o", alone)
-    subprocess.run(["objcopy", "--wildcard", f"--keep-global-symbol={PREFIX}*", str(alone)], check=True)
-    return alone
+    return _merge(tools, [tools.compile(wrapper, option)], folder / "alone.o")
+
+
+def _copy_for(rank: int, merged: Path, entries: Sequence[str]) -> Path:
+    """The same code and, above all, other variables, for one rank."""
+    names = merged.with_name(f"rank{rank}.txt")
+    symbols = [name for entry in entries for name in (entry, f"{entry}_params_bytes")]
+    names.write_text("".join(f"{symbol} {of_rank(symbol, rank)}\n" for symbol in symbols))
+    target = merged.with_name(f"rank{rank}.o")
+    subprocess.run(["objcopy", f"--redefine-syms={names}", merged, target], check=True)
+    return target
 
 
 def build(
     folder: Path, driver: Path, variants: Sequence[Variant], option: str, runtime_options: Sequence[str] = ()
 ) -> Path:
-    """An executable of runtime, driver and kernels; the latter two are compiled with `option`."""
+    """An executable of the driver and, for each rank, the runtime and the kernels."""
     tools = Toolchain(folder, ["-g1"])
-    (folder / "include" / "variants.hpp").write_text(header(variants))
+    (folder / "include" / "shape.hpp").write_text(shape_header())
+    (folder / "include" / "variants.hpp").write_text(variants_header(variants))
+    kernels = kernels_of(variants)
     with ThreadPoolExecutor(JOBS) as pool:
-        kernels = [pool.submit(_compile, kernel, folder / kernel.name, option) for kernel in kernels_of(variants)]
-        runtime = [pool.submit(tools.compile, source, *runtime_options) for source in runtime_sources()]
-        main = pool.submit(tools.compile, driver, option)
-        parts = [part.result() for part in (main, *runtime, *kernels)]
+        jobs = [pool.submit(_compile, kernel, folder / kernel.name, option) for kernel in kernels]
+        jobs += [pool.submit(tools.compile, source, *runtime_options) for source in runtime_sources()]
+        main = pool.submit(tools.compile, driver, option).result()
+        merged = _merge(tools, [job.result() for job in jobs], folder / "merged.o")
+    ranks = [_copy_for(rank, merged, [kernel.entry for kernel in kernels]) for rank in range(RANKS)]
     executable = folder / "driver"
-    tools.run(option, *parts, "-o", executable)
+    tools.run(option, main, *ranks, "-o", executable)
     return executable

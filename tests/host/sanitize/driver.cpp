@@ -14,6 +14,7 @@
 #include <memory>
 #include <moegen/simt.hpp>
 #include <random>
+#include <shape.hpp>
 #include <string_view>
 #include <thread>
 #include <vector>
@@ -23,12 +24,11 @@ struct Regions {
     uint64_t consumed, counts, rows, tags, weights, end;
 };
 
-// A dispatch and a combine kernel. `late`: weights are given to combine.
+// A dispatch and a combine kernel, a copy for each rank. `late`: weights are given to combine.
 struct Variant {
     const char* name;
-    moegen_host_entry* dispatch;
+    moegen_host_entry *dispatch[kRanks], *combine[kRanks];
     unsigned long (*dispatch_bytes)();
-    moegen_host_entry* combine;
     unsigned long (*combine_bytes)();
     uint32_t threads;
     bool late;
@@ -228,7 +228,7 @@ void Ranks::dispatch(Rank& rank, Round& round) {
     p.row_weights = round.row_weights.data();
     p.token_ranks = round.token_ranks.data();
     p.tokens_sent = &round.tokens_sent;
-    launch(rank, variant_.dispatch, p);
+    launch(rank, variant_.dispatch[rank.number], p);
 }
 
 void Ranks::combine(Rank& rank, Round& round, std::vector<Bf16>& result) {
@@ -244,7 +244,7 @@ void Ranks::combine(Rank& rank, Round& round, std::vector<Bf16>& result) {
     p.token_ranks = round.token_ranks.data();
     p.num_tokens = &round.tokens_sent;
     p.tokens = round.rows;
-    launch(rank, variant_.combine, p);
+    launch(rank, variant_.combine[rank.number], p);
 }
 
 // Rows that no token came to stay NaN: a sum that one of them enters is found.
