@@ -181,24 +181,22 @@ __device__ __forceinline__ int32_t load_selection(const Params& p, uint32_t toke
     return -1;
 }
 
-// Selections of some tokens in a row, in shared memory: every block looks at them many times.
+// Selections of some tokens in a row. The array is in shared memory, because every block looks at it many times; every
+// thread knows the bounds by itself.
 constexpr uint32_t kWindowTokens = 1024;
 
 struct Window {
-    int16_t experts[kWindowTokens][kTopk];
+    int16_t (*experts)[kTopk];
     uint32_t first;
     uint32_t last;
 };
 
 // The caller's next barrier completes it.
 __device__ __forceinline__ void load_window(const Params& p, uint32_t first, uint32_t tokens, Window& window) {
-    const uint32_t last = min(first + kWindowTokens, tokens);
-    for (uint32_t index = threadIdx.x; index < (last - first) * kTopk; index += kBlockThreads) {
+    window.first = first;
+    window.last = min(first + kWindowTokens, tokens);
+    for (uint32_t index = threadIdx.x; index < (window.last - first) * kTopk; index += kBlockThreads) {
         window.experts[index / kTopk][index % kTopk] = int16_t(load_selection(p, first + index / kTopk, index % kTopk));
-    }
-    if (threadIdx.x == 0) {
-        window.first = first;
-        window.last = last;
     }
 }
 
@@ -458,7 +456,8 @@ __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch,
 
 // Plans and sends this block's share of the tokens, a contiguous range, and the counts of the ranks it has to tell.
 __device__ __forceinline__ void send(const Params& p, Watch& watch, uint32_t tokens) {
-    __shared__ Window window;
+    __shared__ int16_t experts[kWindowTokens][kTopk];
+    Window window = {experts, 0, 0};
     __shared__ Tally before;  // tokens before this block's share
     __shared__ Tally total;
     const uint32_t share = (tokens + gridDim.x - 1) / gridDim.x;

@@ -18,6 +18,7 @@ from moegen.codegen.render import render
 from moegen.compile.binary import obtain_many
 from moegen.compile.target import Target
 from moegen.kernels.problem import Problem
+from moegen.runtime.worlds import MAX_CONNECTIONS
 from moegen.select import select
 from support.layer import Layer, Routing, Shape, expert_outputs, random_routing
 
@@ -38,6 +39,17 @@ POOL = (
     Shape(8, 8, 8, 128, 128),
     Shape(9, 20, 3, 8, 16),
     Shape(9, 61, 10, 200, 90),
+)
+# The far ends of the domain: ranks, experts, top-k, the widest rows, more tokens than a block keeps ids of.
+EDGES = (
+    Shape(16, 384, 8, 64, 8),
+    Shape(33, 70, 4, 16, 4),
+    Shape(64, 64, 3, 8, 2),
+    Shape(2, 64, 32, 64, 8),
+    Shape(1, 1024, 32, 8, 300),
+    Shape(2, 8, 2, 16384, 4),
+    Shape(2, 8, 2, 32768, 70),
+    Shape(2, 16, 8, 16, 1500),
 )
 SOAK_SHAPE = Shape(3, 9, 4, 256, 24)
 
@@ -84,10 +96,52 @@ def test_round_trip_equals_reference(shape: Shape, layers: dict[Shape, Layer], d
     layer.verify(routing, layer.round_trip(routing, late=late, narrow_ids=narrow))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+def test_edges_of_the_domain(shape: Shape, device: str) -> None:
+    if device == "cuda" and shape.ranks > MAX_CONNECTIONS:
+        pytest.skip(f"one GPU has {MAX_CONNECTIONS} hardware queues, and every virtual rank needs its own")
+    layer = Layer(shape, device)
+    for seed, kind in enumerate(("uniform", "free", "one")):
+        tokens = [(shape.max_tokens + 3 * rank * seed) % (shape.max_tokens + 1) for rank in range(shape.ranks)]
+        routing = random_routing(shape, tokens, seed, kind=kind)
+        layer.verify(routing, layer.round_trip(routing, late=seed == 1))
+    layer.destroy()
+
+
+@st.composite
+def shapes(draw: Any) -> Shape:
+    ranks = draw(st.integers(1, 9))
+    experts = draw(st.integers(ranks, 300))
+    topk = draw(st.integers(1, min(32, experts)))
+    return Shape(ranks, experts, topk, 8 * draw(st.integers(1, 400)), draw(st.integers(1, 130)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=shapes(), seed=st.integers(0, 2**31), late=st.booleans())
+def test_drawn_shapes(device: str, shape: Shape, seed: int, late: bool) -> None:
+    layer = Layer(shape, device)
+    tokens = [(seed // (rank + 1)) % (min(shape.max_tokens, 30) + 1) for rank in range(shape.ranks)]
+    routing = random_routing(shape, tokens, seed, kind="free")
+    layer.verify(routing, layer.round_trip(routing, late=late))
+    layer.destroy()
+
+
 def test_full_capacity(layers: dict[Shape, Layer]) -> None:
     for shape in (Shape(2, 8, 1, 64, 16), Shape(3, 10, 3, 24, 100)):
         routing = random_routing(shape, [shape.max_tokens] * shape.ranks, 1)
         layers[shape].verify(routing, layers[shape].round_trip(routing))
+
+
+def test_more_tokens_than_a_block_keeps_ids_of(device: str) -> None:
+    shape = Shape(2, 16, 16, 8, 300)
+    layer = Layer(shape, device)
+    assert layer.ranks[0].selection.dispatch.window_tokens < 270
+    routing = random_routing(shape, (300, 270), 1, kind="free")
+    layer.verify(routing, layer.round_trip(routing))
+    layer.destroy()
 
 
 def test_r3_e9_k5_h2880_tokens_0_1_37(device: str) -> None:

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Virtual ranks that run the low-latency kernels back to back, as an executable for sanitizers:
-//     driver VARIANT SEED ROUNDS
-// The ranks meet nowhere but in the kernels. Exit status 0: every result is right; 1: one is not; 2: a launch failed;
-// else the sanitizer's own.
+//     driver VARIANT SEED ROUNDS [absent]
+// The ranks meet nowhere but in the kernels. With `absent` the last one stays away, and the others have to report it.
+// Exit status 0: every result is right; 1: one is not; 2: a launch failed; else the sanitizer's own.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -48,12 +48,14 @@ struct alignas(128) Failure {
 namespace {
 
 constexpr uint32_t kFirstEpoch = 0xfffffffa;  // wraps after 6 launches
-constexpr uint64_t kTimeoutNs = 60'000'000'000;
+constexpr uint64_t kTimeoutNs = 60'000'000'000, kAbsentTimeoutNs = 500'000'000;
 constexpr uint32_t kMaxLocalExperts = (kExperts + kRanks - 1) / kRanks;
 constexpr uint32_t kExpertRows = kRanks * kMaxTokens;
-// Rows that come back order the ranks too. Only where a rank sends and gets none, dispatch after dispatch or combine after
-// combine, does that rest on `consumed` alone; three in a row, as an epoch waits for what was read two epochs ago.
-constexpr uint32_t kCombinesOfRound[] = {1, 0, 0, 3};
+// Rows that come back order the ranks too. In the last three rounds of each five only one rank has tokens, and there
+// its dispatches, and then the combines of the others, rest on `consumed` alone. There are three of either in a row: what
+// is written was read two epochs ago.
+constexpr uint32_t kCombinesOfRound[] = {1, 1, 0, 0, 3};
+constexpr uint32_t kFirstOneWay = 2;
 constexpr uint16_t kNan = 0x7fc0;
 
 using Bf16 = uint16_t;
@@ -100,17 +102,22 @@ struct Round {
     int32_t rows_received = -1, tokens_sent = -1;
     uint32_t num_combines = 0;
 
-    Round(uint32_t number, std::minstd_rand& random);
+    Round(uint32_t number, uint32_t rank, std::minstd_rand& random);
     bool selects(uint32_t token, uint32_t expert) const {
         const int32_t* of_token = &ids[token * kTopk];
         return std::find(of_token, of_token + kTopk, int32_t(expert)) != of_token + kTopk;
     }
 };
 
-Round::Round(uint32_t number, std::minstd_rand& random) : num_combines(kCombinesOfRound[number % 4]) {
+uint32_t choose_rows(uint32_t number, uint32_t rank, uint32_t random) {
+    if (number % 5 < kFirstOneWay) return random % 3 == 0 ? 0 : random / 3 % (kMaxTokens + 1);
+    return number / 5 % kRanks == rank ? kMaxTokens - random % 3 : 0;
+}
+
+Round::Round(uint32_t number, uint32_t rank, std::minstd_rand& random) : num_combines(kCombinesOfRound[number % 5]) {
     const auto below = [&](uint32_t limit) { return uint32_t(random() >> 8) % limit; };
-    rows = below(2) ? 0 : below(kMaxTokens + 1);
-    counted_on_device = below(2);
+    rows = choose_rows(number, rank, below(1 << 16));
+    counted_on_device = number % 5 < kFirstOneWay && below(2);
     tokens = int32_t(counted_on_device ? below(rows + 1) : rows);
     wide = below(2);
     // Exactly as long as the kernels may read and write, so that an access beyond is one that AddressSanitizer sees.
@@ -146,9 +153,10 @@ class Ranks {
   public:
     Ranks(const Variant& variant, uint32_t seed, uint32_t rounds);
     int run();  // the exit status
-    bool verify() const;
+    int run_without_last();
 
   private:
+    bool verify() const;
     void work(Rank& rank);
     template <typename Params>
     void launch(Rank& rank, moegen_host_entry* entry, const Params& params);
@@ -161,6 +169,7 @@ class Ranks {
 
     const Variant& variant_;
     const uint32_t seed_;
+    uint64_t timeout_ns_ = kTimeoutNs;
     std::vector<Rank> ranks_{kRanks};
     std::atomic<bool> failed_ = false;
 };
@@ -170,7 +179,7 @@ Ranks::Ranks(const Variant& variant, uint32_t seed, uint32_t rounds) : variant_(
         Rank& rank = ranks_[number];
         rank.number = number;
         rank.random.seed(seed * kRanks + number + 1);
-        for (uint32_t round = 0; round < rounds; ++round) rank.rounds.emplace_back(round, rank.random);
+        for (uint32_t round = 0; round < rounds; ++round) rank.rounds.emplace_back(round, number, rank.random);
         rank.memory.reset(static_cast<uint8_t*>(std::aligned_alloc(256, variant.combine_at.end)));
         std::memset(rank.memory.get(), 0, variant.combine_at.end);
         for (Control& control : rank.control) control.epoch = kFirstEpoch;
@@ -203,7 +212,7 @@ Params Ranks::common_params(Rank& rank, uint32_t op, const Regions& at) {
     p.consumed_offset = at.consumed;
     p.rows_offset = at.rows;
     p.tags_offset = at.tags;
-    p.timeout_ns = kTimeoutNs;
+    p.timeout_ns = timeout_ns_;
     p.rank = rank.number;
     p.max_tokens = kMaxTokens;
     return p;
@@ -272,6 +281,26 @@ int Ranks::run() {
     for (std::thread& thread : threads) thread.join();
     if (failed_) return 2;
     return verify() ? 0 : 1;
+}
+
+// The host reads a report while the launch is still under way.
+void await_report(const Rank& rank, std::atomic<bool>& failed) {
+    const uint32_t* words = rank.failure[0].words;  // valid, phase, rank, peer, ...
+    while (__atomic_load_n(&words[0], __ATOMIC_ACQUIRE) == 0)
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (words[2] != rank.number || words[3] == rank.number || words[3] >= kRanks) failed = true;
+}
+
+int Ranks::run_without_last() {
+    timeout_ns_ = kAbsentTimeoutNs;
+    std::vector<std::thread> threads;
+    for (uint32_t number = 0; number + 1 < kRanks; ++number) {
+        Rank& rank = ranks_[number];
+        threads.emplace_back([this, &rank] { dispatch(rank, rank.rounds[0]); });
+        threads.emplace_back([this, &rank] { await_report(rank, failed_); });
+    }
+    for (std::thread& thread : threads) thread.join();
+    return failed_ ? 1 : 0;
 }
 
 // ---- what is right --------------------------------------------------------------------------------
@@ -358,12 +387,13 @@ const Variant* find(std::string_view name) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    const Variant* variant = count == 4 ? find(arguments[1]) : nullptr;
+    const bool absent = count == 5 && std::strcmp(arguments[4], "absent") == 0;
+    const Variant* variant = count == 4 || absent ? find(arguments[1]) : nullptr;
     if (variant == nullptr || variant->dispatch_bytes() != sizeof(DispatchParams) ||
         variant->combine_bytes() != sizeof(CombineParams)) {
-        std::printf("usage: driver VARIANT SEED ROUNDS, with a variant of this executable\n");
+        std::printf("usage: driver VARIANT SEED ROUNDS [absent], with a variant of this executable\n");
         return 2;
     }
     Ranks ranks(*variant, uint32_t(std::atoi(arguments[2])), uint32_t(std::atoi(arguments[3])));
-    return ranks.run();
+    return absent ? ranks.run_without_last() : ranks.run();
 }

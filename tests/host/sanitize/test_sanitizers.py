@@ -5,13 +5,23 @@ on is missed where it is taken away.
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
-from host.sanitize.build import KERNEL, SIGNAL, Edit, variant, weakened
+import pytest
+from simt_harness import Toolchain
 
+from host.sanitize.build import KERNEL, SIGNAL, Edit, Variant, build, variant, weakened
 from moegen.kernels.spec import WarpGroups
 
 DRIVER = Path(__file__).with_name("driver.cpp")
+ROUNDS = 10  # 10 dispatches and 10 combines
+SEEDS = (0, 3)  # 0: the runtime's fixed order; else a seeded one with pauses
+
 RIGHT = [
     variant("inline", "atdispatch", WarpGroups(2, 1)),
     variant("inline", "atcombine", WarpGroups(1, 2)),
@@ -20,7 +30,7 @@ RIGHT = [
     variant("row", "atdispatch", WarpGroups(1, 2)),
     variant("row", "atcombine", WarpGroups(2, 2)),
 ]
-"""Together: both wire formats, both times of weights, each of a team's three kinds of barrier."""
+"""Together: both wire formats, both times of weights, each of a team's three kinds of barrier; at most 768 fibers."""
 
 ROW = RIGHT[2]
 
@@ -48,4 +58,103 @@ ORDERS = {
 """What wire format `row` rests on, by name, and how to take it away. `inline` has no such order: its payload crosses in
 relaxed 16-byte atomics, which are no data race.
 """
+
 WEAKENED = [weakened(ROW, op, name, edit) for op in ("dispatch", "combine") for name, edit in ORDERS.items()]
+REPORT = weakened(ROW, "dispatch", "report", Edit(SIGNAL, r"store_release_sys(?=\(&failure->valid)", "store_relaxed_sys"))
+BEYOND = weakened(ROW, "dispatch", "beyond", Edit(KERNEL, r"(p\.topk_weights\[[^]]*\+ k)\]", r"\1 + 1]"))
+
+
+def skip_without(option: str, folder: Path) -> None:
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    try:
+        Toolchain(folder).run(option, probe, "-o", folder / "probe")
+    except (RuntimeError, OSError) as error:
+        pytest.skip(f"g++ cannot link with {option}: {error}")
+
+
+def built_once(
+    factory: pytest.TempPathFactory, option: str, runtime_option: str, variants: Sequence[Variant]
+) -> Path:
+    """The executable; the workers of one test run share it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / option.lstrip("-").replace("=", "-")
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder / "driver"
+        if not done.exists():
+            skip_without(option, folder)
+            build(folder, DRIVER, variants, option, [runtime_option])
+        return done
+
+
+@pytest.fixture(scope="session")
+def tsan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runtime itself is not instrumented: what CUDA does not order, its lists must not order either."""
+    return built_once(tmp_path_factory, "-fsanitize=thread", "-DMOEGEN_HOST_TSAN=1", [*RIGHT, *WEAKENED, REPORT])
+
+
+@pytest.fixture(scope="session")
+def asan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built_once(tmp_path_factory, "-fsanitize=address", "-fsanitize=address", [*RIGHT, BEYOND])
+
+
+def run(driver: Path, variant: Variant, seed: int, *more: str) -> tuple[int, str]:
+    # The sanitizers of some compilers do not start under full address space randomisation.
+    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+    command = [*fixed, str(driver), variant.name, str(seed), str(ROUNDS), *more]
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout + done.stderr
+
+
+def name_of(variant: Variant) -> str:
+    return variant.name
+
+
+@pytest.mark.tsan
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("variant", RIGHT, ids=name_of)
+def test_kernels_have_no_race(tsan: Path, variant: Variant, seed: int) -> None:
+    code, output = run(tsan, variant, seed)
+    assert code == 0, output
+
+
+@pytest.mark.tsan
+@pytest.mark.parametrize("variant", [RIGHT[0], ROW], ids=name_of)
+def test_missing_peer_is_no_race(tsan: Path, variant: Variant) -> None:
+    code, output = run(tsan, variant, 0, "absent")
+    assert code == 0, output
+
+
+@pytest.mark.tsan
+@pytest.mark.parametrize("variant", WEAKENED, ids=name_of)
+def test_missing_order_is_a_race(tsan: Path, variant: Variant) -> None:
+    code, output = run(tsan, variant, 0)
+    assert code != 0
+    assert "WARNING: ThreadSanitizer: data race" in output
+
+
+@pytest.mark.tsan
+def test_unordered_report_is_a_race(tsan: Path) -> None:
+    code, output = run(tsan, REPORT, 0, "absent")
+    assert code != 0
+    assert "WARNING: ThreadSanitizer: data race" in output
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("variant", RIGHT, ids=name_of)
+def test_kernels_stay_within_memory(asan: Path, variant: Variant, seed: int) -> None:
+    code, output = run(asan, variant, seed)
+    assert code == 0, output
+
+
+@pytest.mark.asan
+def test_access_beyond_memory_is_found(asan: Path) -> None:
+    code, output = run(asan, BEYOND, 0)
+    assert code != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in output
