@@ -46,8 +46,8 @@ struct Watch {
 constexpr uint32_t kPollsPerCheck = 64;
 
 // Only the first expired wait of a launch reports.
-__device__ __noinline__ void report_expired(const Watch& watch, uint32_t phase, uint32_t peer, int32_t index,
-                                            uint32_t expected, uint32_t seen) {
+__device__ __forceinline__ void report_expired(const Watch& watch, uint32_t phase, uint32_t peer, int32_t index,
+                                               uint32_t expected, uint32_t seen) {
     if (atomic_cas_acq_rel_gpu(&watch.control->aborted, 0, 1) != 0) return;
     Failure* failure = watch.failure;
     failure->phase = phase;
@@ -60,13 +60,14 @@ __device__ __noinline__ void report_expired(const Watch& watch, uint32_t phase, 
     store_release_sys(&failure->valid, 1);
 }
 
-// True if the launch is over for this thread: its deadline passed, or another wait of this launch gave up.
-template <class Report>
-__device__ __forceinline__ bool gives_up(Watch& watch, Report report) {
+// True if the launch is over for this thread: its deadline passed, or another wait of this launch gave up. Kept out of
+// line, as is the report: there are many waits, and this is never run when all goes well and fast.
+__device__ __noinline__ bool gives_up(Watch& watch, uint32_t phase, uint32_t peer, int32_t index, uint32_t expected,
+                                      uint32_t seen) {
     const uint64_t now = global_timer_ns();
     if (watch.deadline_ns == 0) watch.deadline_ns = now + watch.timeout_ns;
     const bool expired = now > watch.deadline_ns;
-    if (expired) report();
+    if (expired) report_expired(watch, phase, peer, index, expected, seen);
     watch.gave_up = expired || load_relaxed_sys(&watch.control->aborted) != 0;
     return watch.gave_up;
 }
@@ -79,10 +80,7 @@ __device__ __forceinline__ bool wait_for(Watch& watch, uint32_t phase, uint32_t 
     uint32_t seen = poll();
     for (uint32_t polls = 1; seen != expected; ++polls) {
         if (watch.gave_up) return false;
-        if (polls % kPollsPerCheck == 0 &&
-            gives_up(watch, [&] { report_expired(watch, phase, peer, index, expected, seen); })) {
-            return false;
-        }
+        if (polls % kPollsPerCheck == 0 && gives_up(watch, phase, peer, index, expected, seen)) return false;
         poll_pause();
         seen = poll();
     }
