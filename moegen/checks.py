@@ -26,6 +26,12 @@ def in_range(name: str, value: int, low: int, high: int) -> None:
         raise InputError(f"{name} is an integer in {low}..{high}; got {value!r}")
 
 
+def seconds(name: str, value: float) -> None:
+    """From a microsecond to thirty years: kernels count nanoseconds in 64 bits."""
+    if not isinstance(value, (int, float)) or not 1e-6 <= value <= 1e9:
+        raise InputError(f"{name} is a number of seconds in 1e-6..1e9; got {value!r}")
+
+
 def tokens(owner: ExpertParallel, x: torch.Tensor) -> torch.Tensor:
     problem = owner.problem
     _tensor(owner, "x", x, (owner.dtype,))
@@ -44,12 +50,13 @@ def tokens(owner: ExpertParallel, x: torch.Tensor) -> torch.Tensor:
     return x if x.data_ptr() % _ROW_ALIGNMENT == 0 else x.clone()
 
 
-def topk_idx(owner: ExpertParallel, ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def topk_idx(owner: ExpertParallel, ids: torch.Tensor, num_tokens: int, used: torch.Tensor | None) -> torch.Tensor:
     problem = owner.problem
     _tensor(owner, "topk_idx", ids, (torch.int64, torch.int32))
     _shape("topk_idx", ids, (num_tokens, problem.num_topk))
-    if ids.device.type == "cpu" and ids.numel():
-        low, high = (int(bound) for bound in torch.aminmax(ids))
+    seen = ids if used is None or ids.device.type != "cpu" else ids[: max(0, int(used))]
+    if seen.device.type == "cpu" and seen.numel():
+        low, high = (int(bound) for bound in torch.aminmax(seen))
         if low < -1 or high >= problem.num_experts:
             raise InputError(
                 f"expert ids are 0..{problem.num_experts - 1}, or -1 for no selection; topk_idx holds {low}..{high}"

@@ -50,6 +50,10 @@ class KernelFaultError(MoegenError, RuntimeError):
     """A kernel on the host target broke a rule of the machine (deadlock, missing fence, misaligned copy)."""
 
 
+class LaunchError(MoegenError, RuntimeError):
+    """The CUDA driver refused a launch. The other ranks may have launched: the object is unusable until `destroy()`."""
+
+
 class InvalidRoutingError(MoegenError, RuntimeError):
     """A kernel met an expert id outside `[-1, num_experts)`; that selection was ignored."""
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from moegen import checks
 from moegen.codegen.render import render
-from moegen.errors import DestroyedError, InputError, MoegenError, PeerTimeoutError, WorldError
+from moegen.errors import DestroyedError, MoegenError, PeerTimeoutError, WorldError
 from moegen.handle import Dispatched, Handle
 from moegen.kernels.ll import MAX_TOKENS_PER_RANK
 from moegen.kernels.problem import Problem
@@ -27,6 +28,9 @@ _DTYPES = {torch.bfloat16: "bf16"}
 
 class ExpertParallel:
     """Expert-parallel dispatch and combine for one shape of MoE layer. Making one is collective.
+
+    All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an
+    order that is the same on all ranks, or a `num_sms` that leaves room for both: a launch may take the whole device.
 
     Args:
         group_or_world: a torch process group (gloo or nccl; None: the default one), or the rank_world that
@@ -87,8 +91,7 @@ class ExpertParallel:
         checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
         if num_sms is not None:
             checks.in_range("num_sms", num_sms, 1, 1024)
-        if not timeout > 0:
-            raise InputError(f"timeout is a positive number of seconds; got {timeout!r}")
+        checks.seconds("timeout", timeout)
         self.world: RankWorld = as_rank_world(group_or_world, device)
         self.problem = Problem(
             num_ranks=self.world.size,
@@ -105,6 +108,7 @@ class ExpertParallel:
         self.dtype = dtype
         self.device = self.world.device
         self.selection, self.kernels = _load_on_all_ranks(self.world, self.problem, (timeout, first_epoch))
+        self._poison: MoegenError | None = None
         self._ops: LowLatency | None = LowLatency(
             self.world,
             self.problem,
@@ -114,7 +118,6 @@ class ExpertParallel:
             num_sms=num_sms,
             first_epoch=first_epoch,
         )
-        self._poison: MoegenError | None = None
         self._synchronize_device()
         self.world.barrier()
         log.info(
@@ -166,15 +169,16 @@ class ExpertParallel:
             InputError: an argument does not fit; nothing was launched.
             PeerTimeoutError: this or an earlier call waited for a rank in vain.
             InvalidRoutingError: an earlier call on a GPU met an id that names no expert (on the CPU ids are checked
-                before anything is launched).
+                before anything is launched). This call was not launched: make it again, the other ranks wait for it.
+            LaunchError: the driver refused the launch.
             DestroyedError: after `destroy()`.
         """
         ops = self._alive()
         self.check()
         x = checks.tokens(self, x)
-        topk_idx = checks.topk_idx(self, topk_idx, x.shape[0])
-        topk_weights = checks.topk_weights(self, topk_weights, x.shape[0])
         checks.num_tokens(self, num_tokens)
+        topk_idx = checks.topk_idx(self, topk_idx, x.shape[0], num_tokens)
+        topk_weights = checks.topk_weights(self, topk_weights, x.shape[0])
         checks.out(self, out, (ops.local_experts, ops.expert_rows, self.problem.hidden))
         with self._poisoned_by_faults():
             dispatched = ops.dispatch(x, topk_idx, topk_weights, num_tokens, out, self)
@@ -239,7 +243,7 @@ class ExpertParallel:
         """
         ops = self._alive()
         if self._poison is not None:
-            raise self._poison
+            raise copy.copy(self._poison)
         try:
             ops.raise_what_happened()
         except PeerTimeoutError as error:
@@ -252,10 +256,14 @@ class ExpertParallel:
         self.check()
 
     def destroy(self) -> None:
-        """Gives the buffers back. Not collective; may be called more than once."""
+        """Gives the buffers back once all that was launched on the device is over. Not collective; may be called again.
+
+        A graph that holds calls of this object must not be replayed afterwards.
+        """
         ops, self._ops = self._ops, None
         if ops is not None:
-            self._synchronize_device()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # calls may have gone to any stream
             ops.memory.release()
 
     def __enter__(self) -> ExpertParallel:
@@ -304,13 +312,13 @@ def _load_on_all_ranks(
 
     A rank that compiles while others run looks like a hang to them.
     """
-    failure: MoegenError | None = None
+    failure: Exception | None = None
     digests: tuple[str, ...] = ()
     try:
         selection = select(problem)
         kernels = tuple(load(spec, world.device) for spec in selection.specs)
         digests = tuple(render(spec).digest for spec in selection.specs)
-    except MoegenError as error:
+    except Exception as error:  # whatever it was, the other ranks must not wait for this one
         failure = error
     answers = world.exchange((problem, settings, digests, None if failure is None else str(failure)))
     if failure is not None:

@@ -18,12 +18,14 @@ class Handle:
         num_tokens: rows of the token tensor that was dispatched.
         memory: the device memory behind `addresses`.
         addresses: of rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent, in that order.
+        stream: the CUDA stream that it was made on; None on the CPU.
     """
 
     owner: object
     num_tokens: int
     memory: torch.Tensor
     addresses: tuple[int, int, int, int, int, int]
+    stream: torch.cuda.Stream | None = None
 
     def __repr__(self) -> str:
         return f"Handle(num_tokens={self.num_tokens})"

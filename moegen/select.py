@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch
+from moegen.kernels.ll import MAX_SHARED_BYTES, LowLatencyCombine, LowLatencyDispatch, dispatch_shared_bytes
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import DTYPE_BYTES, MAX_BLOCK_WARPS, WARP_SIZE, WarpGroups
 
@@ -80,6 +80,20 @@ def warp_groups(problem: Problem) -> WarpGroups:
     warps = 1
     while warps < most and warps * WARP_SIZE < vectors:
         warps *= 2
+    while warps < MAX_BLOCK_WARPS and not _fits(problem, _full_block(warps)):
+        warps *= 2
+    return _full_block(warps)
+
+
+def _full_block(warps: int) -> WarpGroups:
+    """As many teams of that size as a block holds; it has 15 named barriers for teams of several warps."""
     groups = MAX_BLOCK_WARPS // warps
-    # A block has 15 named barriers for teams of several warps.
     return WarpGroups(groups if warps == 1 else min(groups, 15), warps)
+
+
+def _fits(problem: Problem, groups: WarpGroups) -> bool:
+    """Whether so many teams have room in a block's shared memory: many ranks, experts and selections take much."""
+    needed = dispatch_shared_bytes(
+        problem.num_ranks, problem.num_experts, problem.num_topk, wire(problem), groups.groups
+    )
+    return needed <= MAX_SHARED_BYTES

@@ -8,6 +8,9 @@
 
 using namespace moegen;
 
+// Loops that most threads enter once at most are not unrolled: every line of this text is run once or twice per launch,
+// and fetching it costs more than a branch.
+
 constexpr uint32_t kRanks = 4;
 constexpr uint32_t kTopk = 8;
 constexpr uint32_t kHidden = 7168;
@@ -33,7 +36,8 @@ struct Params {
     const float* row_weights;      // [ranks * max_tokens, topk]
     const uint64_t* token_ranks;   // [max_tokens]: bit r: rank r holds an expert of this token
     const int32_t* num_tokens;     // one number: tokens of this call, at most `tokens`; null: `tokens`
-    Control* control;              // this op's epoch and abort word
+    Control* control;              // this op's epoch
+    uint32_t* aborted;             // this object's abort word
     Failure* failure;              // where the host reads what went wrong
     uint64_t consumed_offset;      // [rank] u32: the last epoch that the peer has read
     uint64_t rows_offset;          // [half][source][max_tokens] records
@@ -45,7 +49,7 @@ struct Params {
     uint32_t max_tokens;           // capacity: tokens that a rank may send
 };
 
-static_assert(sizeof(Params) == 176);
+static_assert(sizeof(Params) == 184);
 
 __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
@@ -61,7 +65,7 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
 }
 
 __device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.control, p.failure, p.timeout_ns, p.rank, p.control->epoch};
+    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
 
 __device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
@@ -78,18 +82,24 @@ __device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank,
 // The first launch of an epoch has nothing more to read of the one before: the peers are told. In turn, nothing is
 // written to a peer before it has read what this half of its buffers held two epochs ago; that it said when it entered
 // the epoch in between. A peer that neither sends nor receives rows may be epochs ahead. One warp does this, while the
-// others start on the plan; the caller's next barrier joins them.
-__device__ __forceinline__ void open_epoch(const Params& p, Watch& watch) {
+// others start on the plan; after the caller's next barrier `opened` tells whether this block may go on: not if a peer
+// did not come, now or in an earlier launch, for then what it would read may not be there.
+__device__ __forceinline__ void open_epoch(const Params& p, Watch& watch, bool& opened) {
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
+    bool ready = load_relaxed_sys(p.aborted) == 0;
     const uint32_t before = epoch_before(watch.epoch);
     const uint32_t needed = epoch_before(before);
+#pragma unroll 1
     for (uint32_t peer = lane_id(); peer < kRanks; peer += kWarpSize) {
+        if (!ready) break;
         if (blockIdx.x == 0) store_release_sys(consumed_at(p, peer, p.rank), before);
-        wait_for(watch, kPeerReady, peer, -1, needed, [&] {
+        ready = wait_for(watch, kPeerReady, peer, -1, needed, [&] {
             const uint32_t seen = load_acquire_sys(consumed_at(p, p.rank, peer));
             return int32_t(seen - needed) >= 0 ? needed : seen;
         });
     }
+    const bool all_ready = __all_sync(kFullWarp, ready);
+    if (lane_id() == 0) opened = all_ready;
 }
 
 // The half of the receive buffers that this epoch uses.
@@ -247,20 +257,24 @@ __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch
     team_sync();
 }
 
-// One partial sum per (token, rank) crosses the link. The opening of the epoch is awaited as late as possible.
-__device__ __forceinline__ void send_partials(const Params& p, Watch& watch, [[maybe_unused]] uint32_t tokens,
+// One partial sum per (token, rank) crosses the link. The opening of the epoch is awaited as late as possible; false if
+// it failed.
+__device__ __forceinline__ bool send_partials(const Params& p, Watch& watch, [[maybe_unused]] uint32_t tokens,
                                               Terms& terms) {
-    const uint32_t rows = uint32_t(*p.rows_received);
+    __shared__ bool opened;
+    const uint32_t rows = min(uint32_t(*p.rows_received), (kRanks - 1) * p.max_tokens);
     uint32_t index = grid_team();
     Row row = {};
-    open_epoch(p, watch);
+    open_epoch(p, watch, opened);
     if (index < rows) row = look_up(p, watch, index, terms);
     __syncthreads();
+    if (!opened) return false;
     while (index < rows) {
         send_partial(p, watch, row, terms);
         index += grid_teams();
         if (index < rows) row = look_up(p, watch, index, terms);
     }
+    return true;
 }
 
 // Adds the partial sums of one token in the order of the ranks; this rank's own never leaves fp32.
@@ -273,6 +287,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, Watch& watch, uint
 #pragma unroll kPiecesAhead
     for (uint32_t index = team_thread(); index < kRowPieces; index += kTeamThreads) {
         Sums sums = {};
+#pragma unroll 1
         for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
             const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
             if (rank == p.rank) {
@@ -292,8 +307,9 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ll_combine
     __shared__ Terms terms[kTeams];
     Watch watch = start_watch(p);
     const uint32_t tokens = tokens_of_this_call(p);
-    send_partials(p, watch, tokens, terms[team_id()]);
+    const bool opened = send_partials(p, watch, tokens, terms[team_id()]);
     if (threadIdx.x == kBlockThreads - 1) leave_epoch_to_the_next_launch(p.control, watch.epoch);
+    if (!opened) return;
     // From the other end: while some teams still send, others add already.
     for (uint32_t token = grid_teams() - 1 - grid_team(); token < tokens; token += grid_teams()) {
         reduce_token(p, watch, token, terms[team_id()]);

@@ -7,6 +7,9 @@
 
 using namespace moegen;
 
+// Loops that most threads enter once at most are not unrolled: every line of this text is run once or twice per launch,
+// and fetching it costs more than a branch.
+
 constexpr uint32_t kRanks = 4;
 constexpr uint32_t kTopk = 4;
 constexpr uint32_t kHidden = 2880;
@@ -38,7 +41,8 @@ struct Params {
     uint64_t x_stride;          // bytes from one token of x to the next
     uint64_t counts_offset;     // [half][source][count pieces]
     const int32_t* num_tokens;  // one number: tokens of this call, at most `tokens`; null: `tokens`
-    Control* control;           // this op's epoch and abort word
+    Control* control;           // this op's epoch
+    uint32_t* aborted;          // this object's abort word
     Failure* failure;           // where the host reads what went wrong
     uint64_t consumed_offset;   // [rank] u32: the last epoch that the peer has read
     uint64_t rows_offset;       // [half][source][max_tokens] records
@@ -50,7 +54,7 @@ struct Params {
     uint32_t wide_ids;          // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 216);
+static_assert(sizeof(Params) == 224);
 
 __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
@@ -66,7 +70,7 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
 }
 
 __device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.control, p.failure, p.timeout_ns, p.rank, p.control->epoch};
+    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
 
 __device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
@@ -83,18 +87,24 @@ __device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank,
 // The first launch of an epoch has nothing more to read of the one before: the peers are told. In turn, nothing is
 // written to a peer before it has read what this half of its buffers held two epochs ago; that it said when it entered
 // the epoch in between. A peer that neither sends nor receives rows may be epochs ahead. One warp does this, while the
-// others start on the plan; the caller's next barrier joins them.
-__device__ __forceinline__ void open_epoch(const Params& p, Watch& watch) {
+// others start on the plan; after the caller's next barrier `opened` tells whether this block may go on: not if a peer
+// did not come, now or in an earlier launch, for then what it would read may not be there.
+__device__ __forceinline__ void open_epoch(const Params& p, Watch& watch, bool& opened) {
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
+    bool ready = load_relaxed_sys(p.aborted) == 0;
     const uint32_t before = epoch_before(watch.epoch);
     const uint32_t needed = epoch_before(before);
+#pragma unroll 1
     for (uint32_t peer = lane_id(); peer < kRanks; peer += kWarpSize) {
+        if (!ready) break;
         if (blockIdx.x == 0) store_release_sys(consumed_at(p, peer, p.rank), before);
-        wait_for(watch, kPeerReady, peer, -1, needed, [&] {
+        ready = wait_for(watch, kPeerReady, peer, -1, needed, [&] {
             const uint32_t seen = load_acquire_sys(consumed_at(p, p.rank, peer));
             return int32_t(seen - needed) >= 0 ? needed : seen;
         });
     }
+    const bool all_ready = __all_sync(kFullWarp, ready);
+    if (lane_id() == 0) opened = all_ready;
 }
 
 // The half of the receive buffers that this epoch uses.
@@ -199,6 +209,7 @@ struct Window {
 __device__ __forceinline__ void load_window(const Params& p, uint32_t first, uint32_t tokens, Window& window) {
     window.first = first;
     window.last = min(first + kWindowTokens, tokens);
+#pragma unroll 1
     for (uint32_t index = threadIdx.x; index < (window.last - first) * kTopk; index += kBlockThreads) {
         window.experts[index / kTopk][index % kTopk] = int16_t(load_selection(p, first + index / kTopk, index % kTopk));
     }
@@ -232,14 +243,17 @@ struct Tally {
 };
 
 __device__ __forceinline__ void clear(Tally& sum) {
+#pragma unroll 1
     for (uint32_t expert = threadIdx.x; expert < kExperts; expert += kBlockThreads) sum.tokens_of_expert[expert] = 0;
+#pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) sum.rows_to_rank[rank] = 0;
 }
 
 // Adds those of the window's tokens that are before `last`, one selection per thread.
-__device__ __forceinline__ void add(Tally& sum, const Window& window, uint32_t first, uint32_t last) {
+__device__ __noinline__ void add(Tally& sum, const Window& window, uint32_t first, uint32_t last) {
     const uint32_t from = max(first, window.first) - window.first;
     const uint32_t to = max(min(last, window.last), window.first) - window.first;
+#pragma unroll 1
     for (uint32_t index = from * kTopk + threadIdx.x; index < to * kTopk; index += kBlockThreads) {
         const int16_t* experts = window.experts[index / kTopk];
         const uint32_t k = index % kTopk;
@@ -268,7 +282,9 @@ __device__ __forceinline__ uint32_t first_rank_to_tell() { return gridDim.x - 1 
 
 // Ranks that get nothing are told so: every rank hears from every rank in every epoch.
 __device__ __forceinline__ void send_counts(const Params& p, const Watch& watch, const Tally& total) {
+#pragma unroll 1
     for (uint32_t rank = first_rank_to_tell(); rank < kRanks; rank += gridDim.x) {
+#pragma unroll 1
         for (uint32_t index = threadIdx.x; index < kCountPieces; index += kBlockThreads) {
             uint32_t words[kCountPieceWords];
 #pragma unroll
@@ -302,6 +318,7 @@ __device__ __forceinline__ int32_t slot_of(const Params& p, const Arrivals& arri
 }
 
 __device__ __forceinline__ void receive_counts(const Params& p, Watch& watch, Arrivals& arrivals) {
+#pragma unroll 1
     for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
         const uint32_t source = index / kCountPieces;
         const uint32_t piece = index % kCountPieces;
@@ -321,8 +338,10 @@ __device__ __forceinline__ void receive_counts(const Params& p, Watch& watch, Ar
         }
     }
     __syncthreads();
+#pragma unroll 1
     for (uint32_t local = threadIdx.x; local < local_experts(p.rank); local += kBlockThreads) {
         uint32_t rows = 0;
+#pragma unroll 1
         for (uint32_t source = 0; source < kRanks; ++source) {
             const uint32_t count = arrivals.first_row[local][source];
             arrivals.first_row[local][source] = rows;
@@ -336,6 +355,7 @@ __device__ __forceinline__ void receive_counts(const Params& p, Watch& watch, Ar
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         uint32_t rows = 0;
+#pragma unroll 1
         for (uint32_t step = 1; step < kRanks; ++step) rows += arrivals.rows_from[rank_after(p.rank, step)];
         *p.rows_received = int32_t(rows);
     }
@@ -365,6 +385,7 @@ __device__ __forceinline__ void prefetch_token(const Params& p, uint32_t token, 
     constexpr uint32_t kLineBytes = 128;
     if (token >= last) return;
     if (team_thread() == 0 && p.topk_weights != nullptr) prefetch_input(p.topk_weights + uint64_t(token) * kTopk);
+#pragma unroll 1
     for (uint32_t at = team_thread() * kLineBytes; at < kRowWords * 4; at += kTeamThreads * kLineBytes) {
         prefetch_input(token_at(p, token) + at);
     }
@@ -375,9 +396,11 @@ __device__ __forceinline__ void prefetch_token(const Params& p, uint32_t token, 
 __device__ __forceinline__ void plan_token(const Params& p, const Watch& watch, uint32_t token, uint64_t ranks,
                                            const int16_t (*experts)[kTopk], const Tally& before, Outgoing& outgoing) {
     const uint32_t team = team_id();
+#pragma unroll 1
     for (uint32_t k = team_thread(); k < kTopk; k += kTeamThreads) {
         const int32_t expert = experts[team][k];
         uint32_t place = expert < 0 ? 0 : before.tokens_of_expert[expert];
+#pragma unroll 1
         for (uint32_t other = 0; other < team; ++other) place += selects(experts[other], expert);
         outgoing.header[1 + k] = expert < 0 ? kNoSelection : uint32_t(expert) << kPlaceBits | place;
         const float weight = p.topk_weights == nullptr ? 1.0f : p.topk_weights[uint64_t(token) * kTopk + k];
@@ -387,14 +410,17 @@ __device__ __forceinline__ void plan_token(const Params& p, const Watch& watch, 
         outgoing.header[0] = token;
         p.token_ranks[token] = ranks;
     }
+#pragma unroll 1
     for (uint32_t step = team_thread(); step < kRanks; step += kTeamThreads) {
         const uint32_t rank = rank_after(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
         uint32_t index = 0;
+#pragma unroll 1
         for (uint32_t earlier = 0; earlier < step; ++earlier) {
             index += uint32_t(ranks >> rank_after(p.rank, earlier) & 1);
         }
         uint32_t place = before.rows_to_rank[rank];
+#pragma unroll 1
         for (uint32_t other = 0; other < team; ++other) place += uint32_t(ranks_of(experts[other]) >> rank & 1);
         outgoing.records[index] = record_at(p, watch, rank, p.rank, place);
         outgoing.places[index] = place;
@@ -408,12 +434,14 @@ __device__ __forceinline__ void send_token(const Params& p, const Watch& watch, 
                                            const Outgoing& outgoing) {
     const uint32_t num_destinations = __popcll(ranks);
     const uint32_t first_remote = uint32_t(ranks >> p.rank & 1);
+#pragma unroll 1
     for (uint32_t index = team_thread(); index < kHeaderPieces; index += kTeamThreads) {
         Piece piece;
 #pragma unroll
         for (uint32_t word = 0; word < kPieceWords; ++word) {
             piece.words[word] = outgoing.header[index * kPieceWords + word];
         }
+#pragma unroll 1
         for (uint32_t to = 0; to < num_destinations; ++to) send_piece(outgoing.records[to] + index, piece, watch.epoch);
     }
     if (first_remote < num_destinations) {
@@ -432,6 +460,7 @@ __device__ __forceinline__ void send_token(const Params& p, const Watch& watch, 
 __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch, uint32_t first, uint32_t last,
                                             uint32_t tokens, Window& window, Tally& before) {
     __shared__ Outgoing outgoing[kTeams];
+#pragma unroll 1
     for (uint32_t round = first; round < last; round += kTeams) {
         const uint32_t round_end = min(round + kTeams, last);
         if (round < window.first || round_end > window.last) {
@@ -454,7 +483,7 @@ __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch,
 }
 
 // Plans and sends this block's share of the tokens, a contiguous range, and the counts of the ranks it has to tell.
-__device__ __forceinline__ void send(const Params& p, Watch& watch, uint32_t tokens) {
+__device__ __forceinline__ void send(const Params& p, Watch& watch, uint32_t tokens, bool& opened) {
     __shared__ int16_t experts[kWindowTokens][kTopk];
     Window window = {experts, 0, 0};
     __shared__ Tally before;  // tokens before this block's share
@@ -470,8 +499,9 @@ __device__ __forceinline__ void send(const Params& p, Watch& watch, uint32_t tok
     uint32_t from = 0;
     do {
         load_window(p, from, tokens, window);
-        if (from == 0) open_epoch(p, watch);  // its polls wait beside the loads of the ids
+        if (from == 0) open_epoch(p, watch, opened);  // its polls wait beside the loads of the ids
         __syncthreads();
+        if (!opened) return;
         add(before, window, 0, first);
         if (tells) add(total, window, 0, tokens);
         __syncthreads();
@@ -503,6 +533,7 @@ __device__ __forceinline__ bool list_targets(const Params& p, const Arrivals& ar
         const uint32_t k = team_thread();
         const int32_t slot = k < kTopk ? slot_of(p, arrivals, source, incoming.header[1 + k]) : -1;
         bool wanted = slot >= 0;
+#pragma unroll 1
         for (uint32_t other = 0; wanted && other < k; ++other) {
             wanted = incoming.header[1 + other] != incoming.header[1 + k];
         }
@@ -524,6 +555,7 @@ __device__ __forceinline__ bool list_targets(const Params& p, const Arrivals& ar
 // Waits for a row's header and brings it into shared memory.
 __device__ __forceinline__ void receive_header(Watch& watch, const uint4* record, uint32_t source, uint32_t row,
                                                Incoming& incoming) {
+#pragma unroll 1
     for (uint32_t index = team_thread(); index < kHeaderPieces; index += kTeamThreads) {
         Piece piece;
         receive_piece(record + index, watch, kRow, source, row, piece);
@@ -534,12 +566,7 @@ __device__ __forceinline__ void receive_header(Watch& watch, const uint4* record
     }
 }
 
-// This rank's own tokens never leave: they are read where the user put them.
-__device__ __forceinline__ void place_own_row(const Params& p, Watch& watch, const Arrivals& arrivals, uint32_t row,
-                                              Incoming& incoming) {
-    receive_header(watch, record_at(p, watch, p.rank, p.rank, row), p.rank, row, incoming);
-    team_sync();
-    if (!list_targets(p, arrivals, p.rank, 0, incoming)) return;
+__device__ __forceinline__ void place_own_token(const Params& p, const Incoming& incoming) {
     const uint4* token = reinterpret_cast<const uint4*>(token_at(p, incoming.header[0]));
 #pragma unroll kPiecesAhead
     for (uint32_t index = team_thread(); index < kVectors; index += kTeamThreads) {
@@ -548,16 +575,19 @@ __device__ __forceinline__ void place_own_row(const Params& p, Watch& watch, con
     }
 }
 
-// A row of another rank: the first pieces are on their way while its header is read.
+// Puts a row where it belongs: its first pieces are on their way while its header is read. This rank's own tokens never
+// left: only their headers did, and the tokens are read where the user put them.
 __device__ __forceinline__ void place_row(const Params& p, Watch& watch, const Arrivals& arrivals, uint32_t source,
                                           uint32_t row, uint32_t flat, Incoming& incoming) {
     const uint4* record = record_at(p, watch, p.rank, source, row);
     const uint4* from = record + kHeaderPieces;
     Piece pieces[kPiecesAhead] = {};
-    receive_pieces(from, 0, watch, source, row, pieces);
+    if (source != p.rank) receive_pieces(from, 0, watch, source, row, pieces);
     receive_header(watch, record, source, row, incoming);
     team_sync();
     if (!list_targets(p, arrivals, source, flat, incoming)) return;
+    if (source == p.rank) return place_own_token(p, incoming);
+#pragma unroll 1
     for (uint32_t done = 0; done < kThreadPieces; done += kPiecesAhead) {
         if (done > 0) receive_pieces(from, done, watch, source, row, pieces);
 #pragma unroll
@@ -577,17 +607,15 @@ __device__ __forceinline__ void receive_rows(const Params& p, Watch& watch, cons
     __shared__ Incoming incoming[kTeams];
     const uint32_t turn = grid_teams() - 1 - grid_team();
     uint32_t passed = 0;  // rows of the sources before this one
+#pragma unroll 1
     for (uint32_t step = 0; step < kRanks; ++step) {
         const uint32_t source = rank_after(p.rank, step);
         const uint32_t rows = arrivals.rows_from[source];
         const uint32_t first = (grid_teams() - passed % grid_teams() + turn) % grid_teams();
+#pragma unroll 1
         for (uint32_t row = first; row < rows; row += grid_teams()) {
             const uint32_t flat = passed - arrivals.rows_from[p.rank] + row;
-            if (source == p.rank) {
-                place_own_row(p, watch, arrivals, row, incoming[team_id()]);
-            } else {
-                place_row(p, watch, arrivals, source, row, flat, incoming[team_id()]);
-            }
+            place_row(p, watch, arrivals, source, row, flat, incoming[team_id()]);
             team_sync();
         }
         passed += rows;
@@ -596,11 +624,13 @@ __device__ __forceinline__ void receive_rows(const Params& p, Watch& watch, cons
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ll_dispatch_bf16_expert_r4_h2880_k4_e128_ipc_w2x16_inline(const __grid_constant__ Params p) {
     __shared__ Arrivals arrivals;
+    __shared__ bool opened;
     Watch watch = start_watch(p);
     const uint32_t tokens = tokens_of_this_call(p);
-    send(p, watch, tokens);
+    send(p, watch, tokens, opened);
     if (blockIdx.x == 0 && threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
     if (threadIdx.x == kBlockThreads - 1) leave_epoch_to_the_next_launch(p.control, watch.epoch);
+    if (!opened) return;
     receive_counts(p, watch, arrivals);
     receive_rows(p, watch, arrivals);
 }

@@ -38,6 +38,7 @@ class DeviceBarrier:
         fixed: dict[str, int | Sequence[int]] = {
             "peers": self._memory.peers,
             "control": self._control.data_ptr(),
+            "aborted": self._control.data_ptr() + 4 * (_CONTROL_WORDS - 1),
             "failure": self._watchdog.address,
             "flags_offset": 0,
             "timeout_ns": int(timeout * 1e9),

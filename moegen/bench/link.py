@@ -34,7 +34,7 @@ class LinkProbe:
         sizes = (world.size, config.threads, config.in_flight)
         self.push_spec, self.pull_spec = BenchPush(*sizes), BenchPull(*sizes)
         kernels = [load(spec, world.device) for spec in (self.push_spec, self.pull_spec)]
-        self.blocks = min(config.blocks, *(kernel.resident_blocks for kernel in kernels))
+        self.blocks = min(config.blocks, *(kernel.blocks(1, None) for kernel in kernels))
         self._memory = world.allocate(world.size * self.vectors * VECTOR_BYTES)
         self._source = torch.zeros(self.vectors * 4, dtype=torch.int32, device=world.device)
         self._sums = torch.zeros(self.blocks * config.threads, 4, dtype=torch.int32, device=world.device)

@@ -52,7 +52,8 @@ class BenchBarrier(BenchSpec, family="bench", op="barrier"):
         return ParamStruct(
             (
                 self.peers_param,
-                Param("Control*", "control", "this barrier's epoch and abort word"),
+                Param("Control*", "control", "this barrier's epoch"),
+                Param("uint32_t*", "aborted", "the abort word"),
                 Param("Failure*", "failure", "where the host reads what went wrong"),
                 Param("uint64_t", "flags_offset", "[rank] u32: the last epoch at which that rank arrived"),
                 Param("uint64_t", "timeout_ns", "how long one barrier may take"),

@@ -50,6 +50,9 @@ until the previous epoch has been read."""
 WINDOW_IDS = 4096
 """Expert ids that a block keeps in shared memory (8 KiB): all of them up to 512 tokens of 8."""
 
+MAX_SHARED_BYTES = 48 * 1024
+"""Static shared memory of a block on every GPU."""
+
 MAX_TOKENS_PER_RANK = 1 << POSITION_BITS
 
 
@@ -140,7 +143,8 @@ class LowLatencySpec(Spec):
 
 _COMMON = (
     Param("const int32_t*", "num_tokens", "one number: tokens of this call, at most `tokens`; null: `tokens`"),
-    Param("Control*", "control", "this op's epoch and abort word"),
+    Param("Control*", "control", "this op's epoch"),
+    Param("uint32_t*", "aborted", "this object's abort word"),
     Param("Failure*", "failure", "where the host reads what went wrong"),
     Param("uint64_t", "consumed_offset", "[rank] u32: the last epoch that the peer has read"),
     Param("uint64_t", "rows_offset", "[half][source][max_tokens] records"),
@@ -153,23 +157,51 @@ _COMMON_32 = (
 )
 
 
+def window_tokens(num_topk: int, teams: int) -> int:
+    """Tokens whose selections a block keeps in shared memory; at least one round's."""
+    return max(WINDOW_IDS // num_topk, teams)
+
+
+def header_pieces(num_topk: int, wire: str) -> int:
+    """Pieces of a record's header: token, then per selection its expert and place, then its weight."""
+    return ceil_div(1 + 2 * num_topk, PIECE_WORDS[wire])
+
+
+def dispatch_shared_bytes(num_ranks: int, num_experts: int, num_topk: int, wire: str, teams: int) -> int:
+    """Upper bound of a dispatch block's shared memory: per team what goes out and what comes in; ids; counts."""
+    header = header_pieces(num_topk, wire) * PIECE_WORDS[wire] * 4
+    outgoing = header + num_ranks * (8 + 4 + 4) + 8
+    incoming = header + num_topk * 8 + 16
+    ids = window_tokens(num_topk, teams) * num_topk * 2
+    counts = 2 * (num_experts + num_ranks) + num_ranks * (1 + ceil_div(num_experts, num_ranks))
+    return teams * (outgoing + incoming) + ids + counts * 4 + 64
+
+
 @dataclass(frozen=True)
 class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
     """Sends each token once to every rank that holds one of its experts and fans it out there, expert by expert."""
 
     @property
-    def header_words(self) -> int:
-        """Token index, then per selection its expert and place, then per selection its weight."""
-        return 1 + 2 * self.num_topk
+    def header_pieces(self) -> int:
+        return header_pieces(self.num_topk, self.wire)
+
+    def validate(self) -> None:
+        super().validate()
+        self.require(
+            self.shared_bytes <= MAX_SHARED_BYTES,
+            f"a block has {MAX_SHARED_BYTES:,} bytes of shared memory and {self.warp_groups} warp groups need "
+            f"{self.shared_bytes:,} here: fewer groups, each of more warps, need less",
+        )
 
     @property
-    def header_pieces(self) -> int:
-        return ceil_div(self.header_words, self.piece_words)
+    def shared_bytes(self) -> int:
+        """Upper bound of a block's shared memory."""
+        return dispatch_shared_bytes(self.num_ranks, self.num_experts, self.num_topk, self.wire, self.teams)
 
     @property
     def window_tokens(self) -> int:
-        """Tokens whose selections a block keeps in shared memory; at least one round's."""
-        return max(WINDOW_IDS // self.num_topk, self.teams)
+        """Tokens whose selections a block keeps in shared memory."""
+        return window_tokens(self.num_topk, self.teams)
 
     @property
     def record_bytes(self) -> int:

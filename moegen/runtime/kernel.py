@@ -16,7 +16,7 @@ from moegen import env
 from moegen.codegen.render import render
 from moegen.compile import binary
 from moegen.compile.target import Target
-from moegen.errors import KernelFaultError, MissingKernelError, UnsupportedPlatformError
+from moegen.errors import KernelFaultError, LaunchError, MissingKernelError, UnsupportedPlatformError
 from moegen.kernels.spec import Spec
 
 log = logging.getLogger(__name__)
@@ -32,10 +32,9 @@ class LoadedKernel(ABC):
         self.spec = spec
         self.origin = origin
 
-    @property
     @abstractmethod
-    def resident_blocks(self) -> int:
-        """Blocks that the whole device can run at the same time."""
+    def blocks(self, ranks_per_device: int, num_sms: int | None) -> int:
+        """Blocks that one of `ranks_per_device` ranks may launch and have run at the same time, `num_sms` at most."""
 
     @abstractmethod
     def launch(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> None:
@@ -43,7 +42,7 @@ class LoadedKernel(ABC):
 
         Raises:
             KernelFaultError: on the host, a rule of the machine was broken.
-            RuntimeError: the driver refused the launch.
+            LaunchError: the driver refused the launch.
         """
 
 
@@ -75,9 +74,8 @@ class HostKernel(LoadedKernel):
         self._entry.restype = ctypes.c_int
         self._seed = env.host_seed()
 
-    @property
-    def resident_blocks(self) -> int:
-        return HOST_NUM_SMS
+    def blocks(self, ranks_per_device: int, num_sms: int | None) -> int:
+        return HOST_NUM_SMS if num_sms is None else num_sms  # a block is a thread of the operating system
 
     def launch(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> None:
         launch = _HostLaunch(ctypes.addressof(params), blocks, self.spec.block_threads, 0, 0, self._seed)
@@ -92,7 +90,6 @@ class CudaKernel(LoadedKernel):
     def __init__(self, spec: Spec, device: torch.device) -> None:
         from cuda.bindings import driver
 
-        torch.cuda.set_device(device)
         torch.cuda.current_stream(device).synchronize()  # makes torch's context current
         target = Target.for_capability(*torch.cuda.get_device_capability(device))
         built = binary.obtain(render(spec), target)
@@ -108,9 +105,9 @@ class CudaKernel(LoadedKernel):
         self._threads = spec.block_threads
         self._pointers: dict[int, tuple[Any, int]] = {}
 
-    @property
-    def resident_blocks(self) -> int:
-        return self._resident
+    def blocks(self, ranks_per_device: int, num_sms: int | None) -> int:
+        share = max(1, self._resident // ranks_per_device)
+        return share if num_sms is None else min(share, num_sms)
 
     def launch(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> None:
         address = ctypes.addressof(params)
@@ -119,13 +116,21 @@ class CudaKernel(LoadedKernel):
             array = (ctypes.c_void_p * 1)(address)
             pointers = self._pointers[address] = (array, ctypes.addressof(array))
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        (status,) = self._driver.cuLaunchCooperativeKernel(
-            self._function, blocks, 1, 1, self._threads, 1, 1, 0, stream, pointers[1]
-        )
+        if torch.cuda.current_device() == self._device.index:
+            status = self._start(blocks, stream, pointers[1])
+        else:
+            with torch.cuda.device(self._device):
+                status = self._start(blocks, stream, pointers[1])
         if status:
-            raise RuntimeError(
+            raise LaunchError(
                 f"{self.spec.stem}: {blocks} x {self._threads} threads could not be launched: {status.name}"
             )
+
+    def _start(self, blocks: int, stream: int, pointers: int) -> Any:
+        threads = self._threads
+        return self._driver.cuLaunchCooperativeKernel(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers)[
+            0
+        ]
 
 
 _loaded: dict[tuple[Spec, torch.device], LoadedKernel] = {}
@@ -147,7 +152,11 @@ def load(spec: Spec, device: torch.device) -> LoadedKernel:
     with _loading:
         kernel = _loaded.get((spec, device))
         if kernel is None:
-            kernel = HostKernel(spec) if device.type == "cpu" else CudaKernel(spec, device)
+            if device.type == "cpu":
+                kernel = HostKernel(spec)
+            else:
+                with torch.cuda.device(device):
+                    kernel = CudaKernel(spec, device)
             _loaded[(spec, device)] = kernel
     return kernel
 

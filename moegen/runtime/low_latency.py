@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 FIRST_EPOCH = 2
 """See `epoch_after` in `templates/device/signal.cuh`."""
 _CONTROL_WORDS = 32
-"""32-bit words per op: struct Control, on a 128-byte line of its own."""
+"""32-bit words per op: struct Control, on a 128-byte line of its own; a third line holds the abort word."""
 
 _DISPATCH_VARYING = (
     "x",
@@ -113,15 +113,14 @@ class LowLatency:
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
         pinned = world.device.type == "cuda"
-        self.control = torch.zeros(2, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
-        self.watchdogs = tuple(
-            Watchdog(spec.stem, PHASES, timeout, pinned=pinned) for spec in (selection.dispatch, selection.combine)
-        )
+        self.control = torch.zeros(3, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        self.watchdogs = tuple(Watchdog(spec.stem, PHASES, timeout, pinned=pinned) for spec in selection.specs)
         self._set_epoch(first_epoch, (dispatch_at.consumed, combine_at.consumed))
         blocks = [self._num_blocks(world, kernel, num_sms) for kernel in kernels]
         shared: dict[str, int | Sequence[int]] = {
             "peers": self.memory.peers,
             "rank": world.rank,
+            "aborted": self.control[2].data_ptr(),
             "max_tokens": problem.max_tokens,
             "timeout_ns": int(timeout * 1e9),
         }
@@ -137,7 +136,6 @@ class LowLatency:
         combine_fixed: dict[str, int | Sequence[int]] = {
             **shared,
             "control": self.control[1].data_ptr(),
-            "failure": self.watchdogs[1].address,
             "consumed_offset": combine_at.consumed,
             "rows_offset": combine_at.rows,
             "tags_offset": combine_at.tags,
@@ -145,23 +143,28 @@ class LowLatency:
         }
         specs = selection.specs
         self._dispatch = BoundKernel(kernels[0], specs[0].params, blocks[0], dispatch_fixed, _DISPATCH_VARYING)
-        self._combine = BoundKernel(kernels[1], specs[1].params, blocks[1], combine_fixed, _COMBINE_VARYING)
-        self._combine_weighted = BoundKernel(kernels[2], specs[2].params, blocks[2], combine_fixed, _COMBINE_VARYING)
+        self._combine, self._combine_weighted = (
+            BoundKernel(
+                kernels[index],
+                specs[index].params,
+                blocks[index],
+                {**combine_fixed, "failure": self.watchdogs[index].address},
+                _COMBINE_VARYING,
+            )
+            for index in (1, 2)
+        )
 
     def _set_epoch(self, epoch: int, consumed_at: tuple[int, int]) -> None:
         """As if everybody had read all epochs before; before any rank may launch."""
         before = 0xFFFFFFFF if epoch == FIRST_EPOCH else epoch - 1
-        self.control[:, 0] = _signed(epoch)
+        self.control[:2, 0] = _signed(epoch)
         words = self.memory.local.view(torch.int32)
         for offset in consumed_at:
             words[offset // 4 : offset // 4 + self.problem.num_ranks] = _signed(before)
 
     def _num_blocks(self, world: RankWorld, kernel: LoadedKernel, num_sms: int | None) -> int:
-        resident = max(1, kernel.resident_blocks // world.ranks_per_device)
-        if num_sms is not None:
-            resident = min(resident, num_sms)
         assert isinstance(kernel.spec, LowLatencySpec)
-        return num_blocks(kernel.spec, self.problem.max_tokens, resident)
+        return num_blocks(kernel.spec, self.problem.max_tokens, kernel.blocks(world.ranks_per_device, num_sms))
 
     def dispatch(
         self,
@@ -205,13 +208,18 @@ class LowLatency:
             x.shape[0],
             topk_idx.dtype == torch.int64,
         )
+        stream = torch.cuda.current_stream(x.device) if x.device.type == "cuda" else None
         ranks = self.problem.num_ranks
         counts = memory.as_strided((self.local_experts,), (1,), at.counts)
         ranges = memory.as_strided((self.local_experts, ranks, 2), (2 * ranks, 2, 1), at.ranges)
-        return Dispatched(out, None, counts, ranges, Handle(owner, x.shape[0], memory, addresses))
+        return Dispatched(out, None, counts, ranges, Handle(owner, x.shape[0], memory, addresses, stream))
 
     def combine(self, y: torch.Tensor, handle: Handle, weights: torch.Tensor | None, out: torch.Tensor) -> None:
         """Launches combine; arguments are checked already."""
+        if handle.stream is not None:
+            current = torch.cuda.current_stream(y.device)
+            if current != handle.stream:  # the handle may be dropped before this stream has read it
+                handle.memory.record_stream(current)
         rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent = handle.addresses
         kernel = self._combine if weights is None else self._combine_weighted
         kernel(

@@ -11,14 +11,14 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moegen.errors import CapacityError, UnsupportedPlatformError
+from moegen.errors import CapacityError, MoegenError, UnsupportedPlatformError
 
 
 @dataclass
@@ -97,41 +97,57 @@ def share_between_processes(size: int, rank: int, exchange: Callable[[Any], list
         CapacityError: no room.
         UnsupportedPlatformError: the ranks are not on one machine.
     """
-    error: str | None = None
     own: SharedFile | None = None
+    failed = ""
     try:
         own = make_shared_file(size)
-    except CapacityError as failure:
-        error = str(failure)
-    answers = exchange((os.uname().nodename, str(own.path) if own else "", error))
+    except CapacityError as error:
+        failed = str(error)
     files: list[SharedFile] = []
     try:
-        for peer, (_, _, failed) in enumerate(answers):
-            if failed:
-                raise CapacityError(f"rank {peer}: {failed}")
-        if len({node for node, _, _ in answers}) > 1:
-            nodes = ", ".join(sorted({node for node, _, _ in answers}))
-            raise UnsupportedPlatformError(f"path ipc needs all ranks on one machine; they are on {nodes}")
+        answers = exchange((os.uname().nodename, str(own.path) if own else "", failed))
+        _raise_first(CapacityError, [failure for _, _, failure in answers])
+        nodes = sorted({node for node, _, _ in answers})
+        if len(nodes) > 1:
+            raise UnsupportedPlatformError(f"path ipc needs all ranks on one machine; they are on {', '.join(nodes)}")
         assert own is not None
-        for peer, (_, path, _) in enumerate(answers):
-            files.append(own if peer == rank else SharedFile(Path(path), size, create=False))
-        exchange(None)  # everybody has mapped everything: the names can go
+        try:
+            for peer, (_, path, _) in enumerate(answers):
+                files.append(own if peer == rank else SharedFile(Path(path), size, create=False))
+        except OSError as error:
+            failed = f"cannot map a peer's memory: {error}"
+        _raise_first(UnsupportedPlatformError, exchange(failed))  # everybody has mapped everything: the names can go
     finally:
         if own is not None:
             own.unlink()
     return SymmetricMemory(own.tensor, tuple(file.address for file in files), release=files.clear)
 
 
-def share_between_gpus(size: int, group: Any, device: torch.device) -> SymmetricMemory:
+def _raise_first(kind: type[MoegenError], failures: Sequence[str]) -> None:
+    """The same error on every rank, so that none waits for one that failed."""
+    for peer, failed in enumerate(failures):
+        if failed:
+            raise kind(f"rank {peer}: {failed}")
+
+
+def share_between_gpus(
+    size: int, group: Any, device: torch.device, exchange: Callable[[Any], list[Any]]
+) -> SymmetricMemory:
     """Symmetric memory of one process per GPU, through torch's (peer access over NVLink or PCIe).
 
     Raises:
+        CapacityError: a rank has no room.
         UnsupportedPlatformError: torch cannot map the peers' memory here; the text says why.
     """
     import torch.distributed._symmetric_memory as symm_mem
 
+    failed = ""
     try:
         buffer = symm_mem.empty(size, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        failed = f"no room for {size:,} bytes of symmetric memory on {device}: {error}"
+    _raise_first(CapacityError, exchange(failed))
+    try:
         handle = symm_mem.rendezvous(buffer, group.group_name)
     except RuntimeError as error:
         raise UnsupportedPlatformError(

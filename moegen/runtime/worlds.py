@@ -69,7 +69,7 @@ class LocalWorld:
     """
 
     def __init__(self, num_ranks: int, device: str | torch.device = "cpu") -> None:
-        self.device = torch.device(device)
+        self.device = _without_cpu_index(torch.device(device))
         self.size = num_ranks
         if num_ranks < 1:
             raise InputError(f"a world has at least one rank; got {num_ranks}")
@@ -115,7 +115,7 @@ class LocalRank(RankWorld):
         self.rank = rank
         self.size = world.size
         self.device = world.device
-        self.ranks_per_device = world.size
+        self.ranks_per_device = world.size if world.device.type == "cuda" else 1
         self.description = f"{world.size} virtual ranks on {world.device}"
         self._stream = _new_stream(world.device)
 
@@ -155,11 +155,15 @@ class GroupWorld(RankWorld):
         self._group = group if group is not None else dist.group.WORLD
         self.rank = dist.get_rank(self._group)
         self.size = dist.get_world_size(self._group)
-        self.device = _default_device() if device is None else torch.device(device)
+        self.device = _default_device() if device is None else _without_cpu_index(torch.device(device))
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        places = self.exchange((os.uname().nodename, str(self.device)))
-        self.ranks_per_device = places.count(places[self.rank]) if self.device.type == "cuda" else 1
+        self.ranks_per_device = 1
+        if (
+            self.device.type == "cuda"
+        ):  # by its identity: with CUDA_VISIBLE_DEVICES every process may call its GPU cuda:0
+            gpus = self.exchange(str(torch.cuda.get_device_properties(self.device).uuid))
+            self.ranks_per_device = gpus.count(gpus[self.rank])
         self.description = f"{self.size} processes on {self.device.type}"
 
     def exchange(self, value: Any) -> list[Any]:
@@ -169,7 +173,7 @@ class GroupWorld(RankWorld):
 
     def allocate(self, size: int) -> SymmetricMemory:
         if self.device.type == "cuda":
-            memory = share_between_gpus(size, self._group, self.device)
+            memory = share_between_gpus(size, self._group, self.device, self.exchange)
             torch.cuda.synchronize(self.device)
             return memory
         return share_between_processes(size, self.rank, self.exchange)
@@ -221,6 +225,11 @@ class _ThreadGather:
 def _new_stream(device: torch.device) -> Any:
     stream_type: Any = torch.cuda.Stream
     return stream_type(device) if device.type == "cuda" else None
+
+
+def _without_cpu_index(device: torch.device) -> torch.device:
+    """There is one CPU, and its tensors say "cpu"."""
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def _default_device() -> torch.device:

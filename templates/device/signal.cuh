@@ -10,7 +10,6 @@ namespace moegen {
 struct Control {
     uint32_t epoch;           // number of the running or next launch
     uint32_t blocks_entered;  // blocks of this launch that have read the epoch
-    uint32_t aborted;         // raised by the first wait that runs out of time; every other wait then gives up
 };
 
 // What the first expired wait tells the host, in pinned host memory. `valid` is written last.
@@ -33,7 +32,7 @@ __device__ __forceinline__ uint32_t epoch_before(uint32_t epoch) { return epoch 
 
 // One thread's view of the launch while it waits.
 struct Watch {
-    Control* control;
+    uint32_t* aborted;  // raised by the first wait that runs out of time; every other wait of this object then gives up
     Failure* failure;
     uint64_t timeout_ns;
     uint32_t rank;
@@ -45,10 +44,10 @@ struct Watch {
 // An expired wait is looked for every 64th poll: the timer and the abort word cost a memory access each.
 constexpr uint32_t kPollsPerCheck = 64;
 
-// Only the first expired wait of a launch reports.
+// Only the first expired wait of an object reports.
 __device__ __forceinline__ void report_expired(const Watch& watch, uint32_t phase, uint32_t peer, int32_t index,
                                                uint32_t expected, uint32_t seen) {
-    if (atomic_cas_acq_rel_gpu(&watch.control->aborted, 0, 1) != 0) return;
+    if (atomic_cas_acq_rel_gpu(watch.aborted, 0, 1) != 0) return;
     Failure* failure = watch.failure;
     failure->phase = phase;
     failure->rank = watch.rank;
@@ -60,7 +59,7 @@ __device__ __forceinline__ void report_expired(const Watch& watch, uint32_t phas
     store_release_sys(&failure->valid, 1);
 }
 
-// True if the launch is over for this thread: its deadline passed, or another wait of this launch gave up. Kept out of
+// True if the launch is over for this thread: its deadline passed, or another wait gave up. Kept out of
 // line, as is the report: there are many waits, and this is never run when all goes well and fast.
 __device__ __noinline__ bool gives_up(Watch& watch, uint32_t phase, uint32_t peer, int32_t index, uint32_t expected,
                                       uint32_t seen) {
@@ -68,7 +67,7 @@ __device__ __noinline__ bool gives_up(Watch& watch, uint32_t phase, uint32_t pee
     if (watch.deadline_ns == 0) watch.deadline_ns = now + watch.timeout_ns;
     const bool expired = now > watch.deadline_ns;
     if (expired) report_expired(watch, phase, peer, index, expected, seen);
-    watch.gave_up = expired || load_relaxed_sys(&watch.control->aborted) != 0;
+    watch.gave_up = expired || load_relaxed_sys(watch.aborted) != 0;
     return watch.gave_up;
 }
 

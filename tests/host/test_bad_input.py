@@ -87,13 +87,24 @@ def test_call(layer: moegen.ExpertParallel, call: Callable[[Any], None], error: 
         ({"warp_groups": "16x2"}, errors.SpecError, "at most 15 warp groups"),
         ({"warp_groups": "9x4"}, errors.SpecError, r"is 1\.\.32"),
         ({"num_sms": 0}, errors.InputError, "num_sms is an integer"),
-        ({"timeout": 0}, errors.InputError, "timeout is a positive"),
+        ({"timeout": 0}, errors.InputError, "timeout is a number of seconds"),
+        ({"timeout": float("inf")}, errors.InputError, "timeout is a number of seconds"),
     ],
 )
 def test_constructor(change: dict[str, Any], error: type, says: str) -> None:
     world = moegen.LocalWorld(1)
     with pytest.raises(error, match=says):
         world.run(lambda rank: moegen.ExpertParallel(rank, **{**ARGUMENTS, **change}))
+
+
+def test_teams_that_do_not_fit_into_shared_memory() -> None:
+    from moegen.kernels.ll import MAX_SHARED_BYTES
+    from moegen.kernels.problem import Problem
+    from moegen.select import select
+
+    with pytest.raises(errors.SpecError, match="fewer groups"):
+        select(Problem(64, 1024, 32, 8, 2, warp_groups="32x1"))
+    assert select(Problem(64, 1024, 32, 8, 2)).dispatch.shared_bytes <= MAX_SHARED_BYTES
 
 
 def test_a_world_is_not_a_rank() -> None:
@@ -117,6 +128,17 @@ def test_zero_tokens_everywhere(layer: moegen.ExpertParallel) -> None:
     received = layer.dispatch(x(0), ids(0))
     assert received.counts.tolist() == [0, 0, 0, 0]
     assert layer.combine(received.tokens, received.handle).shape == (0, 64)
+
+
+def test_ids_of_tokens_that_do_not_count(layer: moegen.ExpertParallel) -> None:
+    padded = ids(3)
+    padded[2] = 12345
+    received = layer.dispatch(x(3), padded, num_tokens=torch.tensor([2], dtype=torch.int32))
+    assert received.counts.tolist() == [2, 0, 0, 0]
+
+
+def test_the_cpu_has_no_index() -> None:
+    assert moegen.LocalWorld(1, "cpu:0").device == torch.device("cpu")
 
 
 def test_handles_are_not_copied(layer: moegen.ExpertParallel) -> None:

@@ -160,6 +160,44 @@ def test_fault_while_waiting_for_a_partial_sum(device: str, wire: str) -> None:
     assert_reported(caught.value, layer, "kPartial", 0)
 
 
+def test_what_was_queued_behind_a_timeout_does_nothing(device: str) -> None:
+    """A combine behind a dispatch that gave up, as in a graph: what dispatch would have recorded is not there."""
+    layer = make(device)
+    announce_one_row(layer)
+    ops = layer.ranks[0]._alive()
+    rows = len(layer.ranks[0].local_experts), ops.expert_rows, SHAPE.hidden
+
+    def work(world: moegen.runtime.worlds.RankWorld) -> None:
+        if world.rank == ABSENT:
+            return
+        x = torch.ones(2, SHAPE.hidden, dtype=torch.bfloat16, device=device)
+        ids = torch.tensor([[0, 3], [1, 2]], device=device)
+        received = ops.dispatch(x, ids, None, None, None, layer.ranks[0])
+        received.handle.memory.fill_(0x3F3F3F3F)  # what fresh memory may hold
+        out = torch.full_like(x, 7)
+        ops.combine(torch.ones(rows, dtype=torch.bfloat16, device=device), received.handle, None, out)
+        with pytest.raises(PeerTimeoutError):
+            layer.ranks[0].synchronize()
+        assert (out == 7).all()
+
+    layer.world.run(work)
+    layer.destroy()
+
+
+@pytest.mark.parametrize("wire", ["inline", "row"])
+def test_nothing_is_written_to_a_peer_that_is_not_ready(device: str, wire: str) -> None:
+    layer = make(device, wire)
+    dispatch_together(layer, [[[0, 3]], [[1, 2]]])
+    poke(layer, dispatch_regions(layer).consumed + 4 * ABSENT, [0xFFFFFFF0])
+    peer = layer.ranks[ABSENT]._alive().memory.local
+    start = dispatch_regions(layer).counts
+    before = peer[start:].clone()
+    with pytest.raises(PeerTimeoutError):
+        dispatch_alone(layer, [[0, 3], [2, 3]])
+    assert torch.equal(peer[start:], before)
+    layer.destroy()
+
+
 def test_every_wait_site_has_a_fault_test() -> None:
     tested = {"kCounts", "kRow", "kPeerReady", "kWeights", "kPartial"}
     assert tested == set(PHASES)

@@ -54,6 +54,7 @@ struct Rank {
     uint32_t number = 0;
     std::unique_ptr<uint8_t, decltype(&std::free)> memory = {nullptr, std::free};
     Control control[2] = {};
+    uint32_t aborted = 0;
     Failure failure[2] = {};
     std::vector<Round> rounds;
     std::minstd_rand random;
@@ -119,6 +120,7 @@ Params Ranks::common_params(Rank& rank, uint32_t op, const Regions& at) {
     Params p = {};
     for (uint32_t peer = 0; peer < kRanks; ++peer) p.peers[peer] = ranks_[peer].memory.get();
     p.control = &rank.control[op];
+    p.aborted = &rank.aborted;
     p.failure = &rank.failure[op];
     p.consumed_offset = at.consumed;
     p.rows_offset = at.rows;
