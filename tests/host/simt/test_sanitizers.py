@@ -49,12 +49,14 @@ def run(driver: Path, name: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.tsan
 @pytest.mark.parametrize("name", ["messages", "neighbours", "lanes", "bulk", "ranks", "whole", "deadlock"])
 def test_right_kernels_have_no_race(thread_sanitizer: Path, name: str) -> None:
     code, output = run(thread_sanitizer, name)
     assert code == 0, output
 
 
+@pytest.mark.tsan
 @pytest.mark.parametrize("name", ["messages_wrong", "neighbours_wrong", "lanes_wrong"])
 def test_missing_order_is_a_race(thread_sanitizer: Path, name: str) -> None:
     code, output = run(thread_sanitizer, name)
@@ -62,12 +64,14 @@ def test_missing_order_is_a_race(thread_sanitizer: Path, name: str) -> None:
     assert "WARNING: ThreadSanitizer: data race" in output
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("name", ["messages", "neighbours", "bulk", "ranks", "whole", "deadlock"])
 def test_right_kernels_stay_within_memory(address_sanitizer: Path, name: str) -> None:
     code, output = run(address_sanitizer, name)
     assert code == 0, output
 
 
+@pytest.mark.asan
 def test_access_beyond_memory_is_found(address_sanitizer: Path) -> None:
     code, output = run(address_sanitizer, "beyond_wrong")
     assert code != 0
