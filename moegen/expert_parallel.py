@@ -109,17 +109,22 @@ class ExpertParallel:
         self.device = self.world.device
         self.selection, self.kernels = _load_on_all_ranks(self.world, self.problem, (timeout, first_epoch))
         self._poison: MoegenError | None = None
-        self._ops: LowLatency | None = LowLatency(
-            self.world,
-            self.problem,
-            self.selection,
-            self.kernels,
-            timeout=timeout,
-            num_sms=num_sms,
-            first_epoch=first_epoch,
-        )
-        self._synchronize_device()
-        self.world.barrier()
+        self._ops: LowLatency | None = None
+        failure: Exception | None = None
+        try:
+            self._ops = LowLatency(
+                self.world,
+                self.problem,
+                self.selection,
+                self.kernels,
+                timeout=timeout,
+                num_sms=num_sms,
+                first_epoch=first_epoch,
+            )
+            self._synchronize_device()
+        except Exception as error:  # told to the other ranks below
+            failure = error
+        _raise_on_all_ranks(self.world, failure, "could not make its buffers")
         log.info(
             "rank %d of %s: family ll, path ipc, %s",
             self.world.rank,
@@ -320,16 +325,22 @@ def _load_on_all_ranks(
         digests = tuple(render(spec).digest for spec in selection.specs)
     except Exception as error:  # whatever it was, the other ranks must not wait for this one
         failure = error
-    answers = world.exchange((problem, settings, digests, None if failure is None else str(failure)))
-    if failure is not None:
-        raise failure
-    for rank, (_, _, _, failed) in enumerate(answers):
-        if failed:
-            raise WorldError(f"rank {rank} could not load its kernels: {failed}")
+    _raise_on_all_ranks(world, failure, "could not load its kernels")
+    answers = world.exchange((problem, settings, digests))
     for rank, answer in enumerate(answers):
         _compare("arguments", answers[0][:2], answer[:2], rank)
         _compare("kernel texts (two versions of moegen?)", answers[0][2], answer[2], rank)
     return selection, kernels
+
+
+def _raise_on_all_ranks(world: RankWorld, failure: Exception | None, what: str) -> None:
+    """No rank goes on if one has failed: it would wait for that one. Collective."""
+    answers = world.exchange(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, failed in enumerate(answers):
+        if failed is not None:
+            raise WorldError(f"rank {rank} {what}: {failed}")
 
 
 def _compare(what: str, first: object, other: object, rank: int) -> None:

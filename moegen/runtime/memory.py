@@ -106,7 +106,7 @@ def share_between_processes(size: int, rank: int, exchange: Callable[[Any], list
     files: list[SharedFile] = []
     try:
         answers = exchange((os.uname().nodename, str(own.path) if own else "", failed))
-        _raise_first(CapacityError, [failure for _, _, failure in answers])
+        raise_first(CapacityError, [failure for _, _, failure in answers])
         nodes = sorted({node for node, _, _ in answers})
         if len(nodes) > 1:
             raise UnsupportedPlatformError(f"path ipc needs all ranks on one machine; they are on {', '.join(nodes)}")
@@ -116,14 +116,14 @@ def share_between_processes(size: int, rank: int, exchange: Callable[[Any], list
                 files.append(own if peer == rank else SharedFile(Path(path), size, create=False))
         except OSError as error:
             failed = f"cannot map a peer's memory: {error}"
-        _raise_first(UnsupportedPlatformError, exchange(failed))  # everybody has mapped everything: the names can go
+        raise_first(UnsupportedPlatformError, exchange(failed))  # everybody has mapped everything: the names can go
     finally:
         if own is not None:
             own.unlink()
     return SymmetricMemory(own.tensor, tuple(file.address for file in files), release=files.clear)
 
 
-def _raise_first(kind: type[MoegenError], failures: Sequence[str]) -> None:
+def raise_first(kind: type[MoegenError], failures: Sequence[str]) -> None:
     """The same error on every rank, so that none waits for one that failed."""
     for peer, failed in enumerate(failures):
         if failed:
@@ -146,7 +146,7 @@ def share_between_gpus(
         buffer = symm_mem.empty(size, dtype=torch.uint8, device=device)
     except RuntimeError as error:
         failed = f"no room for {size:,} bytes of symmetric memory on {device}: {error}"
-    _raise_first(CapacityError, exchange(failed))
+    raise_first(CapacityError, exchange(failed))
     try:
         handle = symm_mem.rendezvous(buffer, group.group_name)
     except RuntimeError as error:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from moegen.errors import CapacityError, InputError, WorldError
-from moegen.runtime.memory import SymmetricMemory, share_between_gpus, share_between_processes
+from moegen.runtime.memory import SymmetricMemory, raise_first, share_between_gpus, share_between_processes
 
 log = logging.getLogger(__name__)
 
@@ -127,15 +127,17 @@ class LocalRank(RankWorld):
         return self._world._gather(self.rank, value)
 
     def allocate(self, size: int) -> SymmetricMemory:
+        failed, local = "", torch.empty(0, dtype=torch.uint8)
         try:
             local = torch.zeros(size, dtype=torch.uint8, device=self.device)
-        except RuntimeError as error:
-            raise CapacityError(f"no room for {size:,} bytes of symmetric memory per rank on {self.device}") from error
+        except RuntimeError:
+            failed = f"no room for {size:,} bytes of symmetric memory per rank on {self.device}"
         if self._stream is not None:
             self._stream.synchronize()
-        pairs = self.exchange((local.data_ptr(), local))
-        kept = [pair[1] for pair in pairs]  # a peer's memory outlives the peer
-        return SymmetricMemory(local, tuple(pair[0] for pair in pairs), release=kept.clear)
+        answers = self.exchange((local, failed))
+        raise_first(CapacityError, [failure for _, failure in answers])
+        kept = [buffer for buffer, _ in answers]  # a peer's memory outlives the peer
+        return SymmetricMemory(local, tuple(buffer.data_ptr() for buffer in kept), release=kept.clear)
 
 
 class GroupWorld(RankWorld):

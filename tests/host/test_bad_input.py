@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -128,6 +129,31 @@ def test_zero_tokens_everywhere(layer: moegen.ExpertParallel) -> None:
     received = layer.dispatch(x(0), ids(0))
     assert received.counts.tolist() == [0, 0, 0, 0]
     assert layer.combine(received.tokens, received.handle).shape == (0, 64)
+
+
+def test_a_rank_that_cannot_load_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moegen import expert_parallel
+
+    load = expert_parallel.load
+
+    def load_on_rank_0(spec: Any, device: torch.device) -> Any:
+        if threading.current_thread().name == "moegen-rank-1":
+            raise OSError("the cache is on a file system without execution")
+        return load(spec, device)
+
+    said: dict[int, BaseException] = {}
+
+    def work(rank: moegen.runtime.worlds.RankWorld) -> None:
+        try:
+            moegen.ExpertParallel(rank, **ARGUMENTS)
+        except Exception as error:
+            said[rank.rank] = error
+
+    monkeypatch.setattr(expert_parallel, "load", load_on_rank_0)
+    moegen.LocalWorld(2).run(work)
+    assert isinstance(said[1], OSError)
+    assert isinstance(said[0], errors.WorldError)
+    assert "rank 1 could not load its kernels: OSError" in str(said[0])
 
 
 def test_ids_of_tokens_that_do_not_count(layer: moegen.ExpertParallel) -> None:

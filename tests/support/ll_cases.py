@@ -99,7 +99,7 @@ def test_round_trip_equals_reference(shape: Shape, layers: dict[Shape, Layer], d
 @pytest.mark.parametrize("shape", EDGES, ids=str)
 def test_edges_of_the_domain(shape: Shape, device: str) -> None:
     if device == "cuda" and shape.ranks > 9:
-        pytest.skip("16 virtual ranks on one H200: a rank's kernel was seen not to start while the others waited for it")
+        pytest.skip("with 16 virtual ranks on one H200 a rank's kernel was seen not to start while others waited")
     layer = Layer(shape, device)
     for seed, kind in enumerate(("uniform", "free", "one")):
         tokens = [(shape.max_tokens + 3 * rank * seed) % (shape.max_tokens + 1) for rank in range(shape.ranks)]
