@@ -7,9 +7,6 @@
 
 using namespace moegen;
 
-// Loops that most threads enter once at most are not unrolled: every line of this text is run once or twice per launch,
-// and fetching it costs more than a branch.
-
 constexpr uint32_t kRanks = 4;
 constexpr uint32_t kTopk = 4;
 constexpr uint32_t kHidden = 2880;
@@ -55,6 +52,8 @@ struct Params {
 };
 
 static_assert(sizeof(Params) == 224);
+
+// Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
 __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
