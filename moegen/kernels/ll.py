@@ -241,10 +241,6 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
     weights: str = tag(one_of=("atdispatch", "atcombine"))
 
     @property
-    def weight_pieces(self) -> int:
-        return ceil_div(self.num_topk, COUNT_PIECE_WORDS)
-
-    @property
     def record_bytes(self) -> int:
         return self.row_pieces * PIECE_BYTES
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 from moegen.errors import SpecError
 
@@ -47,9 +47,6 @@ class WarpGroups:
 def tag(prefix: str = "", *, one_of: tuple[str, ...] = ()) -> Any:
     """Declares a Spec field that is part of the stem, written as `prefix` + value; words name their allowed values."""
     return field(metadata={"prefix": prefix, "one_of": one_of})
-
-
-S = TypeVar("S", bound="Spec")
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,3 @@ class HostWords:
         self._tensor = torch.zeros(count, dtype=torch.int32, pin_memory=pinned)
         self.address = self._tensor.data_ptr()
         self.words = (ctypes.c_uint32 * count).from_address(self.address)
-
-    def clear(self) -> None:
-        for index in range(len(self.words)):
-            self.words[index] = 0
