@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +23,8 @@ from moegen.runtime.worlds import RankWorld, as_rank_world
 from moegen.select import Selection, select
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _DTYPES = {torch.bfloat16: "bf16"}
 
@@ -185,9 +188,7 @@ class ExpertParallel:
         topk_idx = checks.topk_idx(self, topk_idx, x.shape[0], num_tokens)
         topk_weights = checks.topk_weights(self, topk_weights, x.shape[0])
         checks.out(self, out, (ops.local_experts, ops.expert_rows, self.problem.hidden))
-        with self._poisoned_by_faults():
-            dispatched = ops.dispatch(x, topk_idx, topk_weights, num_tokens, out, self)
-        return dispatched
+        return self._launch(ops.dispatch, x, topk_idx, topk_weights, num_tokens, out, self)
 
     def combine(
         self,
@@ -224,8 +225,7 @@ class ExpertParallel:
         checks.out(self, out, shape)
         if out is None:
             out = y.new_empty(shape)
-        with self._poisoned_by_faults():
-            ops.combine(y, handle, topk_weights, out)
+        self._launch(ops.combine, y, handle, topk_weights, out)
         return out
 
     def warmup(self) -> None:
@@ -288,26 +288,18 @@ class ExpertParallel:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def _poisoned_by_faults(self) -> _PoisonedByFaults:
-        return _PoisonedByFaults(self)
-
-
-class _PoisonedByFaults:
-    """On the host a launch is over when it returns: what it reported is raised at once."""
-
-    def __init__(self, owner: ExpertParallel) -> None:
-        self._owner = owner
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, MoegenError):
-            self._owner._poison = error
-        elif error is None and self._owner.device.type == "cpu":
-            self._owner.check()
+    def _launch(self, op: Callable[..., T], *arguments: Any) -> T:
+        """A launch that fails leaves this rank one epoch behind: the object is poisoned. On the host a launch is over
+        when it returns, so what it reported is raised at once.
+        """
+        try:
+            result = op(*arguments)
+        except MoegenError as error:
+            self._poison = error
+            raise
+        if self.device.type == "cpu":
+            self.check()
+        return result
 
 
 def _load_on_all_ranks(

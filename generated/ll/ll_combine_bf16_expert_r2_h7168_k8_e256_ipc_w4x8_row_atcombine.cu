@@ -106,6 +106,8 @@ __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; 
 
 constexpr uint32_t kRecordPieces = kRowPieces;
 
+static_assert(kRecordPieces * kPieceBytes == 14336);  // as the buffers are laid out
+
 // Receive buffers are [half][source][max_tokens].
 __device__ __forceinline__ uint64_t place_in_buffer(const Params& p, const Watch& watch, uint32_t source,
                                                     uint32_t row) {

@@ -114,6 +114,8 @@ constexpr uint32_t kHeaderPieces = (kHeaderWords + kPieceWords - 1) / kPieceWord
 constexpr uint32_t kRecordPieces = kHeaderPieces + kRowPieces;
 constexpr uint32_t kVectors = kRowWords / 4;  // 16-byte vectors of a token
 
+static_assert(kRecordPieces * kPieceBytes == 304);  // as the buffers are laid out
+
 // Receive buffers are [half][source][max_tokens].
 __device__ __forceinline__ uint64_t place_in_buffer(const Params& p, const Watch& watch, uint32_t source,
                                                     uint32_t row) {
@@ -230,6 +232,7 @@ __device__ __forceinline__ uint64_t ranks_of(const int16_t* experts) {
 constexpr uint32_t kCountWords = 1 + kLocalExperts;  // rows to this rank, then tokens of each of its experts
 constexpr uint32_t kCountPieceWords = 3;
 constexpr uint32_t kCountPieces = (kCountWords + kCountPieceWords - 1) / kCountPieceWords;
+static_assert(kCountPieces == 2);  // as the buffers are laid out
 
 // Of some first tokens of this rank: a token counts once per expert and once per rank, however often it selects them.
 struct Tally {

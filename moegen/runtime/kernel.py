@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 HOST_NUM_SMS = 2
 """Blocks per rank on the host by default: the smallest number at which a race between blocks can show."""
 
+HOST_MAX_BLOCKS = 32
+"""Blocks per rank on the host at most: each is a thread of the operating system, and more only add switches."""
+
 
 class LoadedKernel(ABC):
     """A kernel ready to launch on one device."""
@@ -75,7 +78,7 @@ class HostKernel(LoadedKernel):
         self._seed = env.host_seed()
 
     def blocks(self, ranks_per_device: int, num_sms: int | None) -> int:
-        return HOST_NUM_SMS if num_sms is None else num_sms  # a block is a thread of the operating system
+        return HOST_NUM_SMS if num_sms is None else min(num_sms, HOST_MAX_BLOCKS)
 
     def launch(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> None:
         launch = _HostLaunch(ctypes.addressof(params), blocks, self.spec.block_threads, 0, 0, self._seed)

@@ -108,6 +108,15 @@ def test_teams_that_do_not_fit_into_shared_memory() -> None:
     assert select(Problem(64, 1024, 32, 8, 2)).dispatch.shared_bytes <= MAX_SHARED_BYTES
 
 
+def test_the_host_runs_no_more_blocks_than_it_can() -> None:
+    world = moegen.LocalWorld(1)
+    made = world.run(
+        lambda rank: moegen.ExpertParallel(rank, **{**ARGUMENTS, "max_tokens_per_rank": 600}, num_sms=1024)
+    )
+    assert made[0].dispatch(x(), ids()).counts.tolist() == [3, 0, 0, 0]
+    made[0].destroy()
+
+
 def test_a_world_is_not_a_rank() -> None:
     with pytest.raises(errors.InputError, match="rank_world"):
         moegen.ExpertParallel(moegen.LocalWorld(2), **ARGUMENTS)

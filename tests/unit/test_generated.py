@@ -10,7 +10,10 @@ import pytest
 
 from moegen.codegen import generated
 from moegen.codegen.catalog import catalog
+from moegen.codegen.files import find
 from moegen.compile import manifest, nvrtc
+from moegen.kernels.ll import LowLatencyDispatch
+from moegen.kernels.spec import Spec
 
 SPECS = catalog()[:2]
 
@@ -101,3 +104,15 @@ def test_resources_are_recorded_and_compared(folder: Path, monkeypatch: pytest.M
     path.write_text(generated.manifest_text(content))
     other = manifest.compare(folder, kernels)
     assert other.differences == () and other.pinned != other.running
+
+
+def test_dispatch_uses_no_more_shared_memory_than_its_spec_says() -> None:
+    """`LowLatencyDispatch.shared_bytes` decides how many teams a block gets; the manifest has what ptxas counted."""
+    recorded = json.loads((find("generated") / "manifest.json").read_text())
+    checked = 0
+    for stem, targets in recorded["resources"].items():
+        spec = Spec.parse(stem)
+        if isinstance(spec, LowLatencyDispatch):
+            checked += 1
+            assert all(used["shared"] <= spec.shared_bytes for used in targets.values()), stem
+    assert checked
