@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from moegen.errors import CapacityError, HandleError, InputError
-from moegen.handle import Handle
+from moegen.handle import Dispatched, Handle
+from moegen.kernels.ll import MAX_TOKENS_PER_RANK
+from moegen.kernels.problem import Problem
 
 if TYPE_CHECKING:
     from moegen.expert_parallel import ExpertParallel
 
 _ROW_ALIGNMENT = 16
+_DTYPES = {torch.bfloat16: "bf16"}
+_QUANTIZED = {"fp8": "fp8", "fp8_pow2": "fp8pow2", "fp8_ue8m0": "fp8ue8m0"}
+MAX_SLOTS = 16
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -30,6 +35,43 @@ def seconds(name: str, value: float) -> None:
     """From a microsecond to thirty years: kernels count nanoseconds in 64 bits."""
     if not isinstance(value, (int, float)) or not 1e-6 <= value <= 1e9:
         raise InputError(f"{name} is a number of seconds in 1e-6..1e9; got {value!r}")
+
+
+def problem(
+    num_ranks: int,
+    *,
+    num_experts: int,
+    num_topk: int,
+    hidden: int,
+    max_tokens_per_rank: int,
+    dtype: torch.dtype,
+    layout: str,
+    quantize: str | None,
+    slots: int,
+    wire: str,
+    warp_groups: str | None,
+    on_host: bool,
+) -> Problem:
+    """The arguments of `ExpertParallel` that decide its kernels; what only the Spec can judge is judged there."""
+    one_of("layout", layout, ("expert",))
+    one_of("wire", wire, ("auto", "inline", "row"))
+    one_of("dtype", dtype, tuple(_DTYPES))
+    one_of("quantize", quantize, (None, *_QUANTIZED))
+    in_range("slots", slots, 1, MAX_SLOTS)
+    in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
+    return Problem(
+        num_ranks=num_ranks,
+        num_experts=num_experts,
+        num_topk=num_topk,
+        hidden=hidden,
+        max_tokens=max_tokens_per_rank,
+        dtype=_DTYPES[dtype] if quantize is None else _QUANTIZED[quantize],
+        layout=layout,
+        on_host=on_host,
+        hooks=slots > 1,
+        wire=wire,
+        warp_groups=warp_groups,
+    )
 
 
 def tokens(owner: ExpertParallel, x: torch.Tensor) -> torch.Tensor:
@@ -86,13 +128,26 @@ def expert_outputs(owner: ExpertParallel, y: torch.Tensor, shape: tuple[int, ...
     return y if y.data_ptr() % _ROW_ALIGNMENT == 0 else y.clone()
 
 
-def out(owner: ExpertParallel, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+def out(owner: ExpertParallel, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tensor is None:
         return
-    _tensor(owner, "out", tensor, (owner.dtype,))
+    _tensor(owner, "out", tensor, (dtype,))
     _shape("out", tensor, shape)
     if not tensor.is_contiguous() or tensor.data_ptr() % _ROW_ALIGNMENT != 0:
         raise InputError(f"out is contiguous and {_ROW_ALIGNMENT}-byte aligned; got strides {tensor.stride()}")
+
+
+def reused(owner: ExpertParallel, given: Dispatched) -> None:
+    if given.handle.owner is not owner:
+        raise HandleError("out is the result of another ExpertParallel; give one of this object's, or its allocate()'s")
+
+
+def total_counts(owner: ExpertParallel, totals: torch.Tensor | None) -> None:
+    if totals is not None:
+        _tensor(owner, "total_counts", totals, (torch.int32,))
+        _shape("total_counts", totals, (len(owner.local_experts),))
+        if not totals.is_contiguous():
+            raise InputError(f"total_counts is contiguous; got strides {totals.stride()}")
 
 
 def handle(owner: ExpertParallel, given: Handle) -> None:

@@ -26,6 +26,10 @@ class CapacityError(InputError):
     """A buffer that is too small; the text names the size to use."""
 
 
+class SlotError(MoegenError, RuntimeError):
+    """More hooks are open than the object has slots, or a hook was called twice."""
+
+
 class UnsupportedPlatformError(MoegenError, RuntimeError):
     """What was asked for cannot run on this machine; the text says what is missing and what to install."""
 

@@ -3,33 +3,30 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable
-from types import TracebackType
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 
 from moegen import checks
-from moegen.codegen.render import render
-from moegen.errors import DestroyedError, MoegenError, PeerTimeoutError, WorldError
-from moegen.handle import Dispatched, Handle
-from moegen.kernels.ll import MAX_TOKENS_PER_RANK
-from moegen.kernels.problem import Problem
-from moegen.runtime.kernel import LoadedKernel, load
-from moegen.runtime.low_latency import FIRST_EPOCH, LowLatency
+from moegen.errors import InputError, SlotError
+from moegen.handle import CombineOptions, Dispatched, DispatchOptions, Handle
+from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
+from moegen.runtime.lifecycle import Lifecycle
+from moegen.runtime.low_latency import FIRST_EPOCH, Hook, LowLatency
+from moegen.runtime.streams import CommStream, Event, current_stream
 from moegen.runtime.worlds import RankWorld, as_rank_world
-from moegen.select import Selection, select
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_DTYPES = {torch.bfloat16: "bf16"}
 
-
-class ExpertParallel:
+class ExpertParallel(Lifecycle):
     """Expert-parallel dispatch and combine for one shape of MoE layer. Making one is collective.
 
     All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an
@@ -48,6 +45,10 @@ class ExpertParallel:
         mode: "capacity": counts stay on the device and nothing waits for the host.
         family: "ll" (low latency), or "auto".
         path: "ipc" (peers' memory is mapped), or "auto".
+        quantize: how dispatch sends tokens: None (as they are); "fp8" (e4m3, a float32 scale per 128 elements, the
+            largest of which becomes 448); "fp8_pow2" (scales rounded up to powers of two); "fp8_ue8m0" (the exponents
+            of such scales, four to an int32). Combine takes `dtype` all the same.
+        slots: calls whose hooks may be open at the same time; 1: no hooks. Each slot has its own buffers.
         wire: how rows cross the link: "inline" (every 16 bytes carry their epoch), "row" (a tag per row), or "auto".
         warp_groups: teams and warps per team of a block, e.g. "2x16"; None: from the table in `moegen.select`.
         num_sms: thread blocks per launch at most; None: as many as are useful.
@@ -77,6 +78,8 @@ class ExpertParallel:
         mode: str = "capacity",
         family: str = "auto",
         path: str = "auto",
+        quantize: str | None = None,
+        slots: int = 1,
         wire: str = "auto",
         warp_groups: str | None = None,
         num_sms: int | None = None,
@@ -84,35 +87,32 @@ class ExpertParallel:
         device: str | torch.device | None = None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
-        checks.one_of("layout", layout, ("expert",))
         checks.one_of("mode", mode, ("capacity",))
         checks.one_of("family", family, ("auto", "ll"))
         checks.one_of("path", path, ("auto", "ipc"))
-        checks.one_of("wire", wire, ("auto", "inline", "row"))
-        checks.one_of("dtype", dtype, tuple(_DTYPES))
-        checks.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
         checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
         if num_sms is not None:
             checks.in_range("num_sms", num_sms, 1, 1024)
         checks.seconds("timeout", timeout)
         self.world: RankWorld = as_rank_world(group_or_world, device)
-        self.problem = Problem(
-            num_ranks=self.world.size,
+        self.problem = checks.problem(
+            self.world.size,
             num_experts=num_experts,
             num_topk=num_topk,
             hidden=hidden,
-            max_tokens=max_tokens_per_rank,
-            dtype=_DTYPES[dtype],
+            max_tokens_per_rank=max_tokens_per_rank,
+            dtype=dtype,
             layout=layout,
-            on_host=self.world.device.type == "cpu",
+            quantize=quantize,
+            slots=slots,
             wire=wire,
             warp_groups=warp_groups,
+            on_host=self.world.device.type == "cpu",
         )
         self.dtype = dtype
         self.device = self.world.device
-        self.selection, self.kernels = _load_on_all_ranks(self.world, self.problem, (timeout, first_epoch))
-        self._poison: MoegenError | None = None
-        self._ops: LowLatency | None = None
+        self.selection, self.kernels = load_on_all_ranks(self.world, self.problem, (timeout, first_epoch, slots))
+        self._comm_stream = CommStream(self.device)
         failure: Exception | None = None
         try:
             self._ops = LowLatency(
@@ -120,6 +120,7 @@ class ExpertParallel:
                 self.problem,
                 self.selection,
                 self.kernels,
+                slots=slots,
                 timeout=timeout,
                 num_sms=num_sms,
                 first_epoch=first_epoch,
@@ -127,7 +128,7 @@ class ExpertParallel:
             self._synchronize_device()
         except Exception as error:  # told to the other ranks below
             failure = error
-        _raise_on_all_ranks(self.world, failure, "could not make its buffers")
+        raise_on_all_ranks(self.world, failure, "could not make its buffers")
         log.info(
             "rank %d of %s: family ll, path ipc, %s",
             self.world.rank,
@@ -153,6 +154,37 @@ class ExpertParallel:
         """Symmetric memory that this object holds on each rank."""
         return self._alive().buffer_bytes
 
+    @overload
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        **options: Unpack[DispatchOptions],
+    ) -> Dispatched: ...
+
+    @overload
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        return_recv_hook: Literal[True],
+        **options: Unpack[DispatchOptions],
+    ) -> tuple[Dispatched, Hook]: ...
+
+    @overload
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        async_finish: Literal[True],
+        **options: Unpack[DispatchOptions],
+    ) -> tuple[Dispatched, Event]: ...
+
     def dispatch(
         self,
         x: torch.Tensor,
@@ -160,8 +192,11 @@ class ExpertParallel:
         topk_weights: torch.Tensor | None = None,
         *,
         num_tokens: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-    ) -> Dispatched:
+        out: torch.Tensor | Dispatched | None = None,
+        total_counts: torch.Tensor | None = None,
+        return_recv_hook: bool = False,
+        async_finish: bool = False,
+    ) -> Any:
         """Sends every token to the ranks that hold its experts. Every rank calls it, also with zero tokens.
 
         Args:
@@ -171,24 +206,85 @@ class ExpertParallel:
             topk_weights: [T, topk] float32; they travel with the tokens and are combine's default. None: ones.
             num_tokens: int32 [1] on the device: how many of the T tokens count, read when the kernel runs, so that
                 one captured graph serves every batch size.
-            out: the tensor for `Dispatched.tokens`, [local experts, ranks * max_tokens_per_rank, hidden].
+            out: what to write into: an earlier result that is not needed any more, or `allocate()`'s (then nothing is
+                allocated), or only the tensor for `Dispatched.tokens`.
+            total_counts: int32 [local experts] on the device, to which the counts of this call are added.
+            return_recv_hook: only send now; the second result is a function to be called once, on the same stream,
+                which receives. Nothing of the result may be read before it was called. In between no multiprocessor is
+                busy with this call, `x` may be overwritten by what follows on the stream, and other calls may be made;
+                all ranks call in the same order. Needs `slots` of 2 or more.
+            async_finish: run on a stream of the object, behind what is on the current one; the second result is an
+                event, and nothing of the first may be read, nor the inputs changed, before `event.wait()`.
 
         Raises:
             InputError: an argument does not fit; nothing was launched.
+            SlotError: more hooks are open than there are slots; nothing was launched.
             PeerTimeoutError: this or an earlier call waited for a rank in vain.
             InvalidRoutingError: an earlier call on a GPU met an id that names no expert (on the CPU ids are checked
                 before anything is launched). This call was not launched: make it again, the other ranks wait for it.
             LaunchError: the driver refused the launch.
             DestroyedError: after `destroy()`.
         """
+        if async_finish:
+            self._check_hook(return_recv_hook, async_finish)
+            with self._comm_stream as comm:
+                received = self.dispatch(
+                    x, topk_idx, topk_weights, num_tokens=num_tokens, out=out, total_counts=total_counts
+                )
+            return received, Event(comm.stream, (x, topk_idx, topk_weights, num_tokens, received, total_counts))
         ops = self._alive()
         self.check()
+        self._check_hook(return_recv_hook)
         x = checks.tokens(self, x)
         checks.num_tokens(self, num_tokens)
         topk_idx = checks.topk_idx(self, topk_idx, x.shape[0], num_tokens)
         topk_weights = checks.topk_weights(self, topk_weights, x.shape[0])
-        checks.out(self, out, (ops.local_experts, ops.expert_rows, self.problem.hidden))
-        return self._launch(ops.dispatch, x, topk_idx, topk_weights, num_tokens, out, self)
+        checks.total_counts(self, total_counts)
+        stream = current_stream(self.device)
+        if isinstance(out, Dispatched):
+            checks.reused(self, out)
+            received = out.for_tokens(x.shape[0], stream)
+        else:
+            checks.out(self, out, ops.received.tokens_shape, ops.received.dtype)
+            received = ops.received.allocate(self, x.shape[0], stream, out)
+        arguments = (x, topk_idx, topk_weights, num_tokens, received, total_counts, return_recv_hook)
+        hook = self._launch(ops.dispatch, *arguments)
+        return received if hook is None else (received, partial(self._receive, hook))
+
+    def allocate(self) -> Dispatched:
+        """Memory for the results of one dispatch, for its `out`: tokens, scales, counts and what combine needs."""
+        return self._alive().received.allocate(self, 0, current_stream(self.device))
+
+    @overload
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        topk_weights: torch.Tensor | None = None,
+        **options: Unpack[CombineOptions],
+    ) -> torch.Tensor: ...
+
+    @overload
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        return_recv_hook: Literal[True],
+        **options: Unpack[CombineOptions],
+    ) -> tuple[torch.Tensor, Hook]: ...
+
+    @overload
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        async_finish: Literal[True],
+        **options: Unpack[CombineOptions],
+    ) -> tuple[torch.Tensor, Event]: ...
 
     def combine(
         self,
@@ -197,36 +293,52 @@ class ExpertParallel:
         topk_weights: torch.Tensor | None = None,
         *,
         out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        return_recv_hook: bool = False,
+        async_finish: bool = False,
+    ) -> Any:
         """Brings the experts' outputs back and adds them: sum over a token's selections of weight * output.
 
         Partial sums over a rank's experts are formed in fp32 and cross the link once, rounded once to the dtype; the
-        owner adds them in rank order. A token with no selection gets zeros. Every rank calls it.
+        owner adds them in rank order. With a hook the owner's own partial sums are rounded once too; without, they
+        never leave fp32. A token with no selection gets zeros. Every rank calls it.
 
         Args:
             y: [local experts, ranks * max_tokens_per_rank, hidden], rows where dispatch put them.
             handle: of the dispatch; may be used more than once.
             topk_weights: [T, topk] float32, in place of those given to dispatch. All ranks give them, or none does.
-            out: the tensor for the result.
+            out: the tensor for the result; then nothing is allocated.
+            return_recv_hook, async_finish: as for `dispatch`; `y` may be overwritten behind the sending half.
 
         Returns:
             [T, hidden], T as given to dispatch; rows from `num_tokens` on are undefined.
 
         Raises:
             HandleError: the handle is another object's.
-            InputError, PeerTimeoutError, DestroyedError: as `dispatch`.
+            InputError, SlotError, PeerTimeoutError, DestroyedError: as `dispatch`.
         """
+        if async_finish:
+            self._check_hook(return_recv_hook, async_finish)
+            with self._comm_stream as comm:
+                combined = self.combine(y, handle, topk_weights, out=out)
+            return combined, Event(comm.stream, (y, handle, topk_weights, combined))
         ops = self._alive()
         self.check()
+        self._check_hook(return_recv_hook)
         checks.handle(self, handle)
-        y = checks.expert_outputs(self, y, (ops.local_experts, ops.expert_rows, self.problem.hidden))
+        y = checks.expert_outputs(self, y, ops.received.tokens_shape)
         topk_weights = checks.topk_weights(self, topk_weights, handle.num_tokens)
         shape = (handle.num_tokens, self.problem.hidden)
-        checks.out(self, out, shape)
+        checks.out(self, out, shape, self.dtype)
         if out is None:
-            out = y.new_empty(shape)
-        self._launch(ops.combine, y, handle, topk_weights, out)
-        return out
+            out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        hook = self._launch(ops.combine, y, handle, topk_weights, out, return_recv_hook)
+        return out if hook is None else (out, partial(self._receive, hook))
+
+    def _check_hook(self, hook: bool, asynchronous: bool = False) -> None:
+        if hook and asynchronous:
+            raise InputError("return_recv_hook and async_finish exclude each other; give one of them")
+        if hook and not self.problem.hooks:
+            raise SlotError("this object was made without hooks; make it with slots=2 (or more) to use them")
 
     def warmup(self) -> None:
         """Runs each kernel once with zero tokens, so that the first real call pays for nothing. Collective."""
@@ -234,107 +346,13 @@ class ExpertParallel:
         ids = torch.empty(0, self.problem.num_topk, dtype=torch.int64, device=self.device)
         weights = torch.empty(0, self.problem.num_topk, device=self.device)
         received = self.dispatch(x, ids)
-        self.combine(received.tokens, received.handle)
-        self.combine(received.tokens, received.handle, weights)
+        y = torch.empty(received.tokens.shape, dtype=self.dtype, device=self.device)
+        self.combine(y, received.handle)
+        self.combine(y, received.handle, weights)
+        if self.problem.hooks:
+            received, receive = self.dispatch(x, ids, out=received, return_recv_hook=True)
+            receive()
+            for given in (None, weights):
+                _, receive = self.combine(y, received.handle, given, return_recv_hook=True)
+                receive()
         self.synchronize()
-
-    def check(self) -> None:
-        """Raises what the kernels have reported so far, without waiting for those under way.
-
-        Raises:
-            PeerTimeoutError: a call waited for a rank in vain; from then on every call raises it until `destroy()`.
-            InvalidRoutingError: a call met an id that names no expert.
-            DestroyedError: after `destroy()`.
-        """
-        ops = self._alive()
-        if self._poison is not None:
-            raise copy.copy(self._poison)
-        try:
-            ops.raise_what_happened()
-        except PeerTimeoutError as error:
-            self._poison = error
-            raise
-
-    def synchronize(self) -> None:
-        """Waits for the current stream and raises what went wrong, which `torch.cuda.synchronize` alone does not."""
-        self._synchronize_device()
-        self.check()
-
-    def destroy(self) -> None:
-        """Gives the buffers back once all that was launched on the device is over. Not collective; may be called again.
-
-        A graph that holds calls of this object must not be replayed afterwards.
-        """
-        ops, self._ops = self._ops, None
-        if ops is not None:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # calls may have gone to any stream
-            ops.memory.release()
-
-    def __enter__(self) -> ExpertParallel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.destroy()
-
-    def _alive(self) -> LowLatency:
-        if self._ops is None:
-            raise DestroyedError("this ExpertParallel was destroyed; make a new one")
-        return self._ops
-
-    def _synchronize_device(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-
-    def _launch(self, op: Callable[..., T], *arguments: Any) -> T:
-        """A launch that fails leaves this rank one epoch behind: the object is poisoned. On the host a launch is over
-        when it returns, so what it reported is raised at once.
-        """
-        try:
-            result = op(*arguments)
-        except MoegenError as error:
-            self._poison = error
-            raise
-        if self.device.type == "cpu":
-            self.check()
-        return result
-
-
-def _load_on_all_ranks(
-    world: RankWorld, problem: Problem, settings: tuple[object, ...]
-) -> tuple[Selection, tuple[LoadedKernel, ...]]:
-    """Loads every kernel that calls may need, on all ranks before any may launch, and compares what they load.
-
-    A rank that compiles while others run looks like a hang to them.
-    """
-    failure: Exception | None = None
-    digests: tuple[str, ...] = ()
-    try:
-        selection = select(problem)
-        kernels = tuple(load(spec, world.device) for spec in selection.specs)
-        digests = tuple(render(spec).digest for spec in selection.specs)
-    except Exception as error:  # whatever it was, the other ranks must not wait for this one
-        failure = error
-    _raise_on_all_ranks(world, failure, "could not load its kernels")
-    answers = world.exchange((problem, settings, digests))
-    for rank, answer in enumerate(answers):
-        _compare("arguments", answers[0][:2], answer[:2], rank)
-        _compare("kernel texts (two versions of moegen?)", answers[0][2], answer[2], rank)
-    return selection, kernels
-
-
-def _raise_on_all_ranks(world: RankWorld, failure: Exception | None, what: str) -> None:
-    """No rank goes on if one has failed: it would wait for that one. Collective."""
-    answers = world.exchange(None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    for rank, failed in enumerate(answers):
-        if failed is not None:
-            raise WorldError(f"rank {rank} {what}: {failed}")
-
-
-def _compare(what: str, first: object, other: object, rank: int) -> None:
-    if first != other:
-        raise WorldError(f"rank {rank} and rank 0 have different {what}: {other} and {first}")

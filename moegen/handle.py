@@ -3,10 +3,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
 
 import torch
+
+
+@dataclass(frozen=True)
+class NumbersLayout:
+    """Where a dispatch's 32-bit numbers lie in their one allocation, in words."""
+
+    local_experts: int
+    ranks: int
+    rows: int
+    ranges: int
+    counts: int
+    row_tokens: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -18,14 +30,14 @@ class Handle:
         num_tokens: rows of the token tensor that was dispatched.
         memory: the device memory behind `addresses`.
         addresses: of rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent, in that order.
-        stream: the CUDA stream that it was made on; None on the CPU.
+        stream: the CUDA stream that it was made on, as a number; 0 on the CPU.
     """
 
     owner: object
     num_tokens: int
     memory: torch.Tensor
-    addresses: tuple[int, int, int, int, int, int]
-    stream: torch.cuda.Stream | None = None
+    addresses: tuple[int, ...]
+    stream: int = 0
 
     def __repr__(self) -> str:
         return f"Handle(num_tokens={self.num_tokens})"
@@ -39,17 +51,55 @@ class Dispatched:
     """The tokens that came to this rank, layout `expert`.
 
     Attributes:
-        tokens: [local experts, ranks * max_tokens_per_rank, hidden]. Expert e's rows are tokens[e, :counts[e]], by
-            source rank and then by the source's token; what lies beyond is undefined. A token that selects an expert
-            twice has one row there.
-        scales: None for unquantised payloads.
-        counts: int32 [local experts], on the device.
-        ranges: int32 [local experts, ranks, 2], on the device: first row and number of rows of each source rank.
+        tokens: [local experts, ranks * max_tokens_per_rank, hidden], bfloat16, or float8_e4m3fn if quantised. Expert
+            e's rows are tokens[e, :counts[e]], by source rank and then by the source's token; what lies beyond is
+            undefined. A token that selects an expert twice has one row there.
+        scales: of quantised tokens, [local experts, rows, hidden / 128] float32 or, packed UE8M0, [..., hidden / 512]
+            int32; rows lie side by side in memory (stride 1), as grouped GEMMs take them. Else None.
         handle: give it to combine.
     """
 
     tokens: torch.Tensor
     scales: torch.Tensor | None
-    counts: torch.Tensor
-    ranges: torch.Tensor
     handle: Handle
+    layout: NumbersLayout
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """int32 [local experts], on the device: rows of each expert."""
+        return self.handle.memory.as_strided((self.layout.local_experts,), (1,), self.layout.counts)
+
+    @property
+    def ranges(self) -> torch.Tensor:
+        """int32 [local experts, ranks, 2], on the device: number of rows of each source rank, and the first of them.
+
+        Read as one int64 each, they are `first << 32 | number`.
+        """
+        experts, ranks = self.layout.local_experts, self.layout.ranks
+        return self.handle.memory.as_strided((experts, ranks, 2), (2 * ranks, 2, 1), self.layout.ranges)
+
+    @property
+    def row_tokens(self) -> torch.Tensor:
+        """int32 [local experts, ranks * max_tokens_per_rank]: which of its source's tokens a row is."""
+        experts, rows = self.layout.local_experts, self.layout.rows
+        return self.handle.memory.as_strided((experts, rows), (rows, 1), self.layout.row_tokens)
+
+    def for_tokens(self, num_tokens: int, stream: int) -> Dispatched:
+        """The same memory for another call."""
+        if num_tokens == self.handle.num_tokens and stream == self.handle.stream:
+            return self
+        return replace(self, handle=replace(self.handle, num_tokens=num_tokens, stream=stream))
+
+
+class DispatchOptions(TypedDict, total=False):
+    """Keyword arguments of `ExpertParallel.dispatch`, which describes them."""
+
+    num_tokens: torch.Tensor | None
+    out: torch.Tensor | Dispatched | None
+    total_counts: torch.Tensor | None
+
+
+class CombineOptions(TypedDict, total=False):
+    """Keyword arguments of `ExpertParallel.combine`, which describes them."""
+
+    out: torch.Tensor | None

@@ -26,7 +26,7 @@ class Expected:
     Attributes:
         tokens: [local experts, ranks * max_tokens, hidden], zero beyond the counts.
         counts: int32 [local experts].
-        ranges: int32 [local experts, ranks, 2]: first row, rows.
+        ranges: int32 [local experts, ranks, 2]: rows, first row.
         sources: per local expert, (source rank, source token) of each row.
     """
 
@@ -34,6 +34,42 @@ class Expected:
     counts: torch.Tensor
     ranges: torch.Tensor
     sources: list[list[tuple[int, int]]]
+
+
+FP8_GROUP = 128
+FP8_LARGEST = 448.0
+SMALLEST_AMAX = 1e-4
+
+
+def quantise(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens in FP8: per token and group of 128 elements, divided by a scale that makes the largest magnitude 448.
+
+    amax = max(|x|, 1e-4) over the group; scale = amax * fl(1/448); q = e4m3(x * (448 / amax)), all in fp32. With
+    "fp8_pow2" and "fp8_ue8m0" the scale is the next power of two, and q = e4m3(x / scale), an exact division. The
+    rules are DeepEP's (its `per_token_cast_to_fp8`).
+
+    Args:
+        x: [T, hidden], hidden a multiple of 128 (512 for "fp8_ue8m0").
+        kind: "fp8", "fp8_pow2" or "fp8_ue8m0".
+
+    Returns:
+        float8_e4m3fn [T, hidden], and the scales: float32 [T, hidden / 128], or int32 [T, hidden / 512] with the
+        exponents of four scales each, the first in the lowest byte.
+    """
+    tokens, hidden = x.shape
+    groups = x.float().reshape(tokens, hidden // FP8_GROUP, FP8_GROUP)
+    amax = groups.abs().amax(dim=2).clamp(min=SMALLEST_AMAX)
+    scales = amax * torch.tensor(1 / FP8_LARGEST, dtype=torch.float32)
+    factors = torch.full_like(amax, FP8_LARGEST) / amax  # torch divides a plain number by way of a reciprocal
+    if kind != "fp8":
+        bits = scales.view(torch.int32)
+        exponents = (bits >> 23) + ((bits & 0x7FFFFF) != 0).int()
+        scales, factors = (exponents << 23).view(torch.float32), ((254 - exponents) << 23).view(torch.float32)
+    quantised = (groups * factors.unsqueeze(2)).reshape(tokens, hidden).to(torch.float8_e4m3fn)
+    if kind != "fp8_ue8m0":
+        return quantised, scales
+    packed = exponents.reshape(tokens, hidden // (4 * FP8_GROUP), 4).to(torch.uint8).contiguous()
+    return quantised, packed.view(torch.int32).squeeze(2)
 
 
 def dispatch(
@@ -56,7 +92,7 @@ def dispatch(
             for source in range(num_ranks):
                 selected = (topk_idx[source].cpu() == expert).any(dim=1).nonzero().flatten().tolist()
                 first = len(sources[local])
-                ranges[local, source] = torch.tensor([first, len(selected)])
+                ranges[local, source] = torch.tensor([len(selected), first])
                 tokens[local, first : first + len(selected)] = x[source].cpu()[selected]
                 sources[local] += [(source, token) for token in selected]
         counts = torch.tensor([len(rows) for rows in sources], dtype=torch.int32)
@@ -88,12 +124,14 @@ def combine(
     topk_idx: Sequence[torch.Tensor],
     topk_weights: Sequence[torch.Tensor | None],
     num_experts: int,
+    *,
+    in_halves: bool = False,
 ) -> list[Combined]:
     """Every rank's combined tokens in float64: the sum over a token's selections of weight * expert output.
 
-    The bound is that of the protocol: each remote rank's partial sum is rounded to bf16 once, the result once, and all
-    additions are fp32, at most topk + ranks of them:
-        2**-8 * (sum over remote ranks |partial| + |result|) + (topk + ranks) * 2**-24 * sum |weight * output|,
+    The bound is that of the protocol: each remote rank's partial sum (if the op is launched in halves, the own rank's
+    too) is rounded to bf16 once, the result once, and all additions are fp32, at most topk + ranks of them:
+        2**-8 * (sum over those ranks |partial| + |result|) + (topk + ranks) * 2**-24 * sum |weight * output|,
     all times 1 + 2**-6 for the rounding of already rounded numbers, plus the smallest bf16 for underflow.
 
     Args:
@@ -128,7 +166,7 @@ def combine(
                 partials[rank, token] += term
                 magnitude[token] += term.abs()
         exact = partials.sum(dim=0)
-        remote = partials.abs().sum(dim=0) - partials[owner].abs()
-        bound = BF16_ROUNDING * (remote + exact.abs()) + (num_topk + num_ranks) * FP32_ROUNDING * magnitude
+        rounded = partials.abs().sum(dim=0) - (0.0 if in_halves else 1.0) * partials[owner].abs()
+        bound = BF16_ROUNDING * (rounded + exact.abs()) + (num_topk + num_ranks) * FP32_ROUNDING * magnitude
         results.append(Combined(exact, bound * (1 + 2.0**-6) + 2.0**-133))
     return results

@@ -3,38 +3,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from moegen.kernels.ll import MAX_SHARED_BYTES, LowLatencyCombine, LowLatencyDispatch, dispatch_shared_bytes
+from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch
 from moegen.kernels.problem import Problem
-from moegen.kernels.spec import DTYPE_BYTES, MAX_BLOCK_WARPS, WARP_SIZE, WarpGroups
+from moegen.kernels.spec import DTYPE_BYTES, WARP_SIZE, WarpGroups
 
 INLINE_MAX_TOKENS = 64
-"""Up to this capacity rows carry their epoch in every 16 bytes; above it they have a tag. A bare exchange of 64 rows
-of 14,336 bytes took 6.9 us inline and 7.5 with tags, one of 128 rows 10.1 and 10.3 (two H200)."""
+"""Up to this capacity rows carry their epoch in every 16 bytes; above it they have a tag. A pair of 64 tokens of 7168
+took 22.3 us inline and 25.1 with tags, one of 128 tokens 35.6 and 34.6 (two H100, one team of 8 warps)."""
 
 HOST_WARP_GROUPS = WarpGroups(2, 1)
 """On a CPU more threads only add switches between fibers; two teams keep several rows per block under test."""
 
 VECTOR_BYTES = 16
 
-MOST_WARPS = ((160, 32), (600, 16), (float("inf"), 8))
-"""Rows that a rank may receive, and up to how many warps then share one. Best pairs of 2 virtual ranks with 66 blocks
-each of an H200, hidden 7168, top-8, 256 experts: 64 to 128 rows 1x32, 256 rows 2x16, 1,024 rows 4x8 (129 us against 169
-with 1x32). A rank with a GPU of its own has twice the blocks: the limits are half-way in between."""
+MOST_STEPS = 8
+"""Vectors of a row that a thread holds in registers."""
+
+FEW_TOKENS = 32
+WARPS_OF_FEW, WARPS_OF_MANY = 16, 8
+"""Warps that move a row, at most, with a capacity up to FEW_TOKENS and above. Every block is one such team: two H100,
+hidden 7168, top-8, 256 experts: 13.2 us (16) against 14.1 (8) for a pair of 1 token, 17.7 against 18.2 for 32, 24.0
+against 22.3 for 64; at 512 tokens one, two, three and four teams of 8 to a block took 91.5, 90.7, 94.8 and 112.8."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The kernels that serve a Problem: combine either with the weights of dispatch or with its own."""
+    """The kernels that serve a Problem: combine either with the weights of dispatch or with its own.
+
+    Attributes:
+        dispatch, combine, combine_with_weights: the whole op in one launch.
+        hooks: whether the ops may also be launched in two halves.
+    """
 
     dispatch: LowLatencyDispatch
     combine: LowLatencyCombine
     combine_with_weights: LowLatencyCombine
+    hooks: bool = False
 
     @property
-    def specs(self) -> tuple[LowLatencyDispatch, LowLatencyCombine, LowLatencyCombine]:
-        return (self.dispatch, self.combine, self.combine_with_weights)
+    def specs(self) -> tuple[LowLatencyDispatch | LowLatencyCombine, ...]:
+        """Every kernel that a call may need, each once."""
+        whole = (self.dispatch, self.combine, self.combine_with_weights)
+        if not self.hooks:
+            return whole
+        sends = tuple(spec.in_phase("send") for spec in whole)
+        # Receiving a combine has nothing to do with where its weights came from.
+        receives = tuple(spec.in_phase("receive") for spec in whole[:2])
+        return (*whole, *sends, *receives)
 
 
 def select(problem: Problem) -> Selection:
@@ -43,22 +61,35 @@ def select(problem: Problem) -> Selection:
     Raises:
         SpecError: a value is outside of what the kernels can be rendered for; the text says what is allowed.
     """
-    fields = (
-        problem.dtype,
-        problem.layout,
-        problem.num_ranks,
-        problem.hidden,
-        problem.num_topk,
-        problem.num_experts,
-        problem.path,
-        warp_groups(problem),
-        wire(problem),
-    )
     return Selection(
-        LowLatencyDispatch(*fields),
-        LowLatencyCombine(*fields, "atdispatch"),
-        LowLatencyCombine(*fields, "atcombine"),
+        _dispatch(problem),
+        _combine(problem, "atdispatch"),
+        _combine(problem, "atcombine"),
+        problem.hooks,
     )
+
+
+def _dispatch(problem: Problem) -> LowLatencyDispatch:
+    return LowLatencyDispatch(**_fields(problem))
+
+
+def _combine(problem: Problem, weights: str) -> LowLatencyCombine:
+    return LowLatencyCombine(**_fields(replace(problem, dtype="bf16")), weights=weights)
+
+
+def _fields(problem: Problem) -> dict[str, Any]:
+    return {
+        "dtype": problem.dtype,
+        "layout": problem.layout,
+        "num_ranks": problem.num_ranks,
+        "hidden": problem.hidden,
+        "num_topk": problem.num_topk,
+        "num_experts": problem.num_experts,
+        "path": problem.path,
+        "warp_groups": warp_groups(problem),
+        "wire": wire(problem),
+        "phase": "whole",
+    }
 
 
 def wire(problem: Problem) -> str:
@@ -69,31 +100,14 @@ def wire(problem: Problem) -> str:
 
 
 def warp_groups(problem: Problem) -> WarpGroups:
-    """As many warps to a row as it has warps' worth of 16-byte vectors, but fewer if there are many rows to a block."""
+    """One team to a block, of as many warps as a row has warps' worth of 16-byte vectors, up to the table's."""
     if problem.warp_groups is not None:
         return WarpGroups.parse(problem.warp_groups)
     if problem.on_host:
         return HOST_WARP_GROUPS
     vectors = problem.hidden * DTYPE_BYTES.get(problem.dtype, 2) // VECTOR_BYTES
-    rows = problem.num_ranks * problem.max_tokens
-    most = next(warps for limit, warps in MOST_WARPS if rows <= limit)
+    most = WARPS_OF_FEW if problem.max_tokens <= FEW_TOKENS else WARPS_OF_MANY
     warps = 1
-    while warps < most and warps * WARP_SIZE < vectors:
+    while (warps < most and warps * WARP_SIZE < vectors) or warps * WARP_SIZE * MOST_STEPS < vectors:
         warps *= 2
-    while warps < MAX_BLOCK_WARPS and not _fits(problem, _full_block(warps)):
-        warps *= 2
-    return _full_block(warps)
-
-
-def _full_block(warps: int) -> WarpGroups:
-    """As many teams of that size as a block holds; it has 15 named barriers for teams of several warps."""
-    groups = MAX_BLOCK_WARPS // warps
-    return WarpGroups(groups if warps == 1 else min(groups, 15), warps)
-
-
-def _fits(problem: Problem, groups: WarpGroups) -> bool:
-    """Whether so many teams have room in a block's shared memory: many ranks, experts and selections take much."""
-    needed = dispatch_shared_bytes(
-        problem.num_ranks, problem.num_experts, problem.num_topk, wire(problem), groups.groups
-    )
-    return needed <= MAX_SHARED_BYTES
+    return WarpGroups(1, warps)

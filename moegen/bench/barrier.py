@@ -34,12 +34,12 @@ class DeviceBarrier:
         self._memory = world.allocate(world.size * _FLAG_BYTES)
         self._control = torch.zeros(_CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._control[0] = 1
-        self._watchdog = Watchdog(spec.stem, BARRIER_PHASES, timeout, pinned=world.device.type == "cuda")
+        self._watchdog = Watchdog([spec.stem], BARRIER_PHASES, timeout, pinned=world.device.type == "cuda")
         fixed: dict[str, int | Sequence[int]] = {
             "peers": self._memory.peers,
             "control": self._control.data_ptr(),
             "aborted": self._control.data_ptr() + 4 * (_CONTROL_WORDS - 1),
-            "failure": self._watchdog.address,
+            "failure": self._watchdog.address(0),
             "flags_offset": 0,
             "timeout_ns": int(timeout * 1e9),
             "rank": world.rank,

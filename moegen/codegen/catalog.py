@@ -4,21 +4,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from moegen.errors import InputError
 from moegen.kernels.presets import preset
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
-from moegen.select import INLINE_MAX_TOKENS, MOST_WARPS, select
+from moegen.select import FEW_TOKENS, INLINE_MAX_TOKENS, select
 
 MAX_CATALOG = 50
 
-_CATALOG = (
-    ("deepseek-v3", (2, 4, 8), (32, 128, 1024)),
-    ("gpt-oss-120b", (4,), (32, 128)),
-    ("tiny", (4,), (32, 128)),
+_CATALOG: tuple[tuple[str, int, dict[str, Any], tuple[int, ...]], ...] = (
+    ("deepseek-v3", 2, {}, (32, 64, 128)),
+    ("deepseek-v3", 8, {}, (32, 64, 128)),
+    ("deepseek-v3", 8, {"dtype": "fp8", "hooks": True}, (128,)),
+    ("deepseek-v3", 8, {"dtype": "fp8ue8m0"}, (64,)),
+    ("gpt-oss-120b", 4, {}, (32, 128)),
+    ("tiny", 4, {"on_host": True}, (32, 128)),
+    ("tiny", 4, {"on_host": True, "dtype": "fp8", "hooks": True}, (32,)),
 )
-"""Preset, numbers of ranks, capacities."""
+"""Preset, number of ranks, what else the Problem says, capacities."""
 
 
 def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = None, target: str = "sm90") -> list[Spec]:
@@ -31,30 +36,27 @@ def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = No
     if family not in (None, "ll"):
         raise InputError(f"no family {family!r}; there is: ll")
     on_host = target == "host"
-    specs = (spec for r in ranks for spec in _specs(preset_name, r, all_capacities(r), on_host=on_host))
+    specs = (spec for r in ranks for spec in _specs(preset_name, r, all_capacities(), on_host=on_host))
     return list(dict.fromkeys(specs))
 
 
-def all_capacities(num_ranks: int) -> list[int]:
-    """Capacities, one at least on each side of every limit at which `select` changes its mind."""
-    limits = [INLINE_MAX_TOKENS, *(rows // num_ranks for rows, _ in MOST_WARPS[:-1])]
-    return sorted({capacity for limit in limits for capacity in (limit, limit + 1) if capacity > 0})
+def all_capacities() -> list[int]:
+    """Capacities, one on each side of every limit at which `select` changes its mind."""
+    return [limit + more for limit in sorted({FEW_TOKENS, INLINE_MAX_TOKENS}) for more in (0, 1)]
 
 
 def catalog() -> list[Spec]:
     """The committed set, in a fixed order, at most MAX_CATALOG."""
     specs: dict[Spec, None] = {}
-    for name, ranks, capacities in _CATALOG:
-        for num_ranks in ranks:
-            specs.update(dict.fromkeys(_specs(name, num_ranks, capacities, on_host=False)))
-    specs.update(dict.fromkeys(_specs("tiny", 4, (32, 128), on_host=True)))
+    for name, num_ranks, options, capacities in _CATALOG:
+        specs.update(dict.fromkeys(_specs(name, num_ranks, capacities, **options)))
     if len(specs) > MAX_CATALOG:
         raise AssertionError(f"{len(specs)} kernels are too many to read; the catalog holds at most {MAX_CATALOG}")
     return list(specs)
 
 
-def _specs(name: str, num_ranks: int, capacities: Sequence[int], *, on_host: bool) -> Iterator[Spec]:
+def _specs(name: str, num_ranks: int, capacities: Sequence[int], **options: Any) -> Iterator[Spec]:
     layer = preset(name)
     for capacity in capacities:
-        problem = Problem(num_ranks, layer.num_experts, layer.num_topk, layer.hidden, capacity, on_host=on_host)
+        problem = Problem(num_ranks, layer.num_experts, layer.num_topk, layer.hidden, capacity, **options)
         yield from select(problem).specs

@@ -7,9 +7,10 @@ their parameter structs, where things lie in symmetric memory, and how many bloc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from moegen.kernels.params import Param, ParamStruct
 from moegen.kernels.spec import (
@@ -24,6 +25,9 @@ from moegen.kernels.spec import (
     WarpGroups,
     tag,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PHASES = {
     "kPeerReady": "the release of its receive buffer",
@@ -47,8 +51,15 @@ HALVES = 2
 """Receive buffers per op: an epoch writes into the one that the epoch before last used, so that a sender need not wait
 until the previous epoch has been read."""
 
-WINDOW_IDS = 4096
-"""Expert ids that a block keeps in shared memory (8 KiB): all of them up to 512 tokens of 8."""
+PHASE_WORDS = ("whole", "send", "receive")
+"""What of an op one launch does: all of it, or (with hooks) one half, the other following in a launch of its own."""
+
+FP8_GROUP = 128
+"""Elements that share a scale."""
+
+SCALES_PER_WORD = {"bf16": 0, "fp8": 1, "fp8pow2": 1, "fp8ue8m0": 4}
+"""How a row's elements travel, and how many scales a 32-bit word holds: bf16 as they are; e4m3 with float32 scales,
+with scales that are powers of two, or with the exponents of such scales, four to a word (UE8M0)."""
 
 MAX_SHARED_BYTES = 48 * 1024
 """Static shared memory of a block on every GPU."""
@@ -64,7 +75,7 @@ def ceil_div(a: int, b: int) -> int:
 class LowLatencySpec(Spec):
     """What dispatch and combine of this family have in common."""
 
-    dtype: str = tag(one_of=tuple(DTYPE_BYTES))
+    dtype: str = tag(one_of=tuple(SCALES_PER_WORD))
     layout: str = tag(one_of=("expert",))
     num_ranks: int = tag("r")
     hidden: int = tag("h")
@@ -73,6 +84,10 @@ class LowLatencySpec(Spec):
     path: str = tag(one_of=("ipc",))
     warp_groups: WarpGroups = tag("w")
     wire: str = tag(one_of=tuple(PIECE_WORDS))
+    phase: str = tag(one_of=PHASE_WORDS)
+
+    def in_phase(self, phase: str) -> Self:
+        return replace(self, phase=phase)
 
     def validate(self) -> None:
         groups, warps = self.warp_groups.groups, self.warp_groups.warps
@@ -86,8 +101,14 @@ class LowLatencySpec(Spec):
             f"num_topk is 1..{MAX_TOPK} and at most num_experts ({self.num_experts}); got {self.num_topk}",
         )
         self.require(
-            0 < self.row_bytes <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
-            f"a row is a multiple of 16 bytes up to {MAX_ROW_BYTES}; hidden {self.hidden} gives {self.row_bytes}",
+            self.row_bytes > 0 and 2 * self.hidden <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
+            f"a row is a multiple of 16 bytes up to {MAX_ROW_BYTES} (of bf16); hidden {self.hidden} in {self.dtype} "
+            f"gives {self.row_bytes}",
+        )
+        group = FP8_GROUP * SCALES_PER_WORD[self.dtype]
+        self.require(
+            not group or self.hidden % group == 0,
+            f"hidden is a multiple of {group} in {self.dtype}; got {self.hidden}",
         )
         self.require(
             groups >= 1 and warps >= 1 and groups * warps <= MAX_BLOCK_WARPS,
@@ -100,8 +121,12 @@ class LowLatencySpec(Spec):
         return self.hidden * DTYPE_BYTES[self.dtype]
 
     @property
-    def row_words(self) -> int:
-        return self.row_bytes // 4
+    def row_vectors(self) -> int:
+        return self.row_bytes // PIECE_BYTES
+
+    @property
+    def scale_words(self) -> int:
+        return scale_words(self.hidden, self.dtype)
 
     @property
     def piece_words(self) -> int:
@@ -109,7 +134,7 @@ class LowLatencySpec(Spec):
 
     @property
     def row_pieces(self) -> int:
-        return ceil_div(self.row_words, self.piece_words)
+        return ceil_div(self.row_bytes // 4, self.piece_words)
 
     @property
     def teams(self) -> int:
@@ -142,7 +167,6 @@ class LowLatencySpec(Spec):
 
 
 _COMMON = (
-    Param("const int32_t*", "num_tokens", "one number: tokens of this call, at most `tokens`; null: `tokens`"),
     Param("Control*", "control", "this op's epoch"),
     Param("uint32_t*", "aborted", "this object's abort word"),
     Param("Failure*", "failure", "where the host reads what went wrong"),
@@ -151,30 +175,23 @@ _COMMON = (
     Param("uint64_t", "tags_offset", "[half][source][max_tokens] u64: epoch of the row there"),
 )
 _COMMON_32 = (
+    Param("Blocks", "senders", "what they do is in the kernel"),
+    Param("Blocks", "receivers", "the same blocks, if there are few"),
     Param("uint32_t", "rank", "this rank"),
     Param("uint32_t", "tokens", "rows of this rank's token tensor"),
     Param("uint32_t", "max_tokens", "capacity: tokens that a rank may send"),
 )
 
 
-def window_tokens(num_topk: int, teams: int) -> int:
-    """Tokens whose selections a block keeps in shared memory; at least one round's."""
-    return max(WINDOW_IDS // num_topk, teams)
+def header_pieces(num_topk: int, scale_words: int, wire: str) -> int:
+    """Pieces of a record's header: token, then per selection its expert and place, then its weight; then scales."""
+    return ceil_div(1 + 2 * num_topk + scale_words, PIECE_WORDS[wire])
 
 
-def header_pieces(num_topk: int, wire: str) -> int:
-    """Pieces of a record's header: token, then per selection its expert and place, then its weight."""
-    return ceil_div(1 + 2 * num_topk, PIECE_WORDS[wire])
-
-
-def dispatch_shared_bytes(num_ranks: int, num_experts: int, num_topk: int, wire: str, teams: int) -> int:
-    """Upper bound of a dispatch block's shared memory: per team what goes out and what comes in; ids; counts."""
-    header = header_pieces(num_topk, wire) * PIECE_WORDS[wire] * 4
-    outgoing = header + num_ranks * (8 + 4 + 4) + 8
-    incoming = header + num_topk * 8 + 16
-    ids = window_tokens(num_topk, teams) * num_topk * 2
-    counts = 2 * (num_experts + num_ranks) + num_ranks * (1 + ceil_div(num_experts, num_ranks))
-    return teams * (outgoing + incoming) + ids + counts * 4 + 64
+def scale_words(hidden: int, dtype: str) -> int:
+    """32-bit words of scales that travel with a row."""
+    per_word = SCALES_PER_WORD[dtype]
+    return hidden // (FP8_GROUP * per_word) if per_word else 0
 
 
 @dataclass(frozen=True)
@@ -183,7 +200,7 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
 
     @property
     def header_pieces(self) -> int:
-        return header_pieces(self.num_topk, self.wire)
+        return header_pieces(self.num_topk, self.scale_words, self.wire)
 
     def validate(self) -> None:
         super().validate()
@@ -195,13 +212,14 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
 
     @property
     def shared_bytes(self) -> int:
-        """Upper bound of a block's shared memory."""
-        return dispatch_shared_bytes(self.num_ranks, self.num_experts, self.num_topk, self.wire, self.teams)
-
-    @property
-    def window_tokens(self) -> int:
-        """Tokens whose selections a block keeps in shared memory."""
-        return window_tokens(self.num_topk, self.teams)
+        """Upper bound of a block's shared memory: per team what goes out and what comes in; counts."""
+        ranks, experts, topk = self.num_ranks, self.num_experts, self.num_topk
+        header = self.header_pieces * self.piece_words * 4
+        groups = self.hidden // FP8_GROUP if self.scale_words else 0
+        outgoing = header + ranks * (8 + 8) + groups * 4 + topk * 2 + 16
+        incoming = header + topk * 16 + 16
+        counts = 2 * (experts + ranks) + ranks * (1 + self.max_local_experts)
+        return self.teams * (outgoing + incoming) + counts * 4 + 64
 
     @property
     def record_bytes(self) -> int:
@@ -209,6 +227,8 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
 
     @cached_property
     def params(self) -> ParamStruct:
+        layout = "[local experts, scale words, ranks * max_tokens]"
+        scales = (Param("uint32_t*", "scales", layout),) if self.scale_words else ()
         return ParamStruct(
             (
                 Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
@@ -216,13 +236,17 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
                 Param("const void*", "topk_idx", "[tokens, topk] int32 or int64"),
                 Param("const float*", "topk_weights", "[tokens, topk]; null: every weight is 1"),
                 Param("uint8_t*", "out", "[local experts, ranks * max_tokens, hidden]"),
+                *scales,
                 Param("int32_t*", "counts", "[local experts]: rows of each expert"),
-                Param("int32_t*", "ranges", "[local experts, ranks, 2]: first row and rows of each source"),
+                Param("int32_t*", "total_counts", "[local experts], to which counts are added; or null"),
+                Param("int32_t*", "ranges", "[local experts, ranks, 2]: rows of each source, and the first of them"),
+                Param("int32_t*", "row_tokens", "[local experts, ranks * max_tokens]: the source's token of each row"),
                 Param("int32_t*", "rows_received", "one number: rows from other ranks"),
                 Param("int32_t*", "row_origin", "[(ranks - 1) * max_tokens]: source * max_tokens + token of each"),
                 Param("int32_t*", "row_slots", "[ranks * max_tokens, topk]: row in `out` or -1; own tokens last"),
                 Param("float*", "row_weights", "[ranks * max_tokens, topk]"),
                 Param("uint64_t*", "token_ranks", "[max_tokens]: bit r: rank r holds an expert of this token"),
+                Param("const int32_t*", "num_tokens", "one number: tokens of this call; null: `tokens`"),
                 Param("int32_t*", "tokens_sent", "one number: the tokens of this call"),
                 Param("uint64_t", "x_stride", "bytes from one token of x to the next"),
                 Param("uint64_t", "counts_offset", "[half][source][count pieces]"),
@@ -238,6 +262,7 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
 class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
     """Sends one partial sum per (token, rank) back to the token's owner, who adds them in rank order."""
 
+    dtype: str = tag(one_of=("bf16",))
     weights: str = tag(one_of=("atdispatch", "atcombine"))
 
     @property
@@ -259,6 +284,7 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
                 Param("const int32_t*", "row_slots", "[ranks * max_tokens, topk]: row in `y` or -1; own tokens last"),
                 Param("const float*", "row_weights", "[ranks * max_tokens, topk]"),
                 Param("const uint64_t*", "token_ranks", "[max_tokens]: bit r: rank r holds an expert of this token"),
+                Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 *_COMMON,
                 Param("uint64_t", "weights_offset", "[half][source][max_tokens][weight pieces]"),
                 Param("uint64_t", "timeout_ns", "how long the waits of this launch may take together"),
@@ -298,9 +324,47 @@ def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start
     return Regions(*ends)
 
 
-def num_blocks(spec: LowLatencySpec, max_tokens: int, resident_blocks: int) -> int:
-    """Blocks to launch: a team for each row that may arrive or be sent and for each rank to tell the counts, never more
-    than can run at the same time.
+@dataclass(frozen=True)
+class Roles:
+    """Which blocks of a launch do what; block 0 of a dispatch also tells the counts.
+
+    Attributes:
+        blocks: of the launch.
+        senders, receivers: (first block, number of blocks).
+    """
+
+    blocks: int
+    senders: tuple[int, int]
+    receivers: tuple[int, int]
+
+
+SEND_SHARE = {"dispatch": (1, 3), "combine": (1, 2)}
+"""Of the blocks, where there are not enough for a team per row. Dispatch receives more than it sends: rows fan out."""
+
+
+def roles(spec: LowLatencySpec, max_tokens: int, resident_blocks: int) -> Roles:
+    """Blocks to launch, never more than can run at the same time: one per row that may be sent or come, if there are so
+    many; else a block's teams share them.
     """
     ranks = spec.num_ranks
-    return max(1, min(resident_blocks, ceil_div((ranks + 1) * max_tokens + ranks, spec.teams)))
+    dispatch = spec.op == "dispatch"
+    tells = 1 if dispatch else 0
+    out, own, come = (
+        (max_tokens, 0, ranks * max_tokens) if dispatch else ((ranks - 1) * max_tokens, max_tokens, max_tokens)
+    )
+    out = max(out, 1)
+    room = resident_blocks - tells
+    if spec.phase == "receive":
+        blocks = min(resident_blocks, come)
+        return Roles(blocks, (0, 0), (0, blocks))
+    if spec.phase == "send":
+        send = max(1, min(room, out + own))
+        first = min(tells, resident_blocks - 1)
+        return Roles(first + send, (first, send), (0, 0))
+    if room < 2:
+        return Roles(resident_blocks, (0, 1), (resident_blocks - 1, 1))
+    if out + come > room:
+        share, of = SEND_SHARE[spec.op]
+        out = max(1, min(out, room * share // of), room - come)
+        come = room - out
+    return Roles(tells + out + come, (tells, out), (tells + out, come))

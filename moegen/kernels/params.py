@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-_FORMAT = {"uint64_t": "Q", "int64_t": "q", "uint32_t": "I", "int32_t": "i"}
+_FORMAT = {"uint64_t": "Q", "int64_t": "q", "uint32_t": "I", "int32_t": "i", "Blocks": "II"}
 
 
 @dataclass(frozen=True)

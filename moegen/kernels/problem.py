@@ -13,10 +13,11 @@ class Problem:
     Attributes:
         num_ranks, num_experts, num_topk, hidden: the layer.
         max_tokens: capacity, tokens per rank.
-        dtype: of the payload, e.g. "bf16".
+        dtype: of the tokens as they travel, a word of `moegen.kernels.ll.SCALES_PER_WORD`.
         layout: of what dispatch returns, e.g. "expert".
         path: "ipc".
         on_host: the ranks run on CPUs, where a thread costs a switch and not a lane.
+        hooks: whether an op may be launched in two halves.
         wire, warp_groups: the user's choice in place of the tables', or "auto" and None.
     """
 
@@ -29,6 +30,7 @@ class Problem:
     layout: str = "expert"
     path: str = "ipc"
     on_host: bool = False
+    hooks: bool = False
     wire: str = "auto"
     warp_groups: str | None = None
 

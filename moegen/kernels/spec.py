@@ -2,8 +2,8 @@
 """`Spec`: the exact configuration that one kernel is rendered for, and the one place where its name is made.
 
 The stem of a kernel is its family, its op and the Spec's tagged fields in order:
-`ll_dispatch_bf16_expert_r8_h7168_k8_e256_ipc_w1x32_inline`. File, symbol, cache folder, profiler range and error text
-show that word. `Spec.parse(stem)` gives the Spec back.
+`ll_dispatch_bf16_expert_r8_h7168_k8_e256_ipc_w1x32_inline_whole`. File, symbol, cache folder, profiler range and error
+text show that word. `Spec.parse(stem)` gives the Spec back.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, ClassVar, cast
 
 from moegen.errors import SpecError
 
-SCHEMA = 1
+SCHEMA = 2
 """Number of the naming scheme and of the kernels' parameter structs; caches and packs carry it."""
 
-DTYPE_BYTES = {"bf16": 2}
+DTYPE_BYTES = {"bf16": 2, "fp8": 1, "fp8pow2": 1, "fp8ue8m0": 1}
 MAX_RANKS = 64
 MAX_EXPERTS = 1024
 MAX_TOPK = 32

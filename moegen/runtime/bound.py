@@ -21,10 +21,9 @@ class BoundKernel:
         fixed: Mapping[str, int | Sequence[int]],
         varying: Sequence[str],
     ) -> None:
-        self._kernel = kernel
-        self._blocks = blocks
         self._packer = params.packer
         self._buffer = ctypes.create_string_buffer(params.size)
+        self._start = kernel.launcher(self._buffer, blocks)
         self._values: list[int] = []
         places: dict[str, int] = {}
         for member in params.members:
@@ -41,4 +40,4 @@ class BoundKernel:
         for place, value in zip(self._places, varying, strict=True):
             values[place] = value
         self._packer.pack_into(self._buffer, 0, *values)
-        self._kernel.launch(self._buffer, self._blocks)
+        self._start()

@@ -7,6 +7,7 @@ import ctypes
 import logging
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from moegen.compile import binary
 from moegen.compile.target import Target
 from moegen.errors import KernelFaultError, LaunchError, MissingKernelError, UnsupportedPlatformError
 from moegen.kernels.spec import Spec
+from moegen.runtime.streams import current_stream
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +42,10 @@ class LoadedKernel(ABC):
         """Blocks that one of `ranks_per_device` ranks may launch and have run at the same time, `num_sms` at most."""
 
     @abstractmethod
-    def launch(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> None:
-        """Starts it on the current stream (a GPU) or runs it to its end (the host); `params` may be reused at once.
+    def launcher(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> Callable[[], None]:
+        """What starts it with these parameters: on the current stream (a GPU), or to its end (the host).
 
-        Raises:
+        `params` may be changed between starts, and at once after one. The launcher raises:
             KernelFaultError: on the host, a rule of the machine was broken.
             LaunchError: the driver refused the launch.
         """
@@ -80,11 +82,15 @@ class HostKernel(LoadedKernel):
     def blocks(self, ranks_per_device: int, num_sms: int | None) -> int:
         return HOST_NUM_SMS if num_sms is None else min(num_sms, HOST_MAX_BLOCKS)
 
-    def launch(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> None:
+    def launcher(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> Callable[[], None]:
         launch = _HostLaunch(ctypes.addressof(params), blocks, self.spec.block_threads, 0, 0, self._seed)
         text = ctypes.create_string_buffer(self._ERROR_BYTES)
-        if self._entry(ctypes.addressof(launch), text, self._ERROR_BYTES) != 0:
-            raise KernelFaultError(f"{self.spec.stem}: {text.value.decode(errors='replace')}")
+
+        def start() -> None:
+            if self._entry(ctypes.addressof(launch), text, self._ERROR_BYTES) != 0:
+                raise KernelFaultError(f"{self.spec.stem}: {text.value.decode(errors='replace')}")
+
+        return start
 
 
 class CudaKernel(LoadedKernel):
@@ -106,34 +112,29 @@ class CudaKernel(LoadedKernel):
         blocks = _check(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, spec.block_threads, 0))
         self._resident = int(blocks) * torch.cuda.get_device_properties(device).multi_processor_count
         self._threads = spec.block_threads
-        self._pointers: dict[int, tuple[Any, int]] = {}
 
     def blocks(self, ranks_per_device: int, num_sms: int | None) -> int:
         share = max(1, self._resident // ranks_per_device)
         return share if num_sms is None else min(share, num_sms)
 
-    def launch(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> None:
-        address = ctypes.addressof(params)
-        pointers = self._pointers.get(address)
-        if pointers is None:
-            array = (ctypes.c_void_p * 1)(address)
-            pointers = self._pointers[address] = (array, ctypes.addressof(array))
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        if torch.cuda.current_device() == self._device.index:
-            status = self._start(blocks, stream, pointers[1])
-        else:
-            with torch.cuda.device(self._device):
-                status = self._start(blocks, stream, pointers[1])
-        if status:
-            raise LaunchError(
-                f"{self.spec.stem}: {blocks} x {self._threads} threads could not be launched: {status.name}"
-            )
+    def launcher(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> Callable[[], None]:
+        """Everything that does not change is looked up here: a start is on the hot path."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        address = ctypes.addressof(pointers)
+        launch, function, threads = self._driver.cuLaunchCooperativeKernel, self._function, self._threads
+        device, index = self._device, self._device.index
 
-    def _start(self, blocks: int, stream: int, pointers: int) -> Any:
-        threads = self._threads
-        return self._driver.cuLaunchCooperativeKernel(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers)[
-            0
-        ]
+        def start(_kept: object = pointers) -> None:
+            stream = current_stream(device)
+            if torch._C._cuda_getDevice() == index:
+                status = launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, address)[0]
+            else:
+                with torch.cuda.device(device):
+                    status = launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, address)[0]
+            if status:
+                raise LaunchError(f"{self.spec.stem}: {blocks} x {threads} threads were not launched: {status.name}")
+
+        return start
 
 
 _loaded: dict[tuple[Spec, torch.device], LoadedKernel] = {}

@@ -1,30 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Family `ll` at run time: its symmetric buffer, its control words and its launches, for one rank."""
+"""Family `ll` at run time: its symmetric buffer, its slots and its launches, for one rank."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from moegen.errors import SlotError
 from moegen.handle import Dispatched, Handle
-from moegen.kernels.ll import PHASES, LowLatencySpec, num_blocks, regions
+from moegen.kernels.ll import PHASES, LowLatencyCombine, LowLatencyDispatch, regions, roles
 from moegen.kernels.problem import Problem
 from moegen.runtime.bound import BoundKernel
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.memory import SymmetricMemory
+from moegen.runtime.received import Received
+from moegen.runtime.streams import current_stream
 from moegen.runtime.watchdog import Watchdog
 from moegen.runtime.worlds import RankWorld
 from moegen.select import Selection
 
 log = logging.getLogger(__name__)
 
+Hook = Callable[[], None]
+
 FIRST_EPOCH = 2
 """See `epoch_after` in `templates/device/signal.cuh`."""
 _CONTROL_WORDS = 32
-"""32-bit words per op: struct Control, on a 128-byte line of its own; a third line holds the abort word."""
+"""32-bit words per (slot, op): struct Control, on a 128-byte line of its own; the last line holds the abort word."""
 
 _DISPATCH_VARYING = (
     "x",
@@ -33,7 +38,9 @@ _DISPATCH_VARYING = (
     "num_tokens",
     "out",
     "counts",
+    "total_counts",
     "ranges",
+    "row_tokens",
     "token_ranks",
     "rows_received",
     "row_origin",
@@ -53,44 +60,18 @@ _COMBINE_VARYING = (
     "row_slots",
     "row_weights",
     "token_ranks",
-    "num_tokens",
+    "tokens_sent",
     "tokens",
 )
 
 
-@dataclass(frozen=True)
-class MetadataLayout:
-    """Where the int32 results of a dispatch lie in their one allocation, in 32-bit words."""
-
-    token_ranks: int
-    counts: int
-    ranges: int
-    rows_received: int
-    row_origin: int
-    row_slots: int
-    row_weights: int
-    tokens_sent: int
-    words: int
-
-    @staticmethod
-    def of(problem: Problem, local_experts: int) -> MetadataLayout:
-        rows = problem.num_ranks * problem.max_tokens
-        sizes = (
-            2 * problem.max_tokens,  # first: 64-bit masks
-            local_experts,
-            local_experts * problem.num_ranks * 2,
-            1,
-            rows,
-            rows * problem.num_topk,
-            rows * problem.num_topk,
-            1,
-        )
-        offsets = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
-        return MetadataLayout(*offsets)
-
-
 class LowLatency:
-    """One rank's dispatch and combine. Collective to make; the kernels are loaded already."""
+    """One rank's dispatch and combine. Collective to make; the kernels are loaded already.
+
+    Each op has `slots` sets of receive buffers. A call takes the op's lowest free one; a whole call gives it back at
+    once, because whatever uses it next is queued behind; one of which only the first half was launched keeps it until
+    the second is.
+    """
 
     def __init__(
         self,
@@ -99,72 +80,81 @@ class LowLatency:
         selection: Selection,
         kernels: Sequence[LoadedKernel],
         *,
+        slots: int,
         timeout: float,
         num_sms: int | None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
         self.problem = problem
+        self.slots = slots
         self.local_experts = len(problem.local_experts(world.rank))
         self.expert_rows = problem.num_ranks * problem.max_tokens
-        self._metadata = MetadataLayout.of(problem, self.local_experts)
-        dispatch_at = regions(selection.dispatch, problem.max_tokens, 0)
-        combine_at = regions(selection.combine, problem.max_tokens, dispatch_at.end)
-        self.buffer_bytes = combine_at.end
+        self.received = Received(problem, self.local_experts, world.device)
+        self._stride = regions(selection.combine, problem.max_tokens, self._combine_start(selection)).end
+        self.buffer_bytes = slots * self._stride
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
         pinned = world.device.type == "cuda"
-        self.control = torch.zeros(3, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
-        self.watchdogs = tuple(Watchdog(spec.stem, PHASES, timeout, pinned=pinned) for spec in selection.specs)
-        self._set_epoch(first_epoch, (dispatch_at.consumed, combine_at.consumed))
-        blocks = [self._num_blocks(world, kernel, num_sms) for kernel in kernels]
-        shared: dict[str, int | Sequence[int]] = {
+        self.control = torch.zeros(2 * slots + 1, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        self._watchdog = Watchdog([kernel.spec.stem for kernel in kernels], PHASES, timeout, pinned=pinned)
+        self._busy: dict[str, list[bool]] = {"dispatch": [False] * slots, "combine": [False] * slots}
+        self._bound: dict[tuple[int, str, str, str], BoundKernel] = {}
+        for number, kernel in enumerate(kernels):
+            for slot in range(slots):
+                self._bind(world, selection, kernel, self._watchdog.address(number), slot, timeout, num_sms)
+        self._set_epoch(first_epoch, selection)
+
+    def _combine_start(self, selection: Selection) -> int:
+        return regions(selection.dispatch, self.problem.max_tokens, 0).end
+
+    def _bind(
+        self,
+        world: RankWorld,
+        selection: Selection,
+        kernel: LoadedKernel,
+        failure: int,
+        slot: int,
+        timeout: float,
+        num_sms: int | None,
+    ) -> None:
+        spec = kernel.spec
+        assert isinstance(spec, (LowLatencyDispatch, LowLatencyCombine))
+        dispatch = isinstance(spec, LowLatencyDispatch)
+        start = slot * self._stride + (0 if dispatch else self._combine_start(selection))
+        at = regions(spec, self.problem.max_tokens, start)
+        fixed: dict[str, int | Sequence[int]] = {
             "peers": self.memory.peers,
             "rank": world.rank,
-            "aborted": self.control[2].data_ptr(),
-            "max_tokens": problem.max_tokens,
+            "aborted": self.control[-1].data_ptr(),
+            "max_tokens": self.problem.max_tokens,
             "timeout_ns": int(timeout * 1e9),
+            "control": self.control[2 * slot + (not dispatch)].data_ptr(),
+            "failure": failure,
+            "consumed_offset": at.consumed,
+            "rows_offset": at.rows,
+            "tags_offset": at.tags,
         }
-        dispatch_fixed: dict[str, int | Sequence[int]] = {
-            **shared,
-            "control": self.control[0].data_ptr(),
-            "failure": self.watchdogs[0].address,
-            "consumed_offset": dispatch_at.consumed,
-            "counts_offset": dispatch_at.counts,
-            "rows_offset": dispatch_at.rows,
-            "tags_offset": dispatch_at.tags,
-        }
-        combine_fixed: dict[str, int | Sequence[int]] = {
-            **shared,
-            "control": self.control[1].data_ptr(),
-            "consumed_offset": combine_at.consumed,
-            "rows_offset": combine_at.rows,
-            "tags_offset": combine_at.tags,
-            "weights_offset": combine_at.weights,
-        }
-        specs = selection.specs
-        self._dispatch = BoundKernel(kernels[0], specs[0].params, blocks[0], dispatch_fixed, _DISPATCH_VARYING)
-        self._combine, self._combine_weighted = (
-            BoundKernel(
-                kernels[index],
-                specs[index].params,
-                blocks[index],
-                {**combine_fixed, "failure": self.watchdogs[index].address},
-                _COMBINE_VARYING,
-            )
-            for index in (1, 2)
-        )
+        varying: tuple[str, ...] = _COMBINE_VARYING
+        weights = ""
+        if isinstance(spec, LowLatencyDispatch):
+            fixed["counts_offset"] = at.counts
+            varying = (*_DISPATCH_VARYING, "scales") if spec.scale_words else _DISPATCH_VARYING
+        else:
+            fixed["weights_offset"] = at.weights
+            weights = spec.weights
+        who = roles(spec, self.problem.max_tokens, kernel.blocks(world.ranks_per_device, num_sms))
+        fixed["senders"], fixed["receivers"] = who.senders, who.receivers
+        self._bound[(slot, spec.op, spec.phase, weights)] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
 
-    def _set_epoch(self, epoch: int, consumed_at: tuple[int, int]) -> None:
+    def _set_epoch(self, epoch: int, selection: Selection) -> None:
         """As if everybody had read all epochs before; before any rank may launch."""
         before = 0xFFFFFFFF if epoch == FIRST_EPOCH else epoch - 1
-        self.control[:2, 0] = _signed(epoch)
+        self.control[:-1, 0] = _signed(epoch)
         words = self.memory.local.view(torch.int32)
-        for offset in consumed_at:
-            words[offset // 4 : offset // 4 + self.problem.num_ranks] = _signed(before)
-
-    def _num_blocks(self, world: RankWorld, kernel: LoadedKernel, num_sms: int | None) -> int:
-        assert isinstance(kernel.spec, LowLatencySpec)
-        return num_blocks(kernel.spec, self.problem.max_tokens, kernel.blocks(world.ranks_per_device, num_sms))
+        for slot in range(self.slots):
+            for start in (0, self._combine_start(selection)):
+                at = (slot * self._stride + start) // 4
+                words[at : at + self.problem.num_ranks] = _signed(before)
 
     def dispatch(
         self,
@@ -172,32 +162,23 @@ class LowLatency:
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor | None,
         num_tokens: torch.Tensor | None,
-        out: torch.Tensor | None,
-        owner: object,
-    ) -> Dispatched:
-        """Launches dispatch; arguments are checked already."""
-        at = self._metadata
-        if out is None:
-            out = x.new_empty(self.local_experts, self.expert_rows, self.problem.hidden)
-        memory = torch.empty(at.words, dtype=torch.int32, device=x.device)
-        base = memory.data_ptr()
-        addresses = (
-            base + 4 * at.rows_received,
-            base + 4 * at.row_origin,
-            base + 4 * at.row_slots,
-            base + 4 * at.row_weights,
-            base + 4 * at.token_ranks,
-            base + 4 * at.tokens_sent,
-        )
-        rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent = addresses
-        self._dispatch(
+        out: Dispatched,
+        total_counts: torch.Tensor | None,
+        hook: bool,
+    ) -> Hook | None:
+        """Launches dispatch, or its first half; arguments are checked already."""
+        rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent = out.handle.addresses
+        counts, ranges, row_tokens = self.received.user_addresses(out)
+        arguments: tuple[int, ...] = (
             x.data_ptr(),
             topk_idx.data_ptr(),
             0 if topk_weights is None else topk_weights.data_ptr(),
             0 if num_tokens is None else num_tokens.data_ptr(),
-            out.data_ptr(),
-            base + 4 * at.counts,
-            base + 4 * at.ranges,
+            out.tokens.data_ptr(),
+            counts,
+            0 if total_counts is None else total_counts.data_ptr(),
+            ranges,
+            row_tokens,
             token_ranks,
             rows_received,
             row_origin,
@@ -208,36 +189,67 @@ class LowLatency:
             x.shape[0],
             topk_idx.dtype == torch.int64,
         )
-        stream = torch.cuda.current_stream(x.device) if x.device.type == "cuda" else None
-        ranks = self.problem.num_ranks
-        counts = memory.as_strided((self.local_experts,), (1,), at.counts)
-        ranges = memory.as_strided((self.local_experts, ranks, 2), (2 * ranks, 2, 1), at.ranges)
-        return Dispatched(out, None, counts, ranges, Handle(owner, x.shape[0], memory, addresses, stream))
+        if out.scales is not None:
+            arguments = (*arguments, out.scales.data_ptr())
+        return self._launch("dispatch", "", arguments, hook, (x, topk_idx, topk_weights, num_tokens, out, total_counts))
 
-    def combine(self, y: torch.Tensor, handle: Handle, weights: torch.Tensor | None, out: torch.Tensor) -> None:
-        """Launches combine; arguments are checked already."""
-        if handle.stream is not None:
-            current = torch.cuda.current_stream(y.device)
-            if current != handle.stream:  # the handle may be dropped before this stream has read it
-                handle.memory.record_stream(current)
-        rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent = handle.addresses
-        kernel = self._combine if weights is None else self._combine_weighted
-        kernel(
+    def combine(
+        self, y: torch.Tensor, handle: Handle, weights: torch.Tensor | None, out: torch.Tensor, hook: bool
+    ) -> Hook | None:
+        """Launches combine, or its first half; arguments are checked already."""
+        if handle.stream != current_stream(y.device):  # the handle may be dropped before this stream has read it
+            handle.memory.record_stream(torch.cuda.current_stream(y.device))
+        arguments = (
             y.data_ptr(),
             out.data_ptr(),
             0 if weights is None else weights.data_ptr(),
-            rows_received,
-            row_origin,
-            row_slots,
-            row_weights,
-            token_ranks,
-            tokens_sent,
+            *handle.addresses,
             handle.num_tokens,
         )
+        late = "atdispatch" if weights is None else "atcombine"
+        return self._launch("combine", late, arguments, hook, (y, handle, weights, out))
+
+    def _launch(self, op: str, weights: str, arguments: tuple[int, ...], hook: bool, kept: object) -> Hook | None:
+        slot = self._free_slot(op)
+        if not hook:
+            self._bound[(slot, op, "whole", weights)](*arguments)
+            return None
+        self._bound[(slot, op, "send", weights)](*arguments)
+        self._busy[op][slot] = True
+        return _ReceiveHook(self, op, slot, arguments, kept)
+
+    def _free_slot(self, op: str) -> int:
+        busy = self._busy[op]
+        if all(busy):
+            raise SlotError(
+                f"all {self.slots} slots hold a {op} whose hook was not called; call one of their hooks first, or make "
+                f"this object with slots={self.slots + 1}"
+            )
+        return busy.index(False)
+
+    def receive(self, op: str, slot: int, arguments: tuple[int, ...]) -> None:
+        """Launches the second half of an op."""
+        self._bound[(slot, op, "receive", "atdispatch" if op == "combine" else "")](*arguments)
+        self._busy[op][slot] = False
 
     def raise_what_happened(self) -> None:
-        for watchdog in self.watchdogs:
-            watchdog.raise_what_happened()
+        self._watchdog.raise_what_happened()
+
+
+class _ReceiveHook:
+    """The second half of an op, to be called once. Keeps alive what its kernel reads and writes."""
+
+    def __init__(self, ops: LowLatency, op: str, slot: int, arguments: tuple[int, ...], kept: object) -> None:
+        self._ops: LowLatency | None = ops
+        self._call: tuple[Any, ...] = (op, slot, arguments)
+        self._kept = kept
+
+    def __call__(self) -> None:
+        ops, self._ops = self._ops, None
+        if ops is None:
+            raise SlotError("this hook was called already; a hook is called once")
+        ops.receive(*self._call)
+        self._kept = None
 
 
 def _signed(word: int) -> int:

@@ -4,49 +4,63 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from moegen.errors import InvalidRoutingError, PeerTimeoutError
 from moegen.runtime.memory import HostWords
 
 _FIELDS = ("valid", "phase", "rank", "peer", "index", "epoch", "expected", "seen", "invalid_token")
+_FAILURE_BYTES = 4 * len(_FIELDS)
 
 
 class Watchdog:
-    """The Failure words of one op of one rank."""
+    """The Failure words of one rank's kernels, side by side."""
 
-    def __init__(self, op: str, phases: Mapping[str, str], timeout: float, *, pinned: bool) -> None:
-        self._op = op
+    def __init__(self, stems: Sequence[str], phases: Mapping[str, str], timeout: float, *, pinned: bool) -> None:
+        self._stems = tuple(stems)
         self._phases = tuple(phases.values())
         self._timeout = timeout
-        self._words = HostWords(len(_FIELDS), pinned=pinned)
+        self._words = HostWords(len(stems) * len(_FIELDS), pinned=pinned)
+        self._all = memoryview(self._words.words).cast("B")
+        self._nothing = bytes(len(self._all))
 
-    @property
-    def address(self) -> int:
-        return self._words.address
+    def address(self, kernel: int) -> int:
+        """Of the kernel's struct Failure."""
+        return self._words.address + kernel * _FAILURE_BYTES
 
     def raise_what_happened(self) -> None:
-        """Raises what the kernels have reported so far; costs two reads of host memory.
+        """Raises what the kernels have reported so far; costs one look at host memory.
 
         Raises:
             PeerTimeoutError: on this and every later call.
             InvalidRoutingError: once; the words are then cleared.
         """
-        words = self._words.words
-        if words[0]:
-            raise self._expired()
-        if words[8]:
-            token = words[8] - 1
-            words[8] = 0
-            raise InvalidRoutingError(
-                f"{self._op}: token {token} selected an expert that does not exist; ids are 0..num_experts-1, or -1 "
-                f"for no selection. That selection was left out of this and possibly other calls."
-            )
+        if self._all == self._nothing:
+            return
+        for kernel, stem in enumerate(self._stems):
+            words = self._failure(kernel)
+            if words["valid"]:
+                raise self._expired(stem, words)
+        for kernel, stem in enumerate(self._stems):
+            self._raise_invalid(kernel, stem)
 
-    def _expired(self) -> PeerTimeoutError:
-        seen = dict(zip(_FIELDS, self._words.words, strict=True))
+    def _raise_invalid(self, kernel: int, stem: str) -> None:
+        token = self._failure(kernel)["invalid_token"] - 1
+        if token < 0:
+            return
+        self._words.words[(kernel + 1) * len(_FIELDS) - 1] = 0
+        raise InvalidRoutingError(
+            f"{stem}: token {token} selected an expert that does not exist; ids are 0..num_experts-1, or -1 "
+            f"for no selection. That selection was left out of this and possibly other calls."
+        )
+
+    def _failure(self, kernel: int) -> dict[str, int]:
+        first = kernel * len(_FIELDS)
+        return dict(zip(_FIELDS, self._words.words[first : first + len(_FIELDS)], strict=True))
+
+    def _expired(self, stem: str, seen: Mapping[str, int]) -> PeerTimeoutError:
         return PeerTimeoutError(
-            op=self._op,
+            op=stem,
             phase=self._phases[seen["phase"]],
             rank=seen["rank"],
             peer=seen["peer"],

@@ -13,6 +13,8 @@ using uint32_t = unsigned int;
 using int64_t = long long;
 using uint64_t = unsigned long long;
 
+#include <moegen/e4m3.cuh>
+
 namespace moegen {
 
 constexpr uint32_t kWarpSize = 32;
@@ -110,24 +112,14 @@ __device__ __forceinline__ uint32_t atomic_cas_acq_rel_gpu(uint32_t* address, ui
 
 // ---- plain copies -------------------------------------------------------------------------------
 
-// An input that nobody writes during the launch: read once, kept out of L1.
+// An input that nobody writes during the launch: read once, kept out of L1. Volatile, so that it is asked for where the
+// kernel says so, long before it is used.
 __device__ __forceinline__ uint4 load_input(const uint4* address) {
     uint4 value;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-        : "l"(address));
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address));
     return value;
-}
-
-__device__ __forceinline__ uint32_t load_input(const uint32_t* address) {
-    uint32_t value;
-    asm("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(address));
-    return value;
-}
-
-// Asks for the line of an input that will be loaded soon.
-__device__ __forceinline__ void prefetch_input(const void* address) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // ---- numbers ------------------------------------------------------------------------------------
@@ -137,6 +129,17 @@ __device__ __forceinline__ uint32_t round_to_bf16x2(float low, float high) {
     uint32_t pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
+}
+
+// Two floats rounded to FP8 e4m3 (saturating), `low` in the lower byte.
+__device__ __forceinline__ uint32_t round_to_e4m3x2(float low, float high) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return round_to_e4m3(high) << 8 | round_to_e4m3(low);
+#endif
 }
 
 // ---- bulk copies (TMA), their barriers and the proxy fence ----------------------------------------

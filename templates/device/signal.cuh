@@ -30,59 +30,72 @@ struct Failure {
 __device__ __forceinline__ uint32_t epoch_after(uint32_t epoch) { return epoch == 0xffffffffu ? 2 : epoch + 1; }
 __device__ __forceinline__ uint32_t epoch_before(uint32_t epoch) { return epoch == 2 ? 0xffffffffu : epoch - 1; }
 
-// One thread's view of the launch while it waits.
+// What every wait of a launch needs to know.
 struct Watch {
     uint32_t* aborted;  // raised by the first wait that runs out of time; every other wait of this object then gives up
     Failure* failure;
     uint64_t timeout_ns;
     uint32_t rank;
     uint32_t epoch;
-    uint64_t deadline_ns = 0;  // set when a wait first looks at the clock
-    bool gave_up = false;
+};
+
+// What is waited for: the words of the report.
+struct Awaited {
+    uint32_t phase;
+    uint32_t peer;
+    int32_t index;
 };
 
 // An expired wait is looked for every 64th poll: the timer and the abort word cost a memory access each.
 constexpr uint32_t kPollsPerCheck = 64;
 
 // Only the first expired wait of an object reports.
-__device__ __forceinline__ void report_expired(const Watch& watch, uint32_t phase, uint32_t peer, int32_t index,
-                                               uint32_t expected, uint32_t seen) {
+__device__ __noinline__ void report_expired(Watch watch, Awaited what, uint32_t expected, uint32_t seen) {
     if (atomic_cas_acq_rel_gpu(watch.aborted, 0, 1) != 0) return;
     Failure* failure = watch.failure;
-    failure->phase = phase;
+    failure->phase = what.phase;
     failure->rank = watch.rank;
-    failure->peer = peer;
-    failure->index = index;
+    failure->peer = what.peer;
+    failure->index = what.index;
     failure->epoch = watch.epoch;
     failure->expected = expected;
     failure->seen = seen;
     store_release_sys(&failure->valid, 1);
 }
 
-// True if the launch is over for this thread: its deadline passed, or another wait gave up. Kept out of
-// line, as is the report: there are many waits, and this is never run when all goes well and fast.
-__device__ __noinline__ bool gives_up(Watch& watch, uint32_t phase, uint32_t peer, int32_t index, uint32_t expected,
-                                      uint32_t seen) {
-    const uint64_t now = global_timer_ns();
-    if (watch.deadline_ns == 0) watch.deadline_ns = now + watch.timeout_ns;
-    const bool expired = now > watch.deadline_ns;
-    if (expired) report_expired(watch, phase, peer, index, expected, seen);
-    watch.gave_up = expired || load_relaxed_sys(watch.aborted) != 0;
-    return watch.gave_up;
+// Polls until `poll()` gives `expected`. Phases that wait for more have a little more time, so that the report names
+// the first cause. Out of line: there are many waits, and what most of them wait for is there already. Instructions are
+// fetched once per launch, and every jump to another line of them takes its time.
+template <class Poll>
+__device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, uint32_t expected) {
+    uint64_t deadline_ns = 0;
+#pragma unroll 1
+    for (uint32_t polls = 1;; ++polls) {
+        const uint32_t seen = poll();
+        if (seen == expected) return true;
+        if (polls % kPollsPerCheck == 0) {
+            const uint64_t now = global_timer_ns();
+            if (deadline_ns == 0) deadline_ns = now + watch.timeout_ns + what.phase * (watch.timeout_ns / 16);
+            if (now > deadline_ns) report_expired(watch, what, expected, seen);
+            if (load_relaxed_sys(watch.aborted) != 0) return false;
+        }
+        poll_pause();
+    }
 }
 
-// Polls until `poll()` returns `expected`. False if that did not happen in time: the caller then goes on as if nothing
-// had arrived, so that every barrier is still reached.
+// True once `poll()`, which holds no references, gives `expected`. False if that did not happen in time, or another
+// wait gave up: the caller then goes on as if nothing had arrived, so that every barrier is still reached.
 template <class Poll>
-__device__ __forceinline__ bool wait_for(Watch& watch, uint32_t phase, uint32_t peer, int32_t index, uint32_t expected,
-                                         Poll poll) {
-    uint32_t seen = poll();
-    for (uint32_t polls = 1; seen != expected; ++polls) {
-        if (watch.gave_up) return false;
-        if (polls % kPollsPerCheck == 0 && gives_up(watch, phase, peer, index, expected, seen)) return false;
-        poll_pause();
-        seen = poll();
-    }
+__device__ __forceinline__ bool wait_for(const Watch& watch, Awaited what, uint32_t expected, Poll poll) {
+    return poll() == expected || keep_polling(poll, watch, what, expected);
+}
+
+// Waits for 16 bytes that carry the launch's epoch; nothing else in them is valid if they do not come.
+__device__ __forceinline__ bool wait_for_whole(const Watch& watch, Awaited what, const uint4* from, uint4& whole) {
+    whole = load_whole_relaxed_sys(from);
+    if (whole.w == watch.epoch) return true;
+    if (!keep_polling([=] { return load_whole_relaxed_sys(from).w; }, watch, what, watch.epoch)) return false;
+    whole = load_whole_relaxed_sys(from);
     return true;
 }
 

@@ -14,6 +14,7 @@ using int64_t = long long;
 using uint64_t = unsigned long long;
 
 #include <moegen/cuda.hpp>
+#include <moegen/e4m3.cuh>
 
 namespace moegen {
 
@@ -118,11 +119,6 @@ __device__ __forceinline__ uint4 load_input(const uint4* address, host::Place pl
     return *address;
 }
 
-__device__ __forceinline__ uint32_t load_input(const uint32_t* address, host::Place place = {}) {
-    host::check_aligned(address, 4, "load from an address that is not a multiple of its size", place);
-    return *address;
-}
-
 // ---- bulk copies (TMA), their barriers and the proxy fence ----------------------------------------
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -168,8 +164,6 @@ __device__ __forceinline__ void bulk_wait_read() {
     host::bulk_wait(kPending, true);
 }
 
-__device__ __forceinline__ void prefetch_input(const void*) {}
-
 // ---- numbers ------------------------------------------------------------------------------------
 
 // As cvt.rn.bf16x2.f32: to nearest, ties to even, every NaN becomes 0x7fff.
@@ -181,6 +175,10 @@ __device__ __forceinline__ uint32_t round_to_bf16(float value) {
 
 __device__ __forceinline__ uint32_t round_to_bf16x2(float low, float high) {
     return round_to_bf16(high) << 16 | round_to_bf16(low);
+}
+
+__device__ __forceinline__ uint32_t round_to_e4m3x2(float low, float high) {
+    return round_to_e4m3(high) << 8 | round_to_e4m3(low);
 }
 
 // ---- clocks -------------------------------------------------------------------------------------

@@ -141,9 +141,9 @@ def test_zero_tokens_everywhere(layer: moegen.ExpertParallel) -> None:
 
 
 def test_a_rank_that_cannot_load_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moegen import expert_parallel
+    from moegen.runtime import agreement
 
-    load = expert_parallel.load
+    load = agreement.load
 
     def load_on_rank_0(spec: Any, device: torch.device) -> Any:
         if threading.current_thread().name == "moegen-rank-1":
@@ -158,7 +158,7 @@ def test_a_rank_that_cannot_load_its_kernels(monkeypatch: pytest.MonkeyPatch) ->
         except Exception as error:
             said[rank.rank] = error
 
-    monkeypatch.setattr(expert_parallel, "load", load_on_rank_0)
+    monkeypatch.setattr(agreement, "load", load_on_rank_0)
     moegen.LocalWorld(2).run(work)
     assert isinstance(said[1], OSError)
     assert isinstance(said[0], errors.WorldError)

@@ -20,7 +20,7 @@ from moegen.bench.config import HOST_LINK, LowLatencyConfig
 from moegen.bench.failure import BenchError
 from moegen.bench.inputs import Batch, Buffers
 from moegen.bench.verify import Verifier
-from moegen.handle import Dispatched, Handle
+from moegen.handle import Dispatched, Handle, NumbersLayout
 from moegen.runtime.worlds import LocalWorld
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,9 +112,10 @@ class RightResult:
         combined = reference.combine(y, expected, batch.ids, batch.weights, CONFIG.num_experts)
         self.verifier = Verifier(0, buffers, batch, CONFIG.num_experts)
         self.tokens = expected[0].tokens
-        memory = torch.zeros(1, dtype=torch.int32)
-        handle = Handle(None, TOKENS, memory, (0, 0, 0, 0, 0, 0))
-        self.dispatched = Dispatched(self.tokens, None, expected[0].counts, expected[0].ranges, handle)
+        experts = len(expected[0].counts)
+        memory = torch.cat((expected[0].counts, expected[0].ranges.flatten()))
+        layout = NumbersLayout(experts, 2, 2 * TOKENS, ranges=experts, counts=0, row_tokens=0)
+        self.dispatched = Dispatched(self.tokens, None, Handle(None, TOKENS, memory, ()), layout)
         self.combined = combined[0].exact.to(torch.bfloat16)
 
 

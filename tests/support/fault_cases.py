@@ -13,6 +13,7 @@ from moegen.errors import PeerTimeoutError
 from moegen.kernels.ll import PHASES, Regions, regions
 from moegen.kernels.spec import Spec
 from moegen.runtime.low_latency import FIRST_EPOCH
+from moegen.runtime.streams import current_stream
 from support.layer import Layer, Shape, random_routing
 
 SHAPE = Shape(2, 4, 2, 64, 8)
@@ -172,10 +173,11 @@ def test_what_was_queued_behind_a_timeout_does_nothing(device: str) -> None:
             return
         x = torch.ones(2, SHAPE.hidden, dtype=torch.bfloat16, device=device)
         ids = torch.tensor([[0, 3], [1, 2]], device=device)
-        received = ops.dispatch(x, ids, None, None, None, layer.ranks[0])
+        received = ops.received.allocate(layer.ranks[0], 2, current_stream(layer.ranks[0].device))
+        ops.dispatch(x, ids, None, None, received, None, False)
         received.handle.memory.fill_(0x3F3F3F3F)  # what fresh memory may hold
         out = torch.full_like(x, 7)
-        ops.combine(torch.ones(rows, dtype=torch.bfloat16, device=device), received.handle, None, out)
+        ops.combine(torch.ones(rows, dtype=torch.bfloat16, device=device), received.handle, None, out, False)
         with pytest.raises(PeerTimeoutError):
             layer.ranks[0].synchronize()
         assert (out == 7).all()

@@ -39,7 +39,7 @@ POOL = (
     Shape(9, 20, 3, 8, 16),
     Shape(9, 61, 10, 200, 90),
 )
-# The far ends of the domain: ranks, experts, top-k, the widest rows, more tokens than a block keeps ids of.
+# The far ends of the domain: ranks, experts, top-k, the widest rows, many tokens.
 EDGES = (
     Shape(16, 384, 8, 64, 8),
     Shape(33, 70, 4, 16, 4),
@@ -134,10 +134,10 @@ def test_full_capacity(layers: dict[Shape, Layer]) -> None:
         layers[shape].verify(routing, layers[shape].round_trip(routing))
 
 
-def test_more_tokens_than_a_block_keeps_ids_of(device: str) -> None:
+def test_more_tokens_than_a_block_has_threads(device: str) -> None:
     shape = Shape(2, 16, 16, 8, 300)
-    layer = Layer(shape, device)
-    assert layer.ranks[0].selection.dispatch.window_tokens < 270
+    layer = Layer(shape, device, warp_groups="2x2")
+    assert layer.ranks[0].selection.dispatch.block_threads < 270
     routing = random_routing(shape, (300, 270), 1, kind="free")
     layer.verify(routing, layer.round_trip(routing))
     layer.destroy()
@@ -148,7 +148,7 @@ def test_r3_e9_k5_h2880_tokens_0_1_37(device: str) -> None:
     shape = Shape(3, 9, 5, 2880, 37)
     layer = Layer(shape, device, warp_groups="2x1")
     spec = layer.ranks[0].selection.dispatch
-    assert spec.stem == "ll_dispatch_bf16_expert_r3_h2880_k5_e9_ipc_w2x1_inline"
+    assert spec.stem == "ll_dispatch_bf16_expert_r3_h2880_k5_e9_ipc_w2x1_inline_whole"
     print(f"\n{device}: {spec.stem} {render(spec).digest}")
     routing = random_routing(shape, (0, 1, 37), 7)
     for late in (False, True):

@@ -15,6 +15,7 @@ from moegen.compile import ninja_build
 from moegen.compile.ninja_build import build
 from moegen.compile.target import Target
 from moegen.errors import CompileError
+from moegen.kernels.spec import SCHEMA
 
 pytestmark = pytest.mark.nvrtc
 
@@ -79,7 +80,7 @@ def test_a_failure_names_the_kernel_and_leaves_no_build_folder(
     with pytest.raises(CompileError, match=broken.stem):
         build(wanted, jobs=2)
     assert build(wanted[1:]).compiled == 0
-    assert not list((cache_root / "v1" / "new").iterdir())
+    assert not list((cache_root / f"v{SCHEMA}" / "new").iterdir())
 
 
 def test_a_cache_that_cannot_be_written_still_builds(kernel: Kernel, sm90: Target, cache_root: Path) -> None:

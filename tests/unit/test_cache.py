@@ -19,6 +19,7 @@ from moegen.compile import cache
 from moegen.compile.cache import Entry, Store
 from moegen.compile.target import Target
 from moegen.errors import CacheError
+from moegen.kernels.spec import SCHEMA
 
 KEY = "0123456789abcdef" * 4
 FILES = {"kernel.cu": b"text", "kernel.cubin": b"binary" * 100}
@@ -217,4 +218,4 @@ def test_a_write_that_fails_goes_elsewhere(store: Store, monkeypatch: pytest.Mon
 
 def test_meta_names_schema_and_digests(store: Store) -> None:
     meta = json.loads((commit(store).folder / "meta.json").read_text())
-    assert meta["schema"] == 1 and meta["key"] == KEY and set(meta["sha256"]) == set(FILES)
+    assert meta["schema"] == SCHEMA and meta["key"] == KEY and set(meta["sha256"]) == set(FILES)

@@ -27,7 +27,7 @@ HIDDEN = 64
 TOPK = 3
 EXPERTS = 7  # no multiple of the ranks
 MAX_TOKENS = 8
-BLOCKS = 2
+BLOCKS_PER_ROLE = 2
 
 JOBS = 2
 
@@ -81,7 +81,7 @@ class Variant:
 
 def variant(wire: str, weights: str, groups: WarpGroups) -> Variant:
     """Unmodified kernels of one wire format."""
-    common = ("bf16", "expert", RANKS, HIDDEN, TOPK, EXPERTS, "ipc", groups, wire)
+    common = ("bf16", "expert", RANKS, HIDDEN, TOPK, EXPERTS, "ipc", groups, wire, "whole")
     name = f"{wire}_{weights}_w{groups}"
     dispatch = Kernel(f"dispatch_{name}", LowLatencyDispatch(*common))
     return Variant(name, dispatch, Kernel(f"combine_{name}", LowLatencyCombine(*common, weights)))
@@ -136,7 +136,7 @@ def shape_header() -> str:
         "kTopk": TOPK,
         "kExperts": EXPERTS,
         "kMaxTokens": MAX_TOKENS,
-        "kBlocks": BLOCKS,
+        "kBlocksPerRole": BLOCKS_PER_ROLE,
     }
     return "".join(f"constexpr unsigned {name} = {value};\n" for name, value in shape.items())
 

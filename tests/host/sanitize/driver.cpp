@@ -42,6 +42,10 @@ struct alignas(128) Control {
 struct alignas(128) Failure {
     uint32_t words[32];
 };
+// As in the kernels: the blocks of a launch that send, and those that receive.
+struct Blocks {
+    uint32_t first, blocks;
+};
 
 #include <variants.hpp>
 
@@ -71,7 +75,7 @@ class Ranks {
     bool verify() const;
     void work(Rank& rank);
     template <typename Params>
-    void launch(Rank& rank, moegen_host_entry* entry, const Params& params);
+    void launch(Rank& rank, moegen_host_entry* entry, const Params& params, uint32_t blocks);
     template <typename Params>
     Params common_params(Rank& rank, uint32_t op, const Regions& at);
     void dispatch(Rank& rank, Round& round);
@@ -105,11 +109,11 @@ Ranks::Ranks(const Variant& variant, uint32_t seed, uint32_t rounds) : variant_(
 // ---- running --------------------------------------------------------------------------------------
 
 template <typename Params>
-void Ranks::launch(Rank& rank, moegen_host_entry* entry, const Params& params) {
+void Ranks::launch(Rank& rank, moegen_host_entry* entry, const Params& params, uint32_t blocks) {
     if (rank.random() / 256 % 2) std::this_thread::sleep_for(std::chrono::microseconds(rank.random() / 256 % 300));
     char error[4000];
     const uint64_t seed = seed_ == 0 ? 0 : rank.random();
-    const moegen_host_launch request = {&params, kBlocks, variant_.threads, 0, 0, seed};
+    const moegen_host_launch request = {&params, blocks, variant_.threads, 0, 0, seed};
     if (entry(&request, error, sizeof error) == 0) return;
     std::printf("rank %u: %s\n", rank.number, error);
     failed_ = true;
@@ -150,7 +154,10 @@ void Ranks::dispatch(Rank& rank, Round& round) {
     p.row_weights = round.row_weights.data();
     p.token_ranks = round.token_ranks.data();
     p.tokens_sent = &round.tokens_sent;
-    launch(rank, variant_.dispatch[rank.number], p);
+    p.row_tokens = round.row_tokens.data();
+    p.senders = {1, kBlocksPerRole};
+    p.receivers = {1 + kBlocksPerRole, kBlocksPerRole};
+    launch(rank, variant_.dispatch[rank.number], p, 1 + 2 * kBlocksPerRole);
 }
 
 void Ranks::combine(Rank& rank, Round& round, std::vector<Bf16>& result) {
@@ -164,9 +171,11 @@ void Ranks::combine(Rank& rank, Round& round, std::vector<Bf16>& result) {
     p.row_slots = round.row_slots.data();
     p.row_weights = round.row_weights.data();
     p.token_ranks = round.token_ranks.data();
-    p.num_tokens = &round.tokens_sent;
+    p.tokens_sent = &round.tokens_sent;
     p.tokens = round.rows;
-    launch(rank, variant_.combine[rank.number], p);
+    p.senders = {0, kBlocksPerRole};
+    p.receivers = {kBlocksPerRole, kBlocksPerRole};
+    launch(rank, variant_.combine[rank.number], p, 2 * kBlocksPerRole);
 }
 
 // Rows that no token came to stay NaN: a sum that one of them enters is found.
@@ -238,7 +247,7 @@ bool Ranks::verify_dispatch(const Rank& rank, uint32_t number) const {
                     return wrong("row of expert", rank, number, expert);
             }
             const int32_t* range = &got.ranges[(local * kRanks + source.number) * 2];
-            if (range[0] != int32_t(before) || range[1] != int32_t(row - before))
+            if (range[0] != int32_t(row - before) || range[1] != int32_t(before))
                 return wrong("range of expert", rank, number, expert);
         }
         if (got.counts[local] != int32_t(row)) return wrong("count of expert", rank, number, expert);

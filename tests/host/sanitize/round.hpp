@@ -57,7 +57,7 @@ struct Round {
     std::vector<float> weights;
 
     std::vector<Bf16> out, y, combined[3];
-    std::vector<int32_t> counts, ranges, row_origin, row_slots;
+    std::vector<int32_t> counts, ranges, row_tokens, row_origin, row_slots;
     std::vector<float> row_weights;
     std::vector<uint64_t> token_ranks;
     int32_t rows_received = -1, tokens_sent = -1;
@@ -98,6 +98,7 @@ inline Round::Round(uint32_t number, uint32_t rank, std::minstd_rand& random)
     for (auto& result : combined) result.assign(rows * kHidden, kNan);
     counts.assign(kMaxLocalExperts, -1);
     ranges.assign(kMaxLocalExperts * kRanks * 2, -1);
+    row_tokens.assign(kMaxLocalExperts * kExpertRows, -1);
     row_origin.assign((kRanks - 1) * kMaxTokens, -1);
     row_slots.assign(kExpertRows * kTopk, -1);
     row_weights.assign(kExpertRows * kTopk, NAN);

@@ -30,14 +30,16 @@ RIGHT = [
     variant("row", "atdispatch", WarpGroups(1, 2)),
     variant("row", "atcombine", WarpGroups(2, 2)),
 ]
-"""Together: both wire formats, both times of weights, each of a team's three kinds of barrier; at most 768 fibers."""
+"""Together: both wire formats, both times of weights, each of a team's three kinds of barrier; at most 1,920 fibers."""
 
 ROW = RIGHT[2]
 
 
+RELAXED = "[](auto* to, auto word) { host::store_word(to, word, __ATOMIC_RELAXED, {}); }"
+
+
 def relaxed_store(target: str) -> Edit:
-    relaxed = "[](auto* to, auto word) { host::store_word(to, word, __ATOMIC_RELAXED, {}); }"
-    return Edit(KERNEL, rf"store_release_sys\((?={target}\()", f"{relaxed}(")
+    return Edit(KERNEL, rf"store_release_sys\((?={target})", f"{RELAXED}(")
 
 
 def entering(order: str) -> Edit:
@@ -45,12 +47,14 @@ def entering(order: str) -> Edit:
     return Edit(SIGNAL, pattern, rf"__atomic_fetch_add(\1, 1, {order})")
 
 
+TAG = r"(?:tag_at\(|outgoing\.tags)"
+
 ORDERS = {
-    "tag_store": relaxed_store("tag_at"),
+    "tag_store": relaxed_store(TAG),
     "tag_load": Edit(KERNEL, r"load_acquire_sys\(tag\)", "host::load_word(tag, __ATOMIC_RELAXED, {})"),
-    "tag_barrier": Edit(KERNEL, r"team_sync\(\);(?=(?:(?!team_sync).){,120}store_release_sys\(tag_at\()", ""),
-    "consumed_store": relaxed_store("consumed_at"),
-    "consumed_load": Edit(KERNEL, r"load_acquire_sys(?=\(consumed_at\()", "load_relaxed_sys"),
+    "tag_barrier": Edit(KERNEL, rf"team_sync\(\);(?=(?:(?!team_sync).){{,140}}store_release_sys\({TAG})", ""),
+    "consumed_store": relaxed_store(r"consumed_at\("),
+    "consumed_load": Edit(KERNEL, r"load_acquire_sys\(word\)", "load_relaxed_sys(word)"),
     "entering": entering("__ATOMIC_RELAXED"),
 }
 """What wire format `row` rests on, by name, and how to take it away. `inline` has no such order: its payload crosses in
@@ -64,7 +68,7 @@ WEAKENED = [
 ]
 REPORT_STORE = Edit(SIGNAL, r"store_release_sys(?=\(&failure->valid)", "store_relaxed_sys")
 REPORT = weakened(ROW, "dispatch", "report", REPORT_STORE)
-BEYOND = weakened(ROW, "dispatch", "beyond", Edit(KERNEL, r"(p\.topk_weights\[[^]]*\+ k)\]", r"\1 + 1]"))
+BEYOND = weakened(ROW, "dispatch", "beyond", Edit(KERNEL, r"(p\.topk_weights\[[^]]*\+ team_thread\(\))\]", r"\1 + 1]"))
 
 
 def skip_without(option: str, folder: Path) -> None:

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all ranks must agree on before any of them launches: what was asked for, and the kernels' texts."""
+
+from __future__ import annotations
+
+from moegen.codegen.render import render
+from moegen.errors import WorldError
+from moegen.kernels.problem import Problem
+from moegen.runtime.kernel import LoadedKernel, load
+from moegen.runtime.worlds import RankWorld
+from moegen.select import Selection, select
+
+
+def load_on_all_ranks(
+    world: RankWorld, problem: Problem, settings: tuple[object, ...]
+) -> tuple[Selection, tuple[LoadedKernel, ...]]:
+    """Loads every kernel that calls may need, on all ranks before any may launch, and compares what they load.
+
+    A rank that compiles while others run looks like a hang to them.
+    """
+    failure: Exception | None = None
+    digests: tuple[str, ...] = ()
+    try:
+        selection = select(problem)
+        kernels = tuple(load(spec, world.device) for spec in selection.specs)
+        digests = tuple(render(spec).digest for spec in selection.specs)
+    except Exception as error:  # whatever it was, the other ranks must not wait for this one
+        failure = error
+    raise_on_all_ranks(world, failure, "could not load its kernels")
+    answers = world.exchange((problem, settings, digests))
+    for rank, answer in enumerate(answers):
+        _compare("arguments", answers[0][:2], answer[:2], rank)
+        _compare("kernel texts (two versions of moegen?)", answers[0][2], answer[2], rank)
+    return selection, kernels
+
+
+def raise_on_all_ranks(world: RankWorld, failure: Exception | None, what: str) -> None:
+    """No rank goes on if one has failed: it would wait for that one. Collective."""
+    answers = world.exchange(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, failed in enumerate(answers):
+        if failed is not None:
+            raise WorldError(f"rank {rank} {what}: {failed}")
+
+
+def _compare(what: str, first: object, other: object, rank: int) -> None:
+    if first != other:
+        raise WorldError(f"rank {rank} and rank 0 have different {what}: {other} and {first}")

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of an object whose launches may fail: alive, poisoned by a failure, destroyed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from moegen.errors import DestroyedError, MoegenError, PeerTimeoutError, SlotError
+from moegen.runtime.low_latency import Hook, LowLatency
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+
+
+class Lifecycle:
+    """The part of `ExpertParallel` that raises what kernels report, and ends."""
+
+    device: torch.device
+    _ops: LowLatency | None = None
+    _poison: MoegenError | None = None
+
+    def check(self) -> None:
+        """Raises what the kernels have reported so far, without waiting for those under way.
+
+        Raises:
+            PeerTimeoutError: a call waited for a rank in vain; from then on every call raises it until `destroy()`.
+            InvalidRoutingError: a call met an id that names no expert.
+            DestroyedError: after `destroy()`.
+        """
+        ops = self._alive()
+        if self._poison is not None:
+            raise copy.copy(self._poison)
+        try:
+            ops.raise_what_happened()
+        except PeerTimeoutError as error:
+            self._poison = error
+            raise
+
+    def synchronize(self) -> None:
+        """Waits for the current stream and raises what went wrong, which `torch.cuda.synchronize` alone does not."""
+        self._synchronize_device()
+        self.check()
+
+    def destroy(self) -> None:
+        """Gives the buffers back once all that was launched on the device is over. Not collective; may be called again.
+
+        A graph that holds calls of this object must not be replayed afterwards.
+        """
+        ops, self._ops = self._ops, None
+        if ops is not None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # calls may have gone to any stream
+            ops.memory.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.destroy()
+
+    def _alive(self) -> LowLatency:
+        if self._ops is None:
+            raise DestroyedError("this ExpertParallel was destroyed; make a new one")
+        return self._ops
+
+    def _synchronize_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _launch(self, op: Callable[..., T], *arguments: Any) -> T:
+        """A launch that fails leaves this rank one epoch behind: the object is poisoned. On the host a launch is over
+        when it returns, so what it reported is raised at once.
+        """
+        try:
+            result = op(*arguments)
+        except SlotError:  # nothing was launched
+            raise
+        except MoegenError as error:
+            self._poison = error
+            raise
+        if self.device.type == "cpu":
+            self.check()
+        return result
+
+    def _receive(self, receive: Hook) -> None:
+        """The hook that users get: a failure poisons the object, and on a CPU is raised at once."""
+        self._alive()
+        self.check()
+        self._launch(receive)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory that a dispatch of layout `expert` fills: tokens, scales, and one block of numbers."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+
+from moegen.handle import Dispatched, Handle, NumbersLayout
+from moegen.kernels.ll import SCALES_PER_WORD, scale_words
+from moegen.kernels.problem import Problem
+
+_DTYPES = {"bf16": torch.bfloat16}
+_WORD_BYTES = 4
+_FOR_COMBINE = ("rows_received", "row_origin", "row_slots", "row_weights", "token_ranks", "tokens_sent")
+_FOR_USER = ("counts", "ranges", "row_tokens")
+
+
+class Received:
+    """Makes that memory; knows where everything lies in it."""
+
+    def __init__(self, problem: Problem, local_experts: int, device: torch.device) -> None:
+        ranks, topk = problem.num_ranks, problem.num_topk
+        rows = ranks * problem.max_tokens
+        sizes = {
+            "token_ranks": 2 * problem.max_tokens,  # 64-bit masks come first,
+            "ranges": 2 * local_experts * ranks,  # and pairs that may be read as 64-bit numbers next
+            "counts": local_experts,
+            "row_tokens": local_experts * rows,
+            "rows_received": 1,
+            "row_origin": rows,
+            "row_slots": rows * topk,
+            "row_weights": rows * topk,
+            "tokens_sent": 1,
+        }
+        at = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+        self._words = sum(sizes.values())
+        self._layout = NumbersLayout(
+            local_experts, ranks, rows, ranges=at["ranges"], counts=at["counts"], row_tokens=at["row_tokens"]
+        )
+        self._for_combine = [_WORD_BYTES * at[name] for name in _FOR_COMBINE]
+        self._for_user = [_WORD_BYTES * at[name] for name in _FOR_USER]
+        self._device = device
+        self.tokens_shape = (local_experts, rows, problem.hidden)
+        self.dtype = _DTYPES.get(problem.dtype, torch.float8_e4m3fn)
+        words = scale_words(problem.hidden, problem.dtype)
+        self._scales_shape = (local_experts, words, rows) if words else None
+        self._scales_dtype = torch.int32 if SCALES_PER_WORD[problem.dtype] > 1 else torch.float32
+
+    def allocate(self, owner: object, num_tokens: int, stream: int, tokens: torch.Tensor | None = None) -> Dispatched:
+        """Memory for one dispatch of `num_tokens` tokens; `tokens` in place of new memory for the rows."""
+        if tokens is None:
+            tokens = torch.empty(self.tokens_shape, dtype=self.dtype, device=self._device)
+        scales = None
+        if self._scales_shape is not None:
+            scales = torch.empty(self._scales_shape, dtype=self._scales_dtype, device=self._device).transpose(1, 2)
+        memory = torch.empty(self._words, dtype=torch.int32, device=self._device)
+        base = memory.data_ptr()
+        addresses = tuple([base + offset for offset in self._for_combine])
+        return Dispatched(tokens, scales, Handle(owner, num_tokens, memory, addresses, stream), self._layout)
+
+    def user_addresses(self, received: Dispatched) -> tuple[int, int, int]:
+        """Of counts, ranges and row_tokens."""
+        base = received.handle.memory.data_ptr()
+        counts, ranges, row_tokens = self._for_user
+        return base + counts, base + ranges, base + row_tokens
