@@ -22,11 +22,12 @@ VECTOR_BYTES = 16
 MOST_STEPS = 8
 """Vectors of a row that a thread holds in registers."""
 
-FEW_TOKENS = 32
 WARPS_OF_FEW, WARPS_OF_MANY = 16, 8
-"""Warps that move a row, at most, with a capacity up to FEW_TOKENS and above. Every block is one such team: two H100,
-hidden 7168, top-8, 256 experts: 13.2 us (16) against 14.1 (8) for a pair of 1 token, 17.7 against 18.2 for 32, 24.0
-against 22.3 for 64; at 512 tokens one, two, three and four teams of 8 to a block took 91.5, 90.7, 94.8 and 112.8."""
+FEW_TOKENS = {"dispatch": 32, "combine": 64}
+"""Warps that move a row, at most: WARPS_OF_FEW up to these capacities, WARPS_OF_MANY above. Every block is one such
+team. Two H100, hidden 7168, top-8, 256 experts, us: dispatch 6.5 (16 warps) and 7.1 (8) for 1 token, 14.2 and 12.0 for
+64; combine 9.5 and 9.8 for 64; a pair of 512 tokens with one, two, three and four teams of 8 to a block 91.5, 90.7,
+94.8 and 112.8."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ def select(problem: Problem) -> Selection:
 
 
 def _dispatch(problem: Problem) -> LowLatencyDispatch:
-    return LowLatencyDispatch(**_fields(problem))
+    return LowLatencyDispatch(**_fields(problem, "dispatch"))
 
 
 def _combine(problem: Problem, weights: str) -> LowLatencyCombine:
-    return LowLatencyCombine(**_fields(replace(problem, dtype="bf16")), weights=weights)
+    return LowLatencyCombine(**_fields(replace(problem, dtype="bf16"), "combine"), weights=weights)
 
 
-def _fields(problem: Problem) -> dict[str, Any]:
+def _fields(problem: Problem, op: str) -> dict[str, Any]:
     return {
         "dtype": problem.dtype,
         "layout": problem.layout,
@@ -86,7 +87,7 @@ def _fields(problem: Problem) -> dict[str, Any]:
         "num_topk": problem.num_topk,
         "num_experts": problem.num_experts,
         "path": problem.path,
-        "warp_groups": warp_groups(problem),
+        "warp_groups": warp_groups(problem, op),
         "wire": wire(problem),
         "phase": "whole",
     }
@@ -99,14 +100,14 @@ def wire(problem: Problem) -> str:
     return "inline" if problem.max_tokens <= INLINE_MAX_TOKENS else "row"
 
 
-def warp_groups(problem: Problem) -> WarpGroups:
+def warp_groups(problem: Problem, op: str) -> WarpGroups:
     """One team to a block, of as many warps as a row has warps' worth of 16-byte vectors, up to the table's."""
     if problem.warp_groups is not None:
         return WarpGroups.parse(problem.warp_groups)
     if problem.on_host:
         return HOST_WARP_GROUPS
     vectors = problem.hidden * DTYPE_BYTES.get(problem.dtype, 2) // VECTOR_BYTES
-    most = WARPS_OF_FEW if problem.max_tokens <= FEW_TOKENS else WARPS_OF_MANY
+    most = WARPS_OF_FEW if problem.max_tokens <= FEW_TOKENS[op] else WARPS_OF_MANY
     warps = 1
     while (warps < most and warps * WARP_SIZE < vectors) or warps * WARP_SIZE * MOST_STEPS < vectors:
         warps *= 2

@@ -72,6 +72,9 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
 
 constexpr uint32_t kRecordPieces = kRowPieces;
 
+// Small blocks share a multiprocessor, so that there is one for each row.
+constexpr uint32_t kResident = kBlockThreads <= 256 ? 2 : 1;
+
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
@@ -317,7 +320,7 @@ __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] con
 }
 
 // Rows of `y` of which a thread asks for all its vectors at once: two if registers allow.
-constexpr uint32_t kTermsAhead = kSteps * kBlockThreads <= 2560 ? 2 : 1;
+constexpr uint32_t kTermsAhead = kSteps * kBlockThreads * kResident <= 2048 ? 2 : 1;
 
 // A thread's part of a partial sum.
 __device__ __forceinline__ void partial_sums(const Terms& terms, Sums (&sums)[kSteps]) {
@@ -439,7 +442,7 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ll_combine_bf16_expert_r4_h2880_k4_e128_ipc_w1x8_row_whole_atcombine(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_combine_bf16_expert_r4_h2880_k4_e128_ipc_w1x8_row_whole_atcombine(const __grid_constant__ Params p) {
     const Watch watch = start_watch(p);
     leave_epoch(p, watch);
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);

@@ -71,6 +71,9 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
 
 constexpr uint32_t kRecordPieces = kRowPieces;
 
+// Small blocks share a multiprocessor, so that there is one for each row.
+constexpr uint32_t kResident = kBlockThreads <= 256 ? 2 : 1;
+
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
@@ -203,7 +206,7 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ll_combine_bf16_expert_r8_h7168_k8_e256_ipc_w1x8_row_receive_atdispatch(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_combine_bf16_expert_r8_h7168_k8_e256_ipc_w1x8_row_receive_atdispatch(const __grid_constant__ Params p) {
     const Watch watch = start_watch(p);
     leave_epoch(p, watch);
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);

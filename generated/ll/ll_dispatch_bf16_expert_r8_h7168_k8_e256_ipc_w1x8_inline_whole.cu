@@ -81,6 +81,9 @@ constexpr uint32_t kHeaderWords = 1 + 2 * kTopk;  // token; then per selection e
 constexpr uint32_t kHeaderPieces = (kHeaderWords + kPieceWords - 1) / kPieceWords;
 constexpr uint32_t kRecordPieces = kHeaderPieces + kRowPieces;
 
+// Small blocks share a multiprocessor, so that there is one for each row.
+constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
+
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
@@ -266,7 +269,7 @@ constexpr uint32_t kRepeated = 1u << 30;
 constexpr uint32_t kNoSelection = 0xffffffffu;
 
 // What a token selects: experts, marked kAgain where an earlier selection names the same, or -1.
-constexpr uint32_t kAgain = 1 << 14;
+constexpr int32_t kAgain = 1 << 14;
 
 struct Selections {
     int16_t experts[kTopk];
@@ -285,7 +288,7 @@ __device__ __forceinline__ uint64_t ranks_of(const Selections& selections) {
 #pragma unroll 4
     for (uint32_t k = 0; k < kTopk; ++k) {
         const int32_t expert = selections.experts[k];
-        if (expert >= 0) ranks |= uint64_t(1) << rank_of_expert(uint32_t(expert) & ~kAgain);
+        if (expert >= 0) ranks |= uint64_t(1) << rank_of_expert(uint32_t(expert & ~kAgain));
     }
     return ranks;
 }
@@ -313,79 +316,69 @@ __device__ __forceinline__ void clear(Tally& sum) {
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) sum.rows_to_rank[rank] = 0;
 }
 
-// Whether an earlier selection of a token has the same expert, and the same rank. One selection per lane; `k` is which
-// of its token's.
-struct Marks {
-    bool again;
-    bool rank_again;
-};
-
-__device__ __forceinline__ Marks marks_of(uint32_t k, uint32_t expert, uint32_t rank) {
-    Marks marks = {false, false};
+// Ids that are not in the cache take longer than all that is done before they are looked at.
+__device__ __forceinline__ void prefetch_ids(const Params& p) {
+    constexpr uint32_t kLineBytes = 128;
+    const uint64_t bytes = uint64_t(p.tokens) * kTopk * (p.wide_ids ? 8 : 4);
 #pragma unroll 1
-    for (uint32_t back = 1; back < kTopk; ++back) {
-        const uint32_t both = __shfl_up_sync(kFullWarp, rank << 16 | (expert & 0xffff), back);
-        marks.again |= k >= back && (both & 0xffff) == (expert & 0xffff);
-        marks.rank_again |= k >= back && both >> 16 == rank;
-    }
-    return marks;
-}
-
-// Adds each lane's row to its rank's, with one atomic per rank and warp.
-__device__ __forceinline__ void add_rows(Tally& sum, bool is_row, uint32_t rank) {
-    uint32_t rest = __ballot_sync(kFullWarp, is_row);
-#pragma unroll 1
-    while (rest != 0) {
-        const uint32_t leader = uint32_t(__ffs(int32_t(rest))) - 1;
-        const uint32_t its_rank = __shfl_sync(kFullWarp, rank, int32_t(leader));
-        const uint32_t same = __ballot_sync(kFullWarp, is_row && rank == its_rank);
-        if (lane_id() == leader) atomicAdd(&sum.rows_to_rank[its_rank], uint32_t(__popc(same)));
-        rest &= ~same;
+    for (uint64_t at = threadIdx.x * kLineBytes; at < bytes; at += kBlockThreads * kLineBytes) {
+        prefetch_input(reinterpret_cast<const uint8_t*>(p.topk_idx) + at);
     }
 }
 
-// Looks at the tokens [from, end): adds those before `counted` to the sum, and keeps the selections of the others. A
-// warp takes as many whole tokens at once as it has lanes for, and asks for some ahead. An id that names no expert
-// counts as none; block 0 reports it to the host. Out of line, because it is called from several places.
+// One token's ids, all asked for before one is looked at. -2 stands for those that name no expert.
+__device__ __forceinline__ void load_ids(const void* topk_idx, bool wide_ids, uint32_t token, int32_t (&ids)[kTopk]) {
+    if (wide_ids) {
+        const int64_t* from = reinterpret_cast<const int64_t*>(topk_idx) + uint64_t(token) * kTopk;
+        int64_t wide[kTopk];
+#pragma unroll
+        for (uint32_t k = 0; k < kTopk; ++k) wide[k] = from[k];
+#pragma unroll
+        for (uint32_t k = 0; k < kTopk; ++k) {
+            ids[k] = wide[k] >= -1 && wide[k] < int64_t(kExperts) ? int32_t(wide[k]) : -2;
+        }
+    } else {
+        const int32_t* from = reinterpret_cast<const int32_t*>(topk_idx) + uint64_t(token) * kTopk;
+#pragma unroll
+        for (uint32_t k = 0; k < kTopk; ++k) ids[k] = from[k];
+#pragma unroll
+        for (uint32_t k = 0; k < kTopk; ++k) ids[k] = ids[k] < int32_t(kExperts) ? max(ids[k], -2) : -2;
+    }
+}
+
+// Looks at the tokens [from, end), one per thread: adds those before `counted` to the sum, and keeps the selections of
+// the others. An id that names no expert counts as none; block 0 reports it to the host. Out of line, because it is
+// called from several places.
 __device__ __noinline__ void count_tokens(const void* topk_idx, bool wide_ids, Failure* failure, Tally& sum,
                                           uint32_t from, uint32_t counted, uint32_t end, Selections* kept) {
-    constexpr uint32_t kTokensAtOnce = kWarpSize / kTopk;
-    constexpr uint32_t kStride = kBlockThreads / kWarpSize * kTokensAtOnce;
-    constexpr uint32_t kAhead = 2;
-    const uint32_t token_of_lane = lane_id() / kTopk;
-    const uint32_t k = lane_id() % kTopk;
 #pragma unroll 1
-    for (uint32_t first = from + warp_id() * kTokensAtOnce; first < end; first += kAhead * kStride) {
-        int64_t ids[kAhead];
+    for (uint32_t first = from + warp_id() * kWarpSize; first < end; first += kBlockThreads) {
+        const uint32_t token = first + lane_id();
+        int32_t ids[kTopk];
 #pragma unroll
-        for (uint32_t ahead = 0; ahead < kAhead; ++ahead) {
-            const uint32_t token = first + ahead * kStride + token_of_lane;
-            const uint64_t at = uint64_t(token) * kTopk + k;
-            ids[ahead] = -1;
-            if (token_of_lane >= kTokensAtOnce || token >= end) continue;
-            if (wide_ids) {
-                ids[ahead] = reinterpret_cast<const int64_t*>(topk_idx)[at];
-            } else {
-                ids[ahead] = reinterpret_cast<const int32_t*>(topk_idx)[at];
+        for (uint32_t k = 0; k < kTopk; ++k) ids[k] = -1;
+        if (token < end) load_ids(topk_idx, wide_ids, token, ids);
+        uint64_t ranks = 0;
+        bool known = true;
+#pragma unroll
+        for (uint32_t k = 0; k < kTopk; ++k) {
+            bool again = false;
+#pragma unroll
+            for (uint32_t earlier = 0; earlier < k; ++earlier) again |= ids[earlier] == ids[k];
+            known &= ids[k] >= -1;
+            const bool selected = ids[k] >= 0;
+            if (selected) ranks |= uint64_t(1) << rank_of_expert(uint32_t(ids[k]));
+            if (selected && !again && token < counted) atomicAdd(&sum.tokens_of_expert[ids[k]], 1u);
+            if (token >= counted && token < end) {
+                kept[token - counted].experts[k] = selected ? int16_t(ids[k] | (again ? kAgain : 0)) : int16_t(-1);
             }
         }
-#pragma unroll
-        for (uint32_t ahead = 0; ahead < kAhead; ++ahead) {
-            const uint32_t token = first + ahead * kStride + token_of_lane;
-            const bool selected = uint64_t(ids[ahead]) < kExperts;
-            const uint32_t expert = uint32_t(ids[ahead]);
-            const uint32_t rank = selected ? rank_of_expert(expert) : kRanks;
-            const Marks marks = marks_of(k, expert, rank);
-            if (!selected && ids[ahead] != -1 && blockIdx.x == 0) {
-                store_relaxed_sys(&failure->invalid_token, token + 1);
-            }
-            const bool counts = selected && token < counted;
-            if (counts && !marks.again) atomicAdd(&sum.tokens_of_expert[expert], 1u);
-            add_rows(sum, counts && !marks.rank_again, rank);
-            if (token_of_lane < kTokensAtOnce && counted <= token && token < end) {
-                kept[token - counted].experts[k] =
-                    selected ? int16_t(expert | (marks.again ? kAgain : 0)) : int16_t(-1);
-            }
+        if (!known && blockIdx.x == 0) store_relaxed_sys(&failure->invalid_token, token + 1);
+        if (token >= counted) ranks = 0;
+#pragma unroll 1
+        for (uint32_t rank = 0; rank < kRanks; ++rank) {
+            const uint32_t rows = uint32_t(__popc(__ballot_sync(kFullWarp, uint32_t(ranks >> rank & 1))));
+            if (lane_id() == 0 && rows != 0) atomicAdd(&sum.rows_to_rank[rank], rows);
         }
     }
 }
@@ -492,7 +485,7 @@ struct Token {
 // What a team needs to send one token.
 struct Outgoing {
     uint32_t header[kHeaderPieces * kPieceWords];
-    uint4* records[kRanks];  // where its record goes, this rank first
+    uint4* records[kRanks];  // where its record goes, this rank last
     uint32_t count;
 };
 
@@ -527,11 +520,11 @@ __device__ __forceinline__ void plan_token(const Params& p, const Watch& watch, 
     if (team_thread() < kTopk) {
         const uint32_t k = team_thread();
         const int32_t selected = selections[team].experts[k];
-        const int32_t expert = selected & int32_t(~kAgain);
+        const int32_t expert = selected & ~kAgain;
         uint32_t place = selected < 0 ? 0 : before.tokens_of_expert[expert];
 #pragma unroll 1
         for (uint32_t other = 0; other < team; ++other) place += selects(selections[other], expert);
-        const uint32_t repeated = selected >= int32_t(kAgain) ? kRepeated : 0;
+        const uint32_t repeated = selected >= kAgain ? kRepeated : 0;
         outgoing.header[1 + k] = selected < 0 ? kNoSelection : uint32_t(expert) << kPlaceBits | place | repeated;
         outgoing.header[1 + kTopk + k] = __float_as_uint(token.weight);
     }
@@ -542,11 +535,11 @@ __device__ __forceinline__ void plan_token(const Params& p, const Watch& watch, 
     }
 #pragma unroll 1
     for (uint32_t step = kTeamThreads - 1 - team_thread(); step < kRanks; step += kTeamThreads) {
-        const uint32_t rank = rank_after(p.rank, step);
+        const uint32_t rank = rank_after(p.rank, 1 + step);
         if ((ranks >> rank & 1) == 0) continue;
         uint32_t at = 0;
 #pragma unroll 1
-        for (uint32_t earlier = 0; earlier < step; ++earlier) at += uint32_t(ranks >> rank_after(p.rank, earlier) & 1);
+        for (uint32_t earlier = 1; earlier <= step; ++earlier) at += uint32_t(ranks >> rank_after(p.rank, earlier) & 1);
         uint32_t place = before.rows_to_rank[rank];
 #pragma unroll 1
         for (uint32_t other = 0; other < team; ++other) place += uint32_t(ranks_of(selections[other]) >> rank & 1);
@@ -717,7 +710,8 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ll_dispatch_bf16_expert_r8_h7168_k8_e256_ipc_w1x8_inline_whole(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_dispatch_bf16_expert_r8_h7168_k8_e256_ipc_w1x8_inline_whole(const __grid_constant__ Params p) {
+    if (blockIdx.x == 0) prefetch_ids(p);
     const Watch watch = start_watch(p);
     leave_epoch(p, watch);
     if (blockIdx.x == 0) tell_counts(p, watch, tokens_of_this_call(p));

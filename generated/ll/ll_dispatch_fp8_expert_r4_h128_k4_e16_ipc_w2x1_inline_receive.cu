@@ -84,6 +84,9 @@ constexpr uint32_t kHeaderWords = 1 + 2 * kTopk + kScaleWords;
 constexpr uint32_t kHeaderPieces = (kHeaderWords + kPieceWords - 1) / kPieceWords;
 constexpr uint32_t kRecordPieces = kHeaderPieces + kRowPieces;
 
+// Small blocks share a multiprocessor, so that there is one for each row.
+constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
+
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
@@ -373,7 +376,7 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ll_dispatch_fp8_expert_r4_h128_k4_e16_ipc_w2x1_inline_receive(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_dispatch_fp8_expert_r4_h128_k4_e16_ipc_w2x1_inline_receive(const __grid_constant__ Params p) {
     const Watch watch = start_watch(p);
     leave_epoch(p, watch);
     if (is_one_of(p.receivers)) receive_tokens(p, watch);

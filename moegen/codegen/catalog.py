@@ -42,7 +42,7 @@ def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = No
 
 def all_capacities() -> list[int]:
     """Capacities, one on each side of every limit at which `select` changes its mind."""
-    return [limit + more for limit in sorted({FEW_TOKENS, INLINE_MAX_TOKENS}) for more in (0, 1)]
+    return [limit + more for limit in sorted({*FEW_TOKENS.values(), INLINE_MAX_TOKENS}) for more in (0, 1)]
 
 
 def catalog() -> list[Spec]:

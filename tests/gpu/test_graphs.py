@@ -101,7 +101,7 @@ def test_load_during_capture_says_warmup() -> None:
     from moegen.kernels.spec import Spec
     from moegen.runtime.kernel import load
 
-    spec = Spec.parse("ll_dispatch_bf16_expert_r1_h64_k1_e1_ipc_w1x1_inline_whole_whole")
+    spec = Spec.parse("ll_dispatch_bf16_expert_r1_h64_k1_e1_ipc_w1x1_inline_whole")
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(MissingKernelError, match="warmup"), torch.cuda.graph(graph):
         load(spec, torch.device("cuda", 0))
