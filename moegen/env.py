@@ -76,6 +76,13 @@ VARIABLES: dict[str, Variable] = {
             "Host target: other than 0, threads run in a seeded random order, with pauses before signals.",
         ),
         Variable(
+            "MOEGEN_REPLACE_DEEP_EP",
+            "0 or 1",
+            "0",
+            "1 puts moegen.compat.deep_ep in the place of `deep_ep` when vLLM or SGLang load their plugins.",
+            ("0", "1"),
+        ),
+        Variable(
             "MOEGEN_LOG",
             "debug, info, warning or error",
             "warning",
@@ -112,6 +119,11 @@ def cache_dir() -> Path:
 def cache_trust() -> bool:
     """Whether the owner and permissions of cache and packs are taken as they are."""
     return raw("MOEGEN_CACHE_TRUST") == "1"
+
+
+def replace_deep_ep() -> bool:
+    """Whether frameworks get moegen where they import `deep_ep`."""
+    return raw("MOEGEN_REPLACE_DEEP_EP") == "1"
 
 
 def packs() -> tuple[Path, ...]:

@@ -62,6 +62,37 @@ def test_back_to_back_between_processes(group: Processes) -> None:
     print(f"\n{group.size} processes on {group.device}: {1e3 * max(seconds):.1f} ms per pair")
 
 
+def halves_and_streams(rank: int, device: str) -> str:
+    """Hooks of two micro-batches, and calls on the object's own stream, give what plain calls give."""
+    shape = Shape(torch.distributed.get_world_size(), 16, 4, 128, 32)
+    with make_layer(shape, device, slots=2) as layer:
+        x = torch.randn(32, shape.hidden, device=device).bfloat16()
+        ids = torch.randint(0, 16, (32, 4), device=device)
+        plain = layer.dispatch(x, ids)
+        wanted = layer.combine(plain.tokens, plain.handle)
+        for _ in range(20):
+            one, receive_one = layer.dispatch(x, ids, return_recv_hook=True)
+            two, receive_two = layer.dispatch(x, ids, return_recv_hook=True)
+            receive_one()
+            receive_two()
+            for received in (one, two):
+                assert torch.equal(received.counts, plain.counts)
+            late, event = layer.dispatch(x, ids, async_finish=True)
+            event.wait()
+            combined, event = layer.combine(late.tokens, late.handle, async_finish=True)
+            event.wait()
+            assert torch.equal(combined, wanted)
+            combined, receive = layer.combine(two.tokens, two.handle, return_recv_hook=True)
+            receive()
+            assert torch.allclose(combined.float(), wanted.float(), rtol=2**-6, atol=2**-6)
+        layer.synchronize()
+    return "ok"
+
+
+def test_hooks_and_streams_between_processes(group: Processes) -> None:
+    assert group.call(halves_and_streams) == ["ok"] * group.size
+
+
 def die_in_the_middle(rank: int, device: str) -> str:
     shape = Shape(torch.distributed.get_world_size(), 16, 4, 128, 32)
     layer = make_layer(shape, device, timeout=2.0)

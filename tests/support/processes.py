@@ -86,7 +86,7 @@ def _serve(pipe: Connection, rank: int, size: int, device: str, port: int) -> No
     torch.distributed.destroy_process_group()
 
 
-def make_layer(shape: Shape, device: str, *, timeout: float = 30.0) -> moegen.ExpertParallel:
+def make_layer(shape: Shape, device: str, *, timeout: float = 30.0, slots: int = 1) -> moegen.ExpertParallel:
     return moegen.ExpertParallel(
         torch.distributed.group.WORLD,
         num_experts=shape.experts,
@@ -94,6 +94,7 @@ def make_layer(shape: Shape, device: str, *, timeout: float = 30.0) -> moegen.Ex
         hidden=shape.hidden,
         max_tokens_per_rank=shape.max_tokens,
         timeout=timeout,
+        slots=slots,
         device=device,
     )
 

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moegen.compat.deep_ep.Buffer` called as frameworks call DeepEP, against an oracle of its own, on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import moegen
+from moegen.compat import deep_ep
+from moegen.runtime.worlds import RankWorld
+
+MAX_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes and options of one call."""
+
+    ranks: int
+    experts: int
+    topk: int
+    hidden: int
+    options: dict[str, bool]
+
+    def __str__(self) -> str:
+        words = "-".join(name for name, on in self.options.items() if on) or "bf16"
+        return f"r{self.ranks}-e{self.experts}-k{self.topk}-h{self.hidden}-{words}"
+
+
+BF16 = {"use_fp8": False}
+FP8 = {"use_fp8": True}
+ROUNDED = {"use_fp8": True, "round_scale": True}
+UE8M0 = {"use_fp8": True, "round_scale": True, "use_ue8m0": True}
+
+CASES = (
+    Case(1, 8, 1, 2048, BF16),
+    Case(2, 16, 8, 2880, BF16),
+    Case(2, 64, 8, 7168, FP8),
+    Case(3, 384, 6, 3584, UE8M0),
+    Case(4, 8, 5, 2048, ROUNDED),
+    Case(8, 16, 10, 512, FP8),
+    Case(8, 256, 16, 8192, BF16),
+)
+MODES = ("plain", "hook", "async")
+
+
+def inputs(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every rank can make every other's: tokens, ids (some -1), weights."""
+    generator = torch.Generator().manual_seed(100 * case.hidden + rank)
+    tokens = (7 * rank + 11) % (MAX_TOKENS + 1) if rank != 1 else 0
+    x = torch.randn(tokens, case.hidden, generator=generator).bfloat16()
+    ids = torch.rand(tokens, case.experts, generator=generator).topk(case.topk, dim=1).indices
+    ids[torch.rand(tokens, case.topk, generator=generator) < 0.1] = -1
+    weights = torch.rand(tokens, case.topk, generator=generator)
+    return x, ids, weights
+
+
+def dequantised(tokens: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """[experts, rows, hidden] float32."""
+    if scales.dtype == torch.int32:
+        shape = (*scales.shape[:2], -1)
+        exponents = scales.contiguous().view(torch.uint8).reshape(shape).int()
+        scales = (exponents << 23).view(torch.float32)
+    return tokens.float() * scales.repeat_interleave(128, dim=2)
+
+
+def settle(event: deep_ep.EventOverlap, hook: Callable[[], None] | None, mode: str) -> None:
+    assert (hook is not None) == (mode == "hook")
+    if hook is not None:
+        hook()
+    if mode == "async":
+        event.current_stream_wait()
+
+
+def check_dispatch(case: Case, rank: int, received: Any, count: torch.Tensor, handle: tuple[Any, ...]) -> torch.Tensor:
+    """Counts, ranges and rows against the routing of all ranks; what the experts are given, [experts, rows, hidden]."""
+    src_info, layout_range, max_tokens, hidden, experts = handle
+    local = case.experts // case.ranks
+    assert (max_tokens, hidden, experts) == (MAX_TOKENS, case.hidden, case.experts)
+    assert count.dtype == torch.int32
+    assert src_info.shape == (local, case.ranks * MAX_TOKENS)
+    assert layout_range.shape == (local, case.ranks)
+    assert layout_range.dtype == torch.int64
+    given = dequantised(*received) if case.options["use_fp8"] else received.float()
+    assert given.shape == (local, case.ranks * MAX_TOKENS, case.hidden)
+    everything = [inputs(case, source) for source in range(case.ranks)]
+    for expert in range(local):
+        total = 0
+        for source, (x, ids, _) in enumerate(everything):
+            wanted = (ids == rank * local + expert).any(dim=1).nonzero().flatten()
+            begin, number = divmod(int(layout_range[expert, source]), 2**32)
+            assert number == len(wanted)
+            rows = slice(begin, begin + number)
+            assert src_info[expert, rows].tolist() == wanted.tolist()
+            got, want = given[expert, rows].cpu(), x[wanted].float()
+            if case.options["use_fp8"]:  # three bits behind the leading one; a power of two wastes at most one of them
+                assert ((got - want).abs() <= want.abs() / 8 + 0.01).all()
+            else:
+                assert torch.equal(got, want)
+            total += number
+        assert int(count[expert]) == total
+    return given
+
+
+def round_trip(case: Case, mode: str, device: str) -> None:
+    world = moegen.LocalWorld(case.ranks, device)
+
+    def work(rank: RankWorld) -> None:
+        buffer = deep_ep.Buffer(rank, num_rdma_bytes=1 << 20, low_latency_mode=True, num_qps_per_rank=8)
+        x, ids, weights = (part.to(rank.device) for part in inputs(case, rank.rank))
+        stats = torch.zeros(case.experts // case.ranks, dtype=torch.int32, device=rank.device)
+        asked = {"async_finish": mode == "async", "return_recv_hook": mode == "hook"}
+        received, count, handle, event, hook = buffer.low_latency_dispatch(
+            x, ids, MAX_TOKENS, case.experts, cumulative_local_expert_recv_stats=stats, **case.options, **asked
+        )
+        settle(event, hook, mode)
+        given = check_dispatch(case, rank.rank, received, count, handle)
+        assert torch.equal(stats, count)
+        y = buffer.get_next_low_latency_combine_buffer(handle)
+        y.copy_(given)
+        out = torch.empty_like(x)
+        combined, event, hook = buffer.low_latency_combine(x=y, topk_idx=ids, topk_weights=weights, handle=handle,
+            zero_copy=True, out=out, **asked)  # fmt: skip
+        settle(event, hook, mode)
+        assert combined is out
+        kept = (weights * (ids >= 0)).sum(dim=1, keepdim=True)
+        want = x.float() * kept
+        slack = 2**-3 if case.options["use_fp8"] else 2**-6
+        assert ((combined.float() - want).abs() <= slack * want.abs() + 0.05 * kept).all()
+        rank.barrier()
+        buffer.destroy()
+
+    world.run(work)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_round_trip(device: str, case: Case) -> None:
+    round_trip(case, "plain", device)
+
+
+@pytest.mark.parametrize("mode", ["hook", "async"])
+def test_modes(device: str, mode: str) -> None:
+    ranks = 1 if device == "cuda" and mode == "async" else 2  # virtual ranks have one hardware queue each
+    round_trip(Case(ranks, 16, 4, 512, FP8), mode, device)
+
+
+def test_bad_calls(device: str) -> None:
+    world = moegen.LocalWorld(1, device)
+
+    def work(rank: RankWorld) -> None:
+        buffer = deep_ep.Buffer(rank)
+        x, ids = (
+            torch.zeros(3, 512, dtype=torch.bfloat16, device=device),
+            torch.zeros(3, 2, dtype=torch.int64).to(device),
+        )
+        with pytest.raises(ValueError, match="needs use_fp8 and round_scale"):
+            buffer.low_latency_dispatch(x, ids, 8, 4, use_ue8m0=True)
+        with pytest.raises(NotImplementedError, match="dispatch_wait_recv_cost_stats"):
+            buffer.low_latency_dispatch(x, ids, 8, 4, dispatch_wait_recv_cost_stats=torch.zeros(1))
+        with pytest.raises(TypeError, match="use_nvfp4"):
+            buffer.low_latency_dispatch(x, ids, 8, 4, use_nvfp4=True)  # type: ignore[call-arg]
+        with pytest.raises(ValueError, match="max_tokens_per_rank=3"):
+            buffer.low_latency_dispatch(x, ids, 2, 4)
+        received, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, 8, 4, use_fp8=False)
+        with pytest.raises(moegen.errors.HandleError, match="itself"):
+            buffer.low_latency_combine(received, ids, torch.ones(3, 2, device=device), tuple(handle))  # type: ignore[arg-type]
+        buffer.destroy()
+
+    world.run(work)
