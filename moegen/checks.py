@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moegen.errors import CapacityError, HandleError, InputError
-from moegen.handle import Dispatched, Handle
+from moegen.handle import Dispatched, GivenNumbers, Handle, NumbersLayout
 from moegen.kernels.ll import MAX_TOKENS_PER_RANK
 from moegen.kernels.problem import Problem
 
@@ -140,6 +140,38 @@ def out(owner: ExpertParallel, tensor: torch.Tensor | None, shape: tuple[int, ..
 def reused(owner: ExpertParallel, given: Dispatched) -> None:
     if given.handle.owner is not owner:
         raise HandleError("out is the result of another ExpertParallel; give one of this object's, or its allocate()'s")
+
+
+def given_numbers(
+    owner: ExpertParallel,
+    layout: NumbersLayout,
+    counts: torch.Tensor | None,
+    ranges: torch.Tensor | None,
+    row_tokens: torch.Tensor | None,
+) -> GivenNumbers:
+    experts = layout.local_experts
+    shapes = {"counts": (experts,), "ranges": (experts, layout.ranks, 2), "row_tokens": (experts, layout.rows)}
+    for (name, shape), tensor in zip(shapes.items(), (counts, ranges, row_tokens), strict=True):
+        if tensor is not None:
+            _tensor(owner, name, tensor, (torch.int32,))
+            _shape(name, tensor, shape)
+            if not tensor.is_contiguous():
+                raise InputError(f"{name} is contiguous; got strides {tensor.stride()}")
+    return GivenNumbers(counts, ranges, row_tokens)
+
+
+def scales(
+    owner: ExpertParallel, tensor: torch.Tensor | None, storage: tuple[int, int, int] | None, dtype: torch.dtype
+) -> None:
+    """`storage`: their shape as they lie in memory, with the last two dimensions exchanged; None if there are none."""
+    if tensor is None:
+        return
+    if storage is None:
+        raise InputError("this object sends tokens as they are: there are no scales; make it with quantize='fp8'")
+    _tensor(owner, "scales", tensor, (dtype,))
+    _shape("scales", tensor, (storage[0], storage[2], storage[1]))
+    if not tensor.transpose(1, 2).is_contiguous():
+        raise InputError(f"the rows of scales lie side by side (stride 1); got strides {tensor.stride()}")
 
 
 def total_counts(owner: ExpertParallel, totals: torch.Tensor | None) -> None:

@@ -251,9 +251,26 @@ class ExpertParallel(Lifecycle):
         hook = self._launch(ops.dispatch, *arguments)
         return received if hook is None else (received, partial(self._receive, hook))
 
-    def allocate(self) -> Dispatched:
-        """Memory for the results of one dispatch, for its `out`: tokens, scales, counts and what combine needs."""
-        return self._alive().received.allocate(self, 0, current_stream(self.device))
+    def allocate(
+        self,
+        *,
+        tokens: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+        ranges: torch.Tensor | None = None,
+        row_tokens: torch.Tensor | None = None,
+    ) -> Dispatched:
+        """Memory for the results of one dispatch, for its `out`. Tensors that are given become part of it; shapes,
+        dtypes and strides are those of `Dispatched`, contiguous but for `scales`.
+
+        Raises:
+            InputError: a tensor does not fit.
+        """
+        received = self._alive().received
+        given = checks.given_numbers(self, received.layout, counts, ranges, row_tokens)
+        checks.out(self, tokens, received.tokens_shape, received.dtype)
+        checks.scales(self, scales, received.scales_storage, received.scales_dtype)
+        return received.allocate(self, 0, current_stream(self.device), tokens, scales, given)
 
     @overload
     def combine(

@@ -47,6 +47,15 @@ class Handle:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class GivenNumbers:
+    """The user's own tensors for a dispatch's numbers, in place of its memory; shapes as in `Dispatched`."""
+
+    counts: torch.Tensor | None = None
+    ranges: torch.Tensor | None = None
+    row_tokens: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Dispatched:
     """The tokens that came to this rank, layout `expert`.
 
@@ -63,10 +72,13 @@ class Dispatched:
     scales: torch.Tensor | None
     handle: Handle
     layout: NumbersLayout
+    given: GivenNumbers = GivenNumbers()
 
     @property
     def counts(self) -> torch.Tensor:
         """int32 [local experts], on the device: rows of each expert."""
+        if self.given.counts is not None:
+            return self.given.counts
         return self.handle.memory.as_strided((self.layout.local_experts,), (1,), self.layout.counts)
 
     @property
@@ -75,12 +87,16 @@ class Dispatched:
 
         Read as one int64 each, they are `first << 32 | number`.
         """
+        if self.given.ranges is not None:
+            return self.given.ranges
         experts, ranks = self.layout.local_experts, self.layout.ranks
         return self.handle.memory.as_strided((experts, ranks, 2), (2 * ranks, 2, 1), self.layout.ranges)
 
     @property
     def row_tokens(self) -> torch.Tensor:
         """int32 [local experts, ranks * max_tokens_per_rank]: which of its source's tokens a row is."""
+        if self.given.row_tokens is not None:
+            return self.given.row_tokens
         experts, rows = self.layout.local_experts, self.layout.rows
         return self.handle.memory.as_strided((experts, rows), (rows, 1), self.layout.row_tokens)
 

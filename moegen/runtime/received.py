@@ -7,12 +7,13 @@ from itertools import accumulate
 
 import torch
 
-from moegen.handle import Dispatched, Handle, NumbersLayout
+from moegen.handle import Dispatched, GivenNumbers, Handle, NumbersLayout
 from moegen.kernels.ll import SCALES_PER_WORD, scale_words
 from moegen.kernels.problem import Problem
 
 _DTYPES = {"bf16": torch.bfloat16}
 _WORD_BYTES = 4
+_NOTHING_GIVEN = GivenNumbers()
 _FOR_COMBINE = ("rows_received", "row_origin", "row_slots", "row_weights", "token_ranks", "tokens_sent")
 _FOR_USER = ("counts", "ranges", "row_tokens")
 
@@ -36,7 +37,7 @@ class Received:
         }
         at = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
         self._words = sum(sizes.values())
-        self._layout = NumbersLayout(
+        self.layout = NumbersLayout(
             local_experts, ranks, rows, ranges=at["ranges"], counts=at["counts"], row_tokens=at["row_tokens"]
         )
         self._for_combine = [_WORD_BYTES * at[name] for name in _FOR_COMBINE]
@@ -45,23 +46,36 @@ class Received:
         self.tokens_shape = (local_experts, rows, problem.hidden)
         self.dtype = _DTYPES.get(problem.dtype, torch.float8_e4m3fn)
         words = scale_words(problem.hidden, problem.dtype)
-        self._scales_shape = (local_experts, words, rows) if words else None
-        self._scales_dtype = torch.int32 if SCALES_PER_WORD[problem.dtype] > 1 else torch.float32
+        self.scales_storage = (local_experts, words, rows) if words else None
+        self.scales_dtype = torch.int32 if SCALES_PER_WORD[problem.dtype] > 1 else torch.float32
 
-    def allocate(self, owner: object, num_tokens: int, stream: int, tokens: torch.Tensor | None = None) -> Dispatched:
-        """Memory for one dispatch of `num_tokens` tokens; `tokens` in place of new memory for the rows."""
+    def allocate(
+        self,
+        owner: object,
+        num_tokens: int,
+        stream: int,
+        tokens: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
+        given: GivenNumbers = _NOTHING_GIVEN,
+    ) -> Dispatched:
+        """Memory for one dispatch of `num_tokens` tokens; what is given is used in place of new memory."""
         if tokens is None:
             tokens = torch.empty(self.tokens_shape, dtype=self.dtype, device=self._device)
-        scales = None
-        if self._scales_shape is not None:
-            scales = torch.empty(self._scales_shape, dtype=self._scales_dtype, device=self._device).transpose(1, 2)
+        if scales is None and self.scales_storage is not None:
+            scales = torch.empty(self.scales_storage, dtype=self.scales_dtype, device=self._device).transpose(1, 2)
         memory = torch.empty(self._words, dtype=torch.int32, device=self._device)
         base = memory.data_ptr()
         addresses = tuple([base + offset for offset in self._for_combine])
-        return Dispatched(tokens, scales, Handle(owner, num_tokens, memory, addresses, stream), self._layout)
+        return Dispatched(tokens, scales, Handle(owner, num_tokens, memory, addresses, stream), self.layout, given)
 
     def user_addresses(self, received: Dispatched) -> tuple[int, int, int]:
         """Of counts, ranges and row_tokens."""
-        base = received.handle.memory.data_ptr()
+        base, given = received.handle.memory.data_ptr(), received.given
         counts, ranges, row_tokens = self._for_user
-        return base + counts, base + ranges, base + row_tokens
+        if given is _NOTHING_GIVEN:
+            return base + counts, base + ranges, base + row_tokens
+        return (
+            base + counts if given.counts is None else given.counts.data_ptr(),
+            base + ranges if given.ranges is None else given.ranges.data_ptr(),
+            base + row_tokens if given.row_tokens is None else given.row_tokens.data_ptr(),
+        )

@@ -10,16 +10,13 @@ import torch
 
 from moegen.compat.deep_ep.config import Config, combine_config, dispatch_config, low_latency_size_hint
 from moegen.compat.deep_ep.utils import EventHandle, EventOverlap
+from moegen.compat.low_latency import Layers, mode, unpacked
 from moegen.errors import HandleError, InputError
 from moegen.expert_parallel import ExpertParallel
 from moegen.handle import Dispatched
-from moegen.runtime.worlds import RankWorld
 
 Tensor = torch.Tensor
 Hook = Callable[[], None]
-
-IN_FLIGHT = 2
-"""Calls whose hooks may be open, as in DeepEP."""
 
 
 class LowLatencyHandle(tuple[Any, ...]):
@@ -78,20 +75,18 @@ class Buffer:
         if comm is not None:
             raise _missing("Buffer(comm=...)")
         self.group = group
-        self.rank, self.group_size = _place(group)
+        self._layers = Layers(group)
+        self.rank, self.group_size = self._layers.rank, self._layers.size
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self._layers: dict[tuple[Any, ...], ExpertParallel] = {}
         self._combine_buffers: dict[int, Tensor] = {}
 
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
-        for layer in self._layers.values():
-            layer.destroy()
-        self._layers.clear()
+        self._layers.destroy()
         self._combine_buffers.clear()
 
     @staticmethod
@@ -165,12 +160,12 @@ class Buffer:
         if dispatch_wait_recv_cost_stats is not None:
             raise _missing("low_latency_dispatch(dispatch_wait_recv_cost_stats=...)")
         quantize = _quantize(use_fp8, round_scale, use_ue8m0)
-        layer = self._layer(x, topk_idx.shape[1], num_max_dispatch_tokens_per_rank, num_experts, quantize)
+        layer = self._layers.get(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, quantize)
         answer = layer.dispatch(
             x,
             topk_idx,
             total_counts=cumulative_local_expert_recv_stats,
-            **_mode(async_finish, return_recv_hook),
+            **mode(async_finish, return_recv_hook),
         )
         received, event, hook = _unpacked(answer, async_finish, return_recv_hook)
         tokens = received.tokens if received.scales is None else (received.tokens, received.scales)
@@ -211,7 +206,7 @@ class Buffer:
         if topk_idx.shape != topk_weights.shape:
             raise InputError(f"topk_idx and topk_weights differ: {list(topk_idx.shape)}, {list(topk_weights.shape)}")
         answer = given.owner.combine(
-            x, given.received.handle, topk_weights, out=out, **_mode(async_finish, return_recv_hook)
+            x, given.received.handle, topk_weights, out=out, **mode(async_finish, return_recv_hook)
         )
         return _unpacked(answer, async_finish, return_recv_hook)
 
@@ -235,35 +230,6 @@ class Buffer:
     def low_latency_clean_mask_buffer(self) -> None:
         raise _missing("low_latency_clean_mask_buffer")
 
-    def _layer(self, x: Tensor, topk: int, max_tokens: int, num_experts: int, quantize: str | None) -> ExpertParallel:
-        """The object for these shapes; made, on all ranks together, when they are first seen."""
-        if x.dim() != 2:
-            raise InputError(f"x is [tokens, hidden]; got {list(x.shape)}")
-        if num_experts % self.group_size != 0:
-            raise InputError(f"num_experts is a multiple of the {self.group_size} ranks; got {num_experts}")
-        key = (x.shape[1], topk, max_tokens, num_experts, quantize, x.device)
-        layer = self._layers.get(key)
-        if layer is None:
-            layer = self._layers[key] = ExpertParallel(
-                self.group,
-                num_experts=num_experts,
-                num_topk=topk,
-                hidden=x.shape[1],
-                max_tokens_per_rank=max_tokens,
-                quantize=quantize,
-                slots=IN_FLIGHT,
-                device=x.device,
-            )
-        return layer
-
-
-def _place(group: Any) -> tuple[int, int]:
-    if isinstance(group, RankWorld):
-        return group.rank, group.size
-    import torch.distributed as dist
-
-    return dist.get_rank(group), dist.get_world_size(group)
-
 
 def _quantize(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> str | None:
     if use_ue8m0 and not (round_scale and use_fp8):
@@ -273,21 +239,10 @@ def _quantize(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> str | None:
     return "fp8_ue8m0" if use_ue8m0 else "fp8_pow2" if round_scale else "fp8"
 
 
-def _mode(async_finish: bool, return_recv_hook: bool) -> dict[str, Any]:
-    """Keyword arguments of moegen's calls."""
-    asked = {"async_finish": async_finish, "return_recv_hook": return_recv_hook}
-    return {name: True for name, wanted in asked.items() if wanted}
-
-
 def _unpacked(answer: Any, async_finish: bool, return_recv_hook: bool) -> tuple[Any, EventOverlap, Hook | None]:
     """Moegen's result, with DeepEP's event and hook."""
-    if async_finish:
-        result, event = answer
-        return result, EventOverlap(_Waits(event)), None
-    if return_recv_hook:
-        result, hook = answer
-        return result, EventOverlap(), hook
-    return answer, EventOverlap(), None
+    result, event, hook = unpacked(answer, async_finish, return_recv_hook)
+    return result, EventOverlap(None if event is None else _Waits(event)), hook
 
 
 class _Waits:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the low-latency interfaces of other libraries have in common: their objects learn the shapes call by call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moegen.errors import InputError
+from moegen.expert_parallel import ExpertParallel
+from moegen.runtime.worlds import RankWorld
+
+IN_FLIGHT = 2
+"""Calls whose hooks may be open, as in DeepEP and all that follow it."""
+
+
+class Layers:
+    """One ExpertParallel per shape of call.
+
+    Args:
+        group: a torch process group, or a rank_world.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._made: dict[tuple[Any, ...], ExpertParallel] = {}
+        if isinstance(group, RankWorld):
+            self.rank, self.size = group.rank, group.size
+        else:
+            import torch.distributed as dist
+
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def get(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, max_tokens: int, num_experts: int, quantize: str | None
+    ) -> ExpertParallel:
+        """The object for these shapes; made, on all ranks together, when they are first seen.
+
+        Raises:
+            InputError: shapes that none of these libraries takes.
+        """
+        if x.dim() != 2 or topk_idx.dim() != 2:
+            raise InputError(
+                f"x is [tokens, hidden], topk_idx [tokens, topk]; got {list(x.shape)}, {list(topk_idx.shape)}"
+            )
+        if num_experts % self.size != 0:
+            raise InputError(f"num_experts is a multiple of the {self.size} ranks; got {num_experts}")
+        key = (x.shape[1], topk_idx.shape[1], max_tokens, num_experts, quantize, x.device)
+        layer = self._made.get(key)
+        if layer is None:
+            layer = self._made[key] = ExpertParallel(
+                self._group,
+                num_experts=num_experts,
+                num_topk=topk_idx.shape[1],
+                hidden=x.shape[1],
+                max_tokens_per_rank=max_tokens,
+                quantize=quantize,
+                slots=IN_FLIGHT,
+                device=x.device,
+            )
+        return layer
+
+    def destroy(self) -> None:
+        for layer in self._made.values():
+            layer.destroy()
+        self._made.clear()
+
+
+def mode(async_finish: bool, return_recv_hook: bool) -> dict[str, Any]:
+    """Keyword arguments of moegen's calls."""
+    asked = {"async_finish": async_finish, "return_recv_hook": return_recv_hook}
+    return {name: True for name, wanted in asked.items() if wanted}
+
+
+def unpacked(answer: Any, async_finish: bool, return_recv_hook: bool) -> tuple[Any, Any, Any]:
+    """Moegen's result, event and hook; None where there is none."""
+    if async_finish:
+        return *answer, None
+    if return_recv_hook:
+        result, hook = answer
+        return result, None, hook
+    return answer, None, None

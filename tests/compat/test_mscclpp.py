@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MSCCL++ EP's low-latency calls, with results into tensors of the caller and without."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from support.deep_ep_cases import BF16, FP8, MAX_TOKENS, Case, check_dispatch, inputs
+
+import moegen
+from moegen import errors
+from moegen.compat import mscclpp
+from moegen.runtime.worlds import RankWorld
+
+
+def outputs(case: Case, fp8: bool) -> dict[str, torch.Tensor]:
+    local, rows = case.experts // case.ranks, case.ranks * MAX_TOKENS
+    tokens = torch.empty(local, rows, case.hidden, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16)
+    made = {
+        "out_packed_recv_x": tokens,
+        "out_packed_recv_src_info": torch.empty(local, rows, dtype=torch.int32),
+        "out_packed_recv_layout_range": torch.empty(local, case.ranks, dtype=torch.int64),
+        "out_packed_recv_count": torch.empty(local, dtype=torch.int32),
+    }
+    if fp8:
+        made["out_packed_recv_x_scales"] = torch.empty(local, case.hidden // 128, rows).transpose(1, 2)
+    return made
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["allocated", "given"])
+@pytest.mark.parametrize("case", [Case(2, 8, 4, 512, BF16), Case(4, 16, 8, 2048, FP8)], ids=str)
+@pytest.mark.parametrize("hook", [False, True], ids=["plain", "hook"])
+def test_round_trip(case: Case, given: bool, hook: bool) -> None:
+    fp8 = case.options["use_fp8"]
+
+    def work(rank: RankWorld) -> None:
+        buffer = mscclpp.Buffer(rank, num_rdma_bytes=1 << 20, low_latency_mode=True)
+        x, ids, weights = inputs(case, rank.rank)
+        mine = outputs(case, fp8) if given else {}
+        tokens, scales, count, src_info, ranges, event, receive = buffer.low_latency_dispatch(
+            x, ids, MAX_TOKENS, case.experts, fp8, False, hook, **mine
+        )
+        assert event is None
+        if receive is not None:
+            receive()
+        if given:
+            assert tokens is mine["out_packed_recv_x"]
+            assert count is mine["out_packed_recv_count"]
+            assert ranges is mine["out_packed_recv_layout_range"]
+        handle = (src_info, ranges, MAX_TOKENS, case.hidden, case.experts)
+        y = check_dispatch(case, rank.rank, (tokens, scales) if fp8 else tokens, count, handle).bfloat16()
+        combined, _, receive = buffer.low_latency_combine(
+            y, ids, weights, src_info, ranges, MAX_TOKENS, case.experts, False, False, hook
+        )
+        if receive is not None:
+            receive()
+        want = x.float() * (weights * (ids >= 0)).sum(dim=1, keepdim=True)
+        assert ((combined.float() - want).abs() <= 2**-3 * want.abs() + 0.3).all()
+        with pytest.raises(errors.HandleError, match="not a copy"):
+            buffer.low_latency_combine(
+                y, ids, weights, src_info, ranges.clone(), MAX_TOKENS, case.experts, False, False, False
+            )
+        rank.barrier()
+        buffer.destroy()
+
+    moegen.LocalWorld(case.ranks).run(work)
+
+
+def test_outputs_that_do_not_fit() -> None:
+    case = Case(1, 4, 2, 512, FP8)
+
+    def work(rank: RankWorld) -> None:
+        buffer = mscclpp.Buffer(rank)
+        x, ids, _ = inputs(case, 0)
+        for name, wrong, says in (
+            ("out_packed_recv_count", torch.empty(5, dtype=torch.int32), r"counts is \[4\]"),
+            ("out_packed_recv_x", torch.empty(4, MAX_TOKENS, 512, dtype=torch.bfloat16), "float8_e4m3fn"),
+            ("out_packed_recv_x_scales", torch.empty(4, MAX_TOKENS, 4), "side by side"),
+            ("out_packed_recv_src_info", torch.empty(4, 3, dtype=torch.int32), r"row_tokens is \[4, 40\]"),
+        ):
+            with pytest.raises(errors.InputError, match=says):
+                buffer.low_latency_dispatch(x, ids, MAX_TOKENS, 4, True, False, False, **{name: wrong})
+        buffer.destroy()
+
+    moegen.LocalWorld(1).run(work)
+
+
+def test_what_nobody_holds_is_not_kept() -> None:
+    def work(rank: RankWorld) -> None:
+        buffer = mscclpp.Buffer(rank)
+        x, ids, _ = inputs(Case(1, 4, 2, 512, BF16), 0)
+        for _ in range(5):
+            buffer.low_latency_dispatch(x, ids, MAX_TOKENS, 4, False, False, False)
+            gc.collect()
+        assert len(buffer._dispatched) <= 2
+        buffer.destroy()
+
+    moegen.LocalWorld(1).run(work)
