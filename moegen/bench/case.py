@@ -33,11 +33,12 @@ class Case:
         self._batch = batch
         self._ops = ops
         self._verifier = Verifier(ep.rank, buffers, batch, ep.problem.num_experts)
+        self._outs = [ep.allocate(tokens=tokens) for tokens in buffers.out]
         self._last: Dispatched | None = None
         self._before: Dispatched | None = None
         if "combine" in op:
             given = None if op == "combine_weighted" else batch.own_weights
-            self._before = ep.dispatch(buffers.x[0], batch.own_ids, given, out=buffers.out[0])
+            self._before = ep.dispatch(buffers.x[0], batch.own_ids, given)
             meet(ep.world)
 
     @property
@@ -64,7 +65,7 @@ class Case:
     def dispatch(self, number: int) -> None:
         x, out = self._x(number), self._y(number)
         self._last = self._ep.dispatch(
-            self._buffers.x[x], self._batch.own_ids, self._batch.own_weights, out=self._buffers.out[out]
+            self._buffers.x[x], self._batch.own_ids, self._batch.own_weights, out=self._outs[out]
         )
 
     def combine(self, number: int) -> None:
@@ -84,12 +85,14 @@ class Case:
         self._ep.combine(y, self._last.handle, out=out)
 
     def poison(self) -> None:
-        """Fills every output with NaN, and counts and ranges with -1, where the op writes them."""
+        """Fills every output with NaN, and scales, counts and ranges with -1."""
         meet(self._ep.world)
         for tensor in (*self._buffers.out, *self._buffers.combined):
             tensor.fill_(torch.nan)
-        if self._last is not None:
-            self._last.handle.memory.fill_(-1)
+        for out in self._outs:
+            out.handle.memory.fill_(-1)
+            if out.scales is not None:
+                out.scales.fill_(-1)
         meet(self._ep.world)
 
     def verify(self) -> None:
@@ -107,7 +110,7 @@ class Case:
         rotation = self._buffers.rotation
         for number in sorted({self._ops - 1, max(0, self._ops - min(rotation.tokens, rotation.rows))}):
             if self.op in ("dispatch", "pair"):
-                self._verifier.check_tokens(self._buffers.out[self._y(number)], self._x(number))
+                self._verifier.check_tokens(self._outs[self._y(number)], self._x(number))
             if self.op != "dispatch":
                 self._verifier.check_combined(self._buffers.combined[self._x(number)], self._y(number))
         meet(self._ep.world)

@@ -53,6 +53,7 @@ class LowLatencyConfig:
         link: how the link is measured.
         timeout: seconds that a kernel may wait for a rank.
         seed: of all random inputs.
+        quantize: as ExpertParallel takes it; "": tokens are sent as they are.
     """
 
     ranks: int
@@ -71,6 +72,7 @@ class LowLatencyConfig:
     link: LinkConfig
     timeout: float = 30.0
     seed: int = 1
+    quantize: str = ""
 
     def __post_init__(self) -> None:
         for routing in self.routings:
@@ -86,8 +88,15 @@ class LowLatencyConfig:
 
     @property
     def row_bytes(self) -> int:
-        """Payload of one token: bf16."""
+        """Payload of one token and of one partial sum: bf16."""
         return 2 * self.hidden
+
+    @property
+    def dispatch_row_bytes(self) -> int:
+        """Payload of one token as dispatch sends it, its scales included."""
+        if not self.quantize:
+            return self.row_bytes
+        return self.hidden + 4 * (self.hidden // (512 if self.quantize == "fp8_ue8m0" else 128))
 
     @property
     def virtual(self) -> bool:
@@ -108,9 +117,10 @@ class LowLatencyConfig:
             else f"--hidden {self.hidden} --experts {self.num_experts} --topk {self.num_topk}"
         )
         capacity = f" --max-tokens {self.max_tokens}" if self.max_tokens else ""
+        quantize = f" --quantize {self.quantize}" if self.quantize else ""
         return (
             f"moegen bench ll --ranks {self.ranks} --device {self.device} "
             f"--world {'processes' if self.processes else 'local'} --tokens {','.join(map(str, self.tokens))} {shape} "
-            f"--routing {','.join(self.routings)}{capacity} --ops {self.ops} --replays {self.replays} "
+            f"--routing {','.join(self.routings)}{capacity}{quantize} --ops {self.ops} --replays {self.replays} "
             f"--calls {self.calls} --seed {self.seed}"
         )

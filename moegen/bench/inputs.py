@@ -81,7 +81,8 @@ class Buffers:
 
     Attributes:
         x: rotating tokens, [tokens, hidden] each.
-        out: rotating results of dispatch, [local experts, ranks * max_tokens, hidden].
+        quantize: as in the configuration.
+        out: rotating tokens of dispatch's results, [local experts, ranks * max_tokens, hidden].
         y: rotating expert outputs, same shape.
         combined: rotating results of combine, [tokens, hidden].
     """
@@ -101,7 +102,9 @@ class Buffers:
         shape = (len(self._experts[world.rank]), self.expert_rows, config.hidden)
         self.x = [self.x_of(world.rank, index).clone() for index in range(count)]
         self.combined = [torch.empty(tokens, config.hidden, dtype=dtype, device=device) for _ in range(count)]
-        self.out = [torch.empty(shape, dtype=dtype, device=device) for _ in range(rows)]
+        self.quantize = config.quantize
+        received = torch.float8_e4m3fn if config.quantize else dtype
+        self.out = [torch.empty(shape, dtype=received, device=device) for _ in range(rows)]
         self.y = [table[self.table_rows(world.rank, index).to(device)] for index in range(rows)]
 
     def x_of(self, rank: int, index: int) -> torch.Tensor:

@@ -78,6 +78,7 @@ def _measure_tokens(
         num_topk=config.num_topk,
         hidden=config.hidden,
         max_tokens_per_rank=max_tokens,
+        quantize=config.quantize or None,
         timeout=config.timeout,
     ) as ep:
         ep.warmup()
@@ -133,7 +134,8 @@ def _row(
     """The figures of one recording, from all ranks' times."""
     answers = world.exchange((*timed, case.error_share))
     times = [answer[0] for answer in answers]
-    traffic = traffic_of(case.op, matrices(batch.ids, config.num_experts), config.row_bytes, nodes)
+    moved = matrices(batch.ids, config.num_experts)
+    traffic = traffic_of(case.op, moved, config.dispatch_row_bytes, config.row_bytes, nodes)
     medians = [quantile(own, 0.5) for own in times]
     over = over_ranks(medians)
     return {

@@ -28,7 +28,8 @@ def file_stem(result: Json) -> str:
     config, world = result["config"], result["world"]
     shape = config["preset"] or f"h{config['hidden']}_k{config['num_topk']}_e{config['num_experts']}"
     words = [result["bench"], short_name(result["machine"]["name"]), world["kind"], f"r{world['ranks']}"]
-    return "_".join(words + ([] if shape == _DEFAULT_PRESET else [shape]))
+    more = [shape] if shape != _DEFAULT_PRESET else []
+    return "_".join(words + more + [word for word in (config["quantize"],) if word])
 
 
 def save(result: Json, folder: Path) -> tuple[Path, Path]:
@@ -69,7 +70,8 @@ def _head(result: Json) -> Iterator[str]:
     yield f"{world['description']}; {world['timing']}"
     yield from (f"NOTE: {note}" for note in world["notes"])
     yield (
-        f"hidden {config['hidden']}, top-{config['num_topk']} of {config['num_experts']} experts, bf16; "
+        f"hidden {config['hidden']}, top-{config['num_topk']} of {config['num_experts']} experts, "
+        f"{config['quantize'] or 'bf16'}; "
         f"{config['ops']} ops per recording, {config['replays']} replays"
     )
     yield result["command"]

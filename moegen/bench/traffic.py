@@ -99,12 +99,14 @@ def dispatch_traffic(moved: Matrices, row_bytes: int, nodes: Sequence[int]) -> l
     ]
 
 
-def traffic_of(op: str, moved: Matrices, row_bytes: int, nodes: Sequence[int]) -> list[Traffic]:
+def traffic_of(
+    op: str, moved: Matrices, dispatch_row_bytes: int, combine_row_bytes: int, nodes: Sequence[int]
+) -> list[Traffic]:
     """Each rank's bytes in an op of `moegen.bench.ll`: a dispatch, a combine, or the pair."""
-    there = dispatch_traffic(moved, row_bytes, nodes)
+    there = dispatch_traffic(moved, dispatch_row_bytes, nodes)
     if op == "dispatch":
         return there
-    back = [one.swapped() for one in there]
+    back = [one.swapped() for one in dispatch_traffic(moved, combine_row_bytes, nodes)]
     return [a + b for a, b in zip(there, back, strict=True)] if op == "pair" else back
 
 

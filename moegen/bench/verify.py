@@ -43,8 +43,8 @@ class Verifier:
         self._require(torch.equal(dispatched.counts.cpu(), mine.counts), "dispatch: counts differ")
         self._require(torch.equal(dispatched.ranges.cpu(), mine.ranges), "dispatch: ranges differ")
 
-    def check_tokens(self, out: torch.Tensor, x_index: int) -> None:
-        """Raises BenchError unless every row of a dispatch's result is the right token, bit by bit."""
+    def check_tokens(self, out: Dispatched, x_index: int) -> None:
+        """Raises BenchError unless every row of a dispatch's result is the right token, bit by bit, and its scales."""
         sources = self._expected[self._rank].sources
         places = [
             (local * self._buffers.expert_rows + row, source, token)
@@ -53,11 +53,15 @@ class Verifier:
         ]
         if not places:
             return
-        row, source, token = torch.tensor(places, device=out.device).unbind(1)
+        row, source, token = torch.tensor(places, device=out.tokens.device).unbind(1)
         everything = torch.stack([self._buffers.x_of(rank, x_index) for rank in range(len(self._batch.ids))])
-        found = out.view(-1, out.shape[2])[row].view(torch.int16)
-        wanted = everything[source, token].view(torch.int16)
-        self._require(torch.equal(found, wanted), "dispatch: tokens differ")
+        wanted = everything[source, token]
+        if out.scales is not None:
+            wanted, scales = reference.quantise(wanted, self._buffers.quantize)
+            found_scales = out.scales.flatten(0, 1)[row]
+            self._require(torch.equal(found_scales, scales), "dispatch: scales differ")
+        found = out.tokens.flatten(0, 1).view(torch.uint8)[row]
+        self._require(torch.equal(found, wanted.view(torch.uint8)), "dispatch: tokens differ")
 
     def check_combined(self, combined: torch.Tensor, y_index: int) -> None:
         """Raises BenchError unless a combine's result is within the reference's bound of the exact sum."""

@@ -39,6 +39,7 @@ def ll(
     topk: Annotated[int, typer.Option(help="and selections per token.")] = 0,
     routing: Annotated[str, typer.Option(help="uniform, zipf, hot (one rank gets everything).")] = "uniform,zipf,hot",
     max_tokens: Annotated[int, typer.Option(min=0, help="Capacity per rank; 0: each case's tokens.")] = 0,
+    quantize: Annotated[str, typer.Option(help="fp8, fp8_pow2 or fp8_ue8m0: dispatch sends FP8.")] = "",
     ops: Annotated[int, typer.Option(min=0, help="Ops in a graph; 0: 50, on a CPU 2.")] = 0,
     replays: Annotated[int, typer.Option(min=0, help="Timed replays of a graph; 0: 100, on a CPU 3.")] = 0,
     calls: Annotated[int, typer.Option(min=0, help="Calls in an eager loop; 0: 100, on a CPU 2.")] = 0,
@@ -52,7 +53,7 @@ def ll(
 
     config = _config(
         ranks, device, world, (preset, hidden, experts, topk), common.numbers(tokens), routing, max_tokens,
-        (ops, replays, calls), seed,
+        (ops, replays, calls), seed, quantize,
     )  # fmt: skip
     result = launch.run(measure, config)
     if result is None:
@@ -72,6 +73,7 @@ def _config(
     max_tokens: int,
     counts: tuple[int, int, int],
     seed: int,
+    quantize: str,
 ) -> LowLatencyConfig:
     from moegen.bench.config import GPU_LINK, HOST_LINK, LowLatencyConfig
 
@@ -97,6 +99,7 @@ def _config(
         calls=calls,
         link=GPU_LINK if on_gpu else HOST_LINK,
         seed=seed,
+        quantize=quantize,
     )
 
 

@@ -60,6 +60,15 @@ def test_virtual_ranks(tmp_path: Path) -> None:
     assert str(ROOT) not in json.dumps(result) and os.uname().nodename not in json.dumps(result)
 
 
+def test_fp8(tmp_path: Path) -> None:
+    more = ("--hidden", "128", "--quantize", "fp8", "--routing", "uniform")
+    result = bench(tmp_path, "--ranks", "2", "--tokens", "3", *more)
+    assert [path.stem for path in tmp_path.glob("*.json")] == ["ll_cpu_virtual_r2_h128_k3_e7_fp8"]
+    dispatch, combine = result["cases"][:2]  # type: ignore[index]
+    assert "fp8" in dispatch["stems"][0] and "bf16" in combine["stems"][0]
+    assert dispatch["bytes"]["selections"] * 256 == combine["bytes"]["selections"] * (128 + 4)
+
+
 @pytest.mark.dist
 def test_processes(tmp_path: Path) -> None:
     result = bench(tmp_path, "--ranks", "2", "--tokens", "2", "--routing", "uniform", "--world", "processes")
@@ -123,7 +132,7 @@ def test_right_results_pass() -> None:
     right = RightResult()
     assert torch.equal(torch.stack(Buffers(LocalWorld(2).ranks[0], CONFIG, TOKENS, TOKENS).x)[1], right_x(right))
     right.verifier.check_counts(right.dispatched)
-    right.verifier.check_tokens(right.tokens, 1)
+    right.verifier.check_tokens(right.dispatched, 1)
     right.verifier.check_combined(right.combined, 1)
     assert 0 < right.verifier.worst <= 1
 
@@ -136,10 +145,10 @@ def test_wrong_results_are_noticed() -> None:
     right = RightResult()
     expert = int(right.dispatched.counts.argmax())
     with pytest.raises(BenchError, match="tokens differ"):
-        right.verifier.check_tokens(right.tokens, 0)
+        right.verifier.check_tokens(right.dispatched, 0)
     right.tokens[expert, 0, 15] += 1
     with pytest.raises(BenchError, match="tokens differ"):
-        right.verifier.check_tokens(right.tokens, 1)
+        right.verifier.check_tokens(right.dispatched, 1)
     with pytest.raises(BenchError, match="times the bound"):
         right.verifier.check_combined(right.combined, 0)
     right.combined[5, 3] += 1

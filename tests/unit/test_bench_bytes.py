@@ -48,7 +48,7 @@ def test_bytes_three_ways_and_by_node() -> None:
 
 def test_what_is_sent_is_received() -> None:
     for op in ("dispatch", "combine", "pair"):
-        traffic = traffic_of(op, matrices(ROUTING, EXPERTS), ROW, NODES)
+        traffic = traffic_of(op, matrices(ROUTING, EXPERTS), ROW, ROW, NODES)
         for name in ("unique_remote", "unique_with_self", "selections", "same_node", "cross_node"):
             sent, received = (sum(getattr(way, name) for way in ways) for ways in zip(*map(ends, traffic), strict=True))
             assert sent == received
@@ -60,11 +60,11 @@ def ends(traffic: object) -> tuple[object, object]:
 
 def test_combine_swaps_and_a_pair_adds() -> None:
     moved = matrices(ROUTING, EXPERTS)
-    there, back, both = (traffic_of(op, moved, ROW, NODES) for op in ("dispatch", "combine", "pair"))
+    there, back, both = (traffic_of(op, moved, ROW // 2, ROW, NODES) for op in ("dispatch", "combine", "pair"))
     for a, b, c in zip(there, back, both, strict=True):
-        assert (a.send, a.receive) == (b.receive, b.send)
+        assert (2 * a.send.selections, 2 * a.receive.unique_remote) == (b.receive.selections, b.send.unique_remote)
         assert c.send.unique_remote == a.send.unique_remote + b.send.unique_remote
-    assert traffic_of("combine_weighted", moved, ROW, NODES) == back
+    assert traffic_of("combine_weighted", moved, ROW // 2, ROW, NODES) == back
 
 
 def test_one_rank_sends_nothing_over_the_link() -> None:
@@ -165,8 +165,10 @@ def test_names_of_files() -> None:
         "bench": "ll",
         "machine": {"name": "NVIDIA H200"},
         "world": {"kind": "virtual", "ranks": 2},
-        "config": {"preset": "deepseek-v3", "hidden": 7168, "num_topk": 8, "num_experts": 256},
+        "config": {"preset": "deepseek-v3", "hidden": 7168, "num_topk": 8, "num_experts": 256, "quantize": ""},
     }
     assert file_stem(result) == "ll_h200_virtual_r2"
     result["config"]["preset"] = ""
     assert file_stem(result) == "ll_h200_virtual_r2_h7168_k8_e256"
+    result["config"]["quantize"] = "fp8"
+    assert file_stem(result) == "ll_h200_virtual_r2_h7168_k8_e256_fp8"
