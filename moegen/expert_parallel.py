@@ -231,7 +231,8 @@ class ExpertParallel(Lifecycle):
                 received = self.dispatch(
                     x, topk_idx, topk_weights, num_tokens=num_tokens, out=out, total_counts=total_counts
                 )
-            return received, Event(comm.stream, (x, topk_idx, topk_weights, num_tokens, received, total_counts))
+            results = (received.tokens, received.scales, received.handle.memory)
+            return received, Event(comm.stream, results, (x, topk_idx, topk_weights, num_tokens, total_counts))
         ops = self._alive()
         self.check()
         self._check_hook(return_recv_hook)
@@ -337,7 +338,7 @@ class ExpertParallel(Lifecycle):
             self._check_hook(return_recv_hook, async_finish)
             with self._comm_stream as comm:
                 combined = self.combine(y, handle, topk_weights, out=out)
-            return combined, Event(comm.stream, (y, handle, topk_weights, combined))
+            return combined, Event(comm.stream, (combined,), (y, handle, topk_weights))
         ops = self._alive()
         self.check()
         self._check_hook(return_recv_hook)

@@ -5,6 +5,7 @@ returns, and all of this does nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,12 +22,20 @@ def current_stream(device: torch.device) -> int:
 class Event:
     """The end of an asynchronous call. Keeps the call's tensors until somebody has waited.
 
+    Args:
+        stream: where the call runs; None on a CPU.
+        results: tensors made on that stream: a stream that waits may use them, and the allocator is told so.
+        kept: what else the call needs.
+
     Attributes:
         event: the `torch.cuda.Event`; None on a CPU.
     """
 
-    def __init__(self, stream: torch.cuda.Stream | None, kept: object = None) -> None:
+    def __init__(
+        self, stream: torch.cuda.Stream | None, results: Sequence[torch.Tensor | None] = (), kept: object = None
+    ) -> None:
         self.event: Any = None
+        self._results = results
         self._kept = kept
         if stream is not None:
             self.event = torch.cuda.Event()
@@ -35,7 +44,11 @@ class Event:
     def wait(self) -> None:
         """Makes the current stream wait; the host goes on."""
         if self.event is not None:
-            self.event.wait(torch.cuda.current_stream())
+            current = torch.cuda.current_stream()
+            self.event.wait(current)
+            for tensor in self._results:
+                if tensor is not None:
+                    tensor.record_stream(current)
         self._kept = None
 
 
