@@ -239,11 +239,12 @@ __device__ __forceinline__ uint4* weights_at(const Params& p, const Watch& watch
            place_in_buffer(p, watch, source, token) * kWeightPieces;
 }
 
-// They go out before any row is waited for: the ranks that sum need them first.
-__device__ __forceinline__ void send_weights(const Params& p, const Watch& watch, uint32_t tokens, Blocks who) {
+// They go out before any row is waited for: the ranks that sum need them first. The sending blocks do it, which wait
+// for the peers' weights: a launch of one block would otherwise wait before its own are out.
+__device__ __forceinline__ void send_weights(const Params& p, const Watch& watch, uint32_t tokens) {
     const uint64_t pieces = uint64_t(tokens) * kWeightPieces;
-    const uint64_t all_threads = uint64_t(who.blocks) * kBlockThreads;
-    const uint64_t first = uint64_t(blockIdx.x - who.first) * kBlockThreads + threadIdx.x;
+    const uint64_t all_threads = uint64_t(p.senders.blocks) * kBlockThreads;
+    const uint64_t first = uint64_t(blockIdx.x - p.senders.first) * kBlockThreads + threadIdx.x;
 #pragma unroll 1
     for (uint64_t index = first; index < pieces; index += all_threads) {
         const uint32_t token = uint32_t(index / kWeightPieces);
@@ -365,6 +366,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     open_epoch(p, watch, opened);
     __syncthreads();
     if (!opened) return;
+    send_weights(p, watch, tokens);
 #pragma unroll 1
     while (index < rows) {
         const uint32_t source = origin / p.max_tokens;
@@ -429,7 +431,6 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
     open_epoch(p, watch, opened);
     __syncthreads();
     if (!opened) return;
-    send_weights(p, watch, tokens, p.receivers);
 #pragma unroll 1
     while (token < tokens) {
         if ((ranks >> p.rank & 1) != 0) list_terms(p, watch, p.rank, token, selection, terms[team_id()]);

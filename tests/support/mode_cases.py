@@ -232,6 +232,16 @@ def test_hooks_need_slots(device: str) -> None:
     layer.destroy()
 
 
+@pytest.mark.parametrize("num_sms", [1, 2, 3])
+@pytest.mark.parametrize("late", [False, True], ids=["at_dispatch", "at_combine"])
+def test_few_blocks_have_several_roles(device: str, num_sms: int, late: bool) -> None:
+    layer = Layer(SHAPE, device, slots=2, num_sms=num_sms, timeout=5.0)
+    routing = random_routing(SHAPE, TOKENS, num_sms, kind="free")
+    layer.verify(routing, layer.round_trip(routing, late=late))
+    verify_in_halves(layer, routing, hooked_round_trip(layer, routing, late=late))
+    layer.destroy()
+
+
 def test_async_finish(device: str) -> None:
     """On a GPU with one rank: virtual ranks there have a hardware queue each, and these calls take another stream."""
     shape = SHAPE if device == "cpu" else Shape(1, 10, 4, 512, 24)
