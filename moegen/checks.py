@@ -187,6 +187,8 @@ def handle(owner: ExpertParallel, given: Handle) -> None:
         raise HandleError(f"combine takes the handle of a dispatch (Dispatched.handle); got {type(given).__name__}")
     if given.owner is not owner:
         raise HandleError("this handle comes from another ExpertParallel; give it to that one's combine")
+    if given.num_tokens < 0:
+        raise HandleError("nothing was dispatched into this memory; take the handle of what dispatch returned")
 
 
 def _tensor(owner: ExpertParallel, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import torch
 
 from moegen import checks
-from moegen.errors import InputError, SlotError
+from moegen.errors import HandleError, InputError, SlotError
 from moegen.handle import CombineOptions, Dispatched, DispatchOptions, Handle
 from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
 from moegen.runtime.lifecycle import Lifecycle
 from moegen.runtime.low_latency import FIRST_EPOCH, Hook, LowLatency
-from moegen.runtime.streams import CommStream, Event, current_stream
+from moegen.runtime.streams import CommStream, Event, current_stream, record
 from moegen.runtime.worlds import RankWorld, as_rank_world
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class ExpertParallel(Lifecycle):
         wire: how rows cross the link: "inline" (every 16 bytes carry their epoch), "row" (a tag per row), or "auto".
         warp_groups: teams and warps per team of a block, e.g. "2x16"; None: from the table in `moegen.select`.
         num_sms: thread blocks per launch at most; None: as many as are useful.
-        timeout: seconds that one call may wait for other ranks before it fails with PeerTimeoutError.
+        timeout: seconds that a call may wait for one thing from another rank before it fails with PeerTimeoutError.
         device: where a process group's tensors are; None: the current GPU, else the CPU.
 
     All arguments but `num_sms` and `device` must be equal on all ranks.
@@ -212,7 +212,8 @@ class ExpertParallel(Lifecycle):
             return_recv_hook: only send now; the second result is a function to be called once, on the same stream,
                 which receives. Nothing of the result may be read before it was called. In between no multiprocessor is
                 busy with this call, `x` may be overwritten by what follows on the stream, and other calls may be made;
-                all ranks call in the same order. Needs `slots` of 2 or more.
+                all ranks call in the same order. Needs `slots` of 2 or more. A graph that holds calls of this object
+                must not be replayed while a hook is open: it has chosen its slots when it was captured.
             async_finish: run on a stream of the object, behind what is on the current one; the second result is an
                 event, and nothing of the first may be read, nor the inputs changed, before `event.wait()`.
 
@@ -228,11 +229,12 @@ class ExpertParallel(Lifecycle):
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
             with self._comm_stream as comm:
+                record(self.device, (x, topk_idx, topk_weights, num_tokens, total_counts))
                 received = self.dispatch(
                     x, topk_idx, topk_weights, num_tokens=num_tokens, out=out, total_counts=total_counts
                 )
             results = (received.tokens, received.scales, received.handle.memory)
-            return received, Event(comm.stream, results, (x, topk_idx, topk_weights, num_tokens, total_counts))
+            return received, Event(comm, results)
         ops = self._alive()
         self.check()
         self._check_hook(return_recv_hook)
@@ -244,7 +246,7 @@ class ExpertParallel(Lifecycle):
         stream = current_stream(self.device)
         if isinstance(out, Dispatched):
             checks.reused(self, out)
-            received = out.for_tokens(x.shape[0], stream)
+            received = out.for_tokens(x.shape[0])
         else:
             checks.out(self, out, ops.received.tokens_shape, ops.received.dtype)
             received = ops.received.allocate(self, x.shape[0], stream, out)
@@ -271,7 +273,7 @@ class ExpertParallel(Lifecycle):
         given = checks.given_numbers(self, received.layout, counts, ranges, row_tokens)
         checks.out(self, tokens, received.tokens_shape, received.dtype)
         checks.scales(self, scales, received.scales_storage, received.scales_dtype)
-        return received.allocate(self, 0, current_stream(self.device), tokens, scales, given)
+        return received.allocate(self, -1, current_stream(self.device), tokens, scales, given)
 
     @overload
     def combine(
@@ -337,12 +339,15 @@ class ExpertParallel(Lifecycle):
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
             with self._comm_stream as comm:
+                record(self.device, (y, topk_weights))
                 combined = self.combine(y, handle, topk_weights, out=out)
-            return combined, Event(comm.stream, (combined,), (y, handle, topk_weights))
+            return combined, Event(comm, (combined,))
         ops = self._alive()
         self.check()
         self._check_hook(return_recv_hook)
         checks.handle(self, handle)
+        if ops.is_unfinished(handle):
+            raise HandleError("the hook of this handle's dispatch was not called yet; call it before combine")
         y = checks.expert_outputs(self, y, ops.received.tokens_shape)
         topk_weights = checks.topk_weights(self, topk_weights, handle.num_tokens)
         shape = (handle.num_tokens, self.problem.hidden)

@@ -27,10 +27,10 @@ class Handle:
 
     Attributes:
         owner: the object that made it; only that object's combine takes it.
-        num_tokens: rows of the token tensor that was dispatched.
+        num_tokens: rows of the token tensor that was dispatched; -1: nothing was.
         memory: the device memory behind `addresses`.
         addresses: of rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent, in that order.
-        stream: the CUDA stream that it was made on, as a number; 0 on the CPU.
+        stream: the CUDA stream that its memory was allocated on, as a number; 0 on the CPU.
     """
 
     owner: object
@@ -100,11 +100,11 @@ class Dispatched:
         experts, rows = self.layout.local_experts, self.layout.rows
         return self.handle.memory.as_strided((experts, rows), (rows, 1), self.layout.row_tokens)
 
-    def for_tokens(self, num_tokens: int, stream: int) -> Dispatched:
+    def for_tokens(self, num_tokens: int) -> Dispatched:
         """The same memory for another call."""
-        if num_tokens == self.handle.num_tokens and stream == self.handle.stream:
+        if num_tokens == self.handle.num_tokens:
             return self
-        return replace(self, handle=replace(self.handle, num_tokens=num_tokens, stream=stream))
+        return replace(self, handle=replace(self.handle, num_tokens=num_tokens))
 
 
 class DispatchOptions(TypedDict, total=False):

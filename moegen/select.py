@@ -101,7 +101,9 @@ def wire(problem: Problem) -> str:
 
 
 def warp_groups(problem: Problem, op: str) -> WarpGroups:
-    """One team to a block, of as many warps as a row has warps' worth of 16-byte vectors, up to the table's."""
+    """One team to a block, of as many warps as a row has warps' worth of 16-byte vectors: at most the table's, and
+    enough that a thread holds no more than MOST_STEPS.
+    """
     if problem.warp_groups is not None:
         return WarpGroups.parse(problem.warp_groups)
     if problem.on_host:

@@ -46,7 +46,7 @@ struct Params {
     uint64_t rows_offset;          // [half][source][max_tokens] records
     uint64_t tags_offset;          // [half][source][max_tokens] u64: epoch of the row there
     uint64_t weights_offset;       // [half][source][max_tokens][weight pieces]
-    uint64_t timeout_ns;           // how long the waits of this launch may take together
+    uint64_t timeout_ns;           // how long one wait may take
     Blocks senders;                // what they do is in the kernel
     Blocks receivers;              // the same blocks, if there are few
     uint32_t rank;                 // this rank

@@ -52,7 +52,7 @@ struct Params {
     uint64_t consumed_offset;   // [rank] u32: the last epoch that the peer has read
     uint64_t rows_offset;       // [half][source][max_tokens] records
     uint64_t tags_offset;       // [half][source][max_tokens] u64: epoch of the row there
-    uint64_t timeout_ns;        // how long the waits of this launch may take together
+    uint64_t timeout_ns;        // how long one wait may take
     Blocks senders;             // what they do is in the kernel
     Blocks receivers;           // the same blocks, if there are few
     uint32_t rank;              // this rank
@@ -384,8 +384,9 @@ __device__ __noinline__ void count_tokens(const void* topk_idx, bool wide_ids, F
 }
 
 // The first block tells every rank what is coming, also those that get nothing: every rank hears from every rank in
-// every epoch. It has no rows to send, because its counts are what receivers need first. Then it tells the peers that
-// this rank has read what came before this epoch; that release waits for everything that was stored here.
+// every epoch. It has no rows to send (unless there are too few blocks): its counts are what receivers need first. Then
+// it tells the peers that this rank has read what came before this epoch; that release waits for everything that was
+// stored here.
 __device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch, uint32_t tokens) {
     __shared__ Tally total;
     __shared__ bool opened;

@@ -53,7 +53,7 @@ struct Params {
     uint64_t consumed_offset;   // [rank] u32: the last epoch that the peer has read
     uint64_t rows_offset;       // [half][source][max_tokens] records
     uint64_t tags_offset;       // [half][source][max_tokens] u64: epoch of the row there
-    uint64_t timeout_ns;        // how long the waits of this launch may take together
+    uint64_t timeout_ns;        // how long one wait may take
     Blocks senders;             // what they do is in the kernel
     Blocks receivers;           // the same blocks, if there are few
     uint32_t rank;              // this rank

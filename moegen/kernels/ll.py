@@ -251,7 +251,7 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
                 Param("uint64_t", "x_stride", "bytes from one token of x to the next"),
                 Param("uint64_t", "counts_offset", "[half][source][count pieces]"),
                 *_COMMON,
-                Param("uint64_t", "timeout_ns", "how long the waits of this launch may take together"),
+                Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_COMMON_32,
                 Param("uint32_t", "wide_ids", "1: topk_idx is int64"),
             )
@@ -287,7 +287,7 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 *_COMMON,
                 Param("uint64_t", "weights_offset", "[half][source][max_tokens][weight pieces]"),
-                Param("uint64_t", "timeout_ns", "how long the waits of this launch may take together"),
+                Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_COMMON_32,
             )
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from moegen.errors import DestroyedError, MoegenError, PeerTimeoutError, SlotError
-from moegen.runtime.low_latency import Hook, LowLatency
+from moegen.runtime.low_latency import LowLatency, OpenHalf
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -91,8 +91,8 @@ class Lifecycle:
             self.check()
         return result
 
-    def _receive(self, receive: Hook) -> None:
+    def _receive(self, half: OpenHalf) -> None:
         """The hook that users get: a failure poisons the object, and on a CPU is raised at once."""
-        self._alive()
+        ops = self._alive()
         self.check()
-        self._launch(receive)
+        self._launch(ops.receive, half)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +17,7 @@ from moegen.runtime.bound import BoundKernel
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.received import Received
-from moegen.runtime.streams import current_stream
+from moegen.runtime.streams import StreamOrder, current_stream, record
 from moegen.runtime.watchdog import Watchdog
 from moegen.runtime.worlds import RankWorld
 from moegen.select import Selection
@@ -25,6 +25,18 @@ from moegen.select import Selection
 log = logging.getLogger(__name__)
 
 Hook = Callable[[], None]
+
+
+@dataclass(eq=False)
+class OpenHalf:
+    """An op of which only the first half was launched. Keeps alive what the second reads and writes."""
+
+    op: str
+    slot: int
+    arguments: tuple[int, ...]
+    kept: tuple[object, ...]
+    done: bool = False
+
 
 FIRST_EPOCH = 2
 """See `epoch_after` in `templates/device/signal.cuh`."""
@@ -69,8 +81,8 @@ class LowLatency:
     """One rank's dispatch and combine. Collective to make; the kernels are loaded already.
 
     Each op has `slots` sets of receive buffers. A call takes the op's lowest free one; a whole call gives it back at
-    once, because whatever uses it next is queued behind; one of which only the first half was launched keeps it until
-    the second is.
+    once, because whatever uses it next is queued behind, also from another stream; one of which only the first half was
+    launched keeps it until the second is.
     """
 
     def __init__(
@@ -99,6 +111,8 @@ class LowLatency:
         self._watchdog = Watchdog([kernel.spec.stem for kernel in kernels], PHASES, timeout, pinned=pinned)
         self._busy: dict[str, list[bool]] = {"dispatch": [False] * slots, "combine": [False] * slots}
         self._bound: dict[tuple[int, str, str, str], BoundKernel] = {}
+        self._order = StreamOrder(world.device)
+        self._unfinished: set[tuple[int, ...]] = set()
         for number, kernel in enumerate(kernels):
             for slot in range(slots):
                 self._bind(world, selection, kernel, self._watchdog.address(number), slot, timeout, num_sms)
@@ -165,8 +179,10 @@ class LowLatency:
         out: Dispatched,
         total_counts: torch.Tensor | None,
         hook: bool,
-    ) -> Hook | None:
+    ) -> OpenHalf | None:
         """Launches dispatch, or its first half; arguments are checked already."""
+        if out.handle.stream != current_stream(x.device):
+            record(x.device, (out.tokens, out.scales, out.handle.memory))
         rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent = out.handle.addresses
         counts, ranges, row_tokens = self.received.user_addresses(out)
         arguments: tuple[int, ...] = (
@@ -191,14 +207,18 @@ class LowLatency:
         )
         if out.scales is not None:
             arguments = (*arguments, out.scales.data_ptr())
-        return self._launch("dispatch", "", arguments, hook, (x, topk_idx, topk_weights, num_tokens, out, total_counts))
+        kept = (x, topk_idx, topk_weights, num_tokens, out, total_counts)
+        half = self._launch("dispatch", "", arguments, hook, kept)
+        if half is not None:
+            self._unfinished.add(half.arguments)
+        return half
 
     def combine(
         self, y: torch.Tensor, handle: Handle, weights: torch.Tensor | None, out: torch.Tensor, hook: bool
-    ) -> Hook | None:
+    ) -> OpenHalf | None:
         """Launches combine, or its first half; arguments are checked already."""
         if handle.stream != current_stream(y.device):  # the handle may be dropped before this stream has read it
-            handle.memory.record_stream(torch.cuda.current_stream(y.device))
+            record(y.device, (handle.memory,))
         arguments = (
             y.data_ptr(),
             out.data_ptr(),
@@ -209,14 +229,17 @@ class LowLatency:
         late = "atdispatch" if weights is None else "atcombine"
         return self._launch("combine", late, arguments, hook, (y, handle, weights, out))
 
-    def _launch(self, op: str, weights: str, arguments: tuple[int, ...], hook: bool, kept: object) -> Hook | None:
+    def _launch(
+        self, op: str, weights: str, arguments: tuple[int, ...], hook: bool, kept: tuple[object, ...]
+    ) -> OpenHalf | None:
         slot = self._free_slot(op)
+        self._order.follow(op, slot)
         if not hook:
             self._bound[(slot, op, "whole", weights)](*arguments)
             return None
         self._bound[(slot, op, "send", weights)](*arguments)
         self._busy[op][slot] = True
-        return _ReceiveHook(self, op, slot, arguments, kept)
+        return OpenHalf(op, slot, arguments, kept)
 
     def _free_slot(self, op: str) -> int:
         busy = self._busy[op]
@@ -227,29 +250,24 @@ class LowLatency:
             )
         return busy.index(False)
 
-    def receive(self, op: str, slot: int, arguments: tuple[int, ...]) -> None:
+    def receive(self, half: OpenHalf) -> None:
         """Launches the second half of an op."""
-        self._bound[(slot, op, "receive", "atdispatch" if op == "combine" else "")](*arguments)
-        self._busy[op][slot] = False
+        if half.done:
+            raise SlotError("this hook was called already; a hook is called once")
+        half.done = True
+        self._order.follow(half.op, half.slot)
+        weights = "atdispatch" if half.op == "combine" else ""
+        self._bound[(half.slot, half.op, "receive", weights)](*half.arguments)
+        self._busy[half.op][half.slot] = False
+        self._unfinished.discard(half.arguments)
+        half.kept = ()
+
+    def is_unfinished(self, handle: Handle) -> bool:
+        """Whether the hook of the handle's dispatch is still open."""
+        return any(handle.addresses[0] in arguments for arguments in self._unfinished)
 
     def raise_what_happened(self) -> None:
         self._watchdog.raise_what_happened()
-
-
-class _ReceiveHook:
-    """The second half of an op, to be called once. Keeps alive what its kernel reads and writes."""
-
-    def __init__(self, ops: LowLatency, op: str, slot: int, arguments: tuple[int, ...], kept: object) -> None:
-        self._ops: LowLatency | None = ops
-        self._call: tuple[Any, ...] = (op, slot, arguments)
-        self._kept = kept
-
-    def __call__(self) -> None:
-        ops, self._ops = self._ops, None
-        if ops is None:
-            raise SlotError("this hook was called already; a hook is called once")
-        ops.receive(*self._call)
-        self._kept = None
 
 
 def _signed(word: int) -> int:

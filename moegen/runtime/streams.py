@@ -19,58 +19,83 @@ def current_stream(device: torch.device) -> int:
     return int(_raw_stream(device.index)) if device.type == "cuda" else 0
 
 
+def record(device: torch.device, tensors: Sequence[torch.Tensor | None]) -> None:
+    """Tells torch's allocator that the current stream uses these tensors, which were made on another."""
+    if device.type == "cuda":
+        current = torch.cuda.current_stream(device)
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.record_stream(current)
+
+
+class StreamOrder:
+    """Queues launches that share something behind each other, whichever streams they go to. Not while a stream
+    captures: a graph's order is its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: dict[tuple[str, int], tuple[int, torch.cuda.Stream]] = {}
+
+    def follow(self, *key: Any) -> None:
+        """The current stream waits for what was launched with the same key before; costs nothing on the same stream."""
+        if self._device.type != "cuda":
+            return
+        number = current_stream(self._device)
+        before = self._last.get(key)
+        if (before is not None and before[0] == number) or torch.cuda.is_current_stream_capturing():
+            return
+        current = torch.cuda.current_stream(self._device)
+        if before is not None:
+            current.wait_stream(before[1])
+        self._last[key] = (number, current)
+
+
 class Event:
-    """The end of an asynchronous call. Keeps the call's tensors until somebody has waited.
+    """The end of an asynchronous call.
 
     Args:
-        stream: where the call runs; None on a CPU.
-        results: tensors made on that stream: a stream that waits may use them, and the allocator is told so.
-        kept: what else the call needs.
+        comm: where the call runs.
+        results: tensors made there: a stream that waits may use them, and the allocator is told so.
 
     Attributes:
         event: the `torch.cuda.Event`; None on a CPU.
     """
 
-    def __init__(
-        self, stream: torch.cuda.Stream | None, results: Sequence[torch.Tensor | None] = (), kept: object = None
-    ) -> None:
+    def __init__(self, comm: CommStream, results: Sequence[torch.Tensor | None]) -> None:
         self.event: Any = None
+        self._device = comm.device
         self._results = results
-        self._kept = kept
-        if stream is not None:
+        if comm.stream is not None:
             self.event = torch.cuda.Event()
-            self.event.record(stream)
+            self.event.record(comm.stream)
 
     def wait(self) -> None:
         """Makes the current stream wait; the host goes on."""
         if self.event is not None:
-            current = torch.cuda.current_stream()
-            self.event.wait(current)
-            for tensor in self._results:
-                if tensor is not None:
-                    tensor.record_stream(current)
-        self._kept = None
+            self.event.wait(torch.cuda.current_stream(self._device))
+            record(self._device, self._results)
 
 
 class CommStream:
     """The stream of asynchronous calls, made when it is first used."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._stream: torch.cuda.Stream | None = None
 
     @property
     def stream(self) -> torch.cuda.Stream | None:
         """None on a CPU."""
-        if self._stream is None and self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device, priority=-1)
+        if self._stream is None and self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device, priority=-1)
         return self._stream
 
     def __enter__(self) -> CommStream:
         """Calls go to this stream, behind what is on the current one now."""
         stream = self.stream
         if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(self._device))
+            stream.wait_stream(torch.cuda.current_stream(self.device))
             self._context: Any = torch.cuda.stream(stream)
             self._context.__enter__()
         return self

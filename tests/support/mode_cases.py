@@ -195,6 +195,29 @@ def test_two_micro_batches_1000(device: str) -> None:
     two_micro_batches(device, 1000)
 
 
+def test_handles_that_nothing_was_dispatched_into(device: str) -> None:
+    layer = Layer(Shape(1, 4, 2, 64, 8), device, slots=2)
+    routing = random_routing(layer.shape, (3,), 1)
+
+    def work(world: RankWorld) -> None:
+        rank = layer.ranks[0]
+        memory = rank.allocate()
+        with pytest.raises(errors.HandleError, match="nothing was dispatched"):
+            rank.combine(memory.tokens, memory.handle)
+        received, receive = rank.dispatch(*inputs(routing, world), out=memory, return_recv_hook=True)
+        with pytest.raises(errors.HandleError, match="hook"):
+            rank.combine(memory.tokens, received.handle)
+        receive()
+        assert rank.combine(expert_outputs(received), received.handle).shape == (3, 64)
+        _, receive = rank.dispatch(*inputs(routing, world), return_recv_hook=True)
+        rank.synchronize()
+        rank.destroy()
+        with pytest.raises(errors.DestroyedError):
+            receive()
+
+    layer.world.run(work)
+
+
 def test_one_hook_too_many(device: str) -> None:
     layer = Layer(Shape(1, 4, 2, 64, 8), device, slots=2)
     routing = random_routing(layer.shape, (3,), 1)
@@ -232,7 +255,7 @@ def test_hooks_need_slots(device: str) -> None:
     layer.destroy()
 
 
-@pytest.mark.parametrize("num_sms", [1, 2, 3])
+@pytest.mark.parametrize("num_sms", [1, 2, 3, 7])
 @pytest.mark.parametrize("late", [False, True], ids=["at_dispatch", "at_combine"])
 def test_few_blocks_have_several_roles(device: str, num_sms: int, late: bool) -> None:
     layer = Layer(SHAPE, device, slots=2, num_sms=num_sms, timeout=5.0)

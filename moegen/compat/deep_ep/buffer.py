@@ -10,7 +10,7 @@ import torch
 
 from moegen.compat.deep_ep.config import Config, combine_config, dispatch_config, low_latency_size_hint
 from moegen.compat.deep_ep.utils import EventHandle, EventOverlap
-from moegen.compat.low_latency import Layers, mode, unpacked
+from moegen.compat.low_latency import IN_FLIGHT, Layers, mode, unpacked
 from moegen.errors import HandleError, InputError
 from moegen.expert_parallel import ExpertParallel
 from moegen.handle import Dispatched
@@ -82,7 +82,8 @@ class Buffer:
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self._combine_buffers: dict[int, Tensor] = {}
+        self._combine_buffers: dict[int, list[Tensor]] = {}
+        self._combines = 0
 
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
@@ -205,21 +206,23 @@ class Buffer:
         given = _own(handle)
         if topk_idx.shape != topk_weights.shape:
             raise InputError(f"topk_idx and topk_weights differ: {list(topk_idx.shape)}, {list(topk_weights.shape)}")
+        self._combines += 1
         answer = given.owner.combine(
             x, given.received.handle, topk_weights, out=out, **mode(async_finish, return_recv_hook)
         )
         return _unpacked(answer, async_finish, return_recv_hook)
 
     def get_next_low_latency_combine_buffer(self, handle: tuple[Any, ...]) -> Tensor:
-        """A bfloat16 tensor [local experts, ranks * max tokens, hidden] for combine's `x`, the same one for every call
-        of a shape, so that captured graphs stay right.
+        """A bfloat16 tensor [local experts, ranks * max tokens, hidden] for the `x` of the next combine: one of two per
+        shape, which take turns with the combines, as in DeepEP.
         """
         owner = _own(handle).owner
-        buffer = self._combine_buffers.get(id(owner))
-        if buffer is None:
+        buffers = self._combine_buffers.get(id(owner))
+        if buffers is None:
             shape = owner._alive().received.tokens_shape
-            buffer = self._combine_buffers[id(owner)] = torch.empty(shape, dtype=owner.dtype, device=owner.device)
-        return buffer
+            made = [torch.empty(shape, dtype=owner.dtype, device=owner.device) for _ in range(IN_FLIGHT)]
+            buffers = self._combine_buffers[id(owner)] = made
+        return buffers[self._combines % IN_FLIGHT]
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         raise _missing("low_latency_update_mask_buffer")
