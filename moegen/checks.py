@@ -9,7 +9,7 @@ import torch
 
 from moegen.errors import CapacityError, HandleError, InputError
 from moegen.handle import Dispatched, GivenNumbers, Handle, NumbersLayout
-from moegen.kernels.ll import MAX_TOKENS_PER_RANK
+from moegen.kernels.ll import MAX_TOKENS_PER_RANK, QUANTIZED
 from moegen.kernels.problem import Problem
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _ROW_ALIGNMENT = 16
 _DTYPES = {torch.bfloat16: "bf16"}
-_QUANTIZED = {"fp8": "fp8", "fp8_pow2": "fp8pow2", "fp8_ue8m0": "fp8ue8m0"}
 MAX_SLOTS = 16
 
 
@@ -56,7 +55,7 @@ def problem(
     one_of("layout", layout, ("expert",))
     one_of("wire", wire, ("auto", "inline", "row"))
     one_of("dtype", dtype, tuple(_DTYPES))
-    one_of("quantize", quantize, (None, *_QUANTIZED))
+    one_of("quantize", quantize, (None, *QUANTIZED))
     in_range("slots", slots, 1, MAX_SLOTS)
     in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
     return Problem(
@@ -65,7 +64,7 @@ def problem(
         num_topk=num_topk,
         hidden=hidden,
         max_tokens=max_tokens_per_rank,
-        dtype=_DTYPES[dtype] if quantize is None else _QUANTIZED[quantize],
+        dtype=_DTYPES[dtype] if quantize is None else QUANTIZED[quantize],
         layout=layout,
         on_host=on_host,
         hooks=slots > 1,
@@ -153,10 +152,7 @@ def given_numbers(
     shapes = {"counts": (experts,), "ranges": (experts, layout.ranks, 2), "row_tokens": (experts, layout.rows)}
     for (name, shape), tensor in zip(shapes.items(), (counts, ranges, row_tokens), strict=True):
         if tensor is not None:
-            _tensor(owner, name, tensor, (torch.int32,))
-            _shape(name, tensor, shape)
-            if not tensor.is_contiguous():
-                raise InputError(f"{name} is contiguous; got strides {tensor.stride()}")
+            _int32(owner, name, tensor, shape)
     return GivenNumbers(counts, ranges, row_tokens)
 
 
@@ -176,10 +172,7 @@ def scales(
 
 def total_counts(owner: ExpertParallel, totals: torch.Tensor | None) -> None:
     if totals is not None:
-        _tensor(owner, "total_counts", totals, (torch.int32,))
-        _shape("total_counts", totals, (len(owner.local_experts),))
-        if not totals.is_contiguous():
-            raise InputError(f"total_counts is contiguous; got strides {totals.stride()}")
+        _int32(owner, "total_counts", totals, (len(owner.local_experts),))
 
 
 def handle(owner: ExpertParallel, given: Handle) -> None:
@@ -198,6 +191,14 @@ def _tensor(owner: ExpertParallel, name: str, tensor: torch.Tensor, dtypes: tupl
         raise InputError(f"{name} is {' or '.join(map(str, dtypes))}; got {tensor.dtype}")
     if tensor.device != owner.device:
         raise InputError(f"{name} is on {tensor.device} and this object on {owner.device}")
+
+
+def _int32(owner: ExpertParallel, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """A tensor of numbers that a kernel writes."""
+    _tensor(owner, name, tensor, (torch.int32,))
+    _shape(name, tensor, shape)
+    if not tensor.is_contiguous():
+        raise InputError(f"{name} is contiguous; got strides {tensor.stride()}")
 
 
 def _shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

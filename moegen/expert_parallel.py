@@ -229,7 +229,8 @@ class ExpertParallel(Lifecycle):
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
             with self._comm_stream as comm:
-                record(self.device, (x, topk_idx, topk_weights, num_tokens, total_counts))
+                given = out if isinstance(out, torch.Tensor) else None
+                record(self.device, (x, topk_idx, topk_weights, num_tokens, total_counts, given))
                 received = self.dispatch(
                     x, topk_idx, topk_weights, num_tokens=num_tokens, out=out, total_counts=total_counts
                 )
@@ -243,13 +244,12 @@ class ExpertParallel(Lifecycle):
         topk_idx = checks.topk_idx(self, topk_idx, x.shape[0], num_tokens)
         topk_weights = checks.topk_weights(self, topk_weights, x.shape[0])
         checks.total_counts(self, total_counts)
-        stream = current_stream(self.device)
         if isinstance(out, Dispatched):
             checks.reused(self, out)
             received = out.for_tokens(x.shape[0])
         else:
             checks.out(self, out, ops.received.tokens_shape, ops.received.dtype)
-            received = ops.received.allocate(self, x.shape[0], stream, out)
+            received = ops.received.allocate(self, x.shape[0], current_stream(self.device), out)
         arguments = (x, topk_idx, topk_weights, num_tokens, received, total_counts, return_recv_hook)
         hook = self._launch(ops.dispatch, *arguments)
         return received if hook is None else (received, partial(self._receive, hook))
@@ -339,7 +339,7 @@ class ExpertParallel(Lifecycle):
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
             with self._comm_stream as comm:
-                record(self.device, (y, topk_weights))
+                record(self.device, (y, topk_weights, out))
                 combined = self.combine(y, handle, topk_weights, out=out)
             return combined, Event(comm, (combined,))
         ops = self._alive()

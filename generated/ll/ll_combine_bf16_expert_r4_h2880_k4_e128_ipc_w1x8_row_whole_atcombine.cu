@@ -47,8 +47,8 @@ struct Params {
     uint64_t tags_offset;          // [half][source][max_tokens] u64: epoch of the row there
     uint64_t weights_offset;       // [half][source][max_tokens][weight pieces]
     uint64_t timeout_ns;           // how long one wait may take
-    Blocks senders;                // what they do is in the kernel
-    Blocks receivers;              // the same blocks, if there are few
+    Blocks senders;                // blocks that send
+    Blocks receivers;              // blocks that receive; the same ones where there are too few
     uint32_t rank;                 // this rank
     uint32_t tokens;               // rows of this rank's token tensor
     uint32_t max_tokens;           // capacity: tokens that a rank may send

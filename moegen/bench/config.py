@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moegen.bench.routing import ROUTINGS
 from moegen.errors import InputError
+from moegen.kernels.ll import QUANTIZED, scale_words
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class LowLatencyConfig:
         for routing in self.routings:
             if routing not in ROUTINGS:
                 raise InputError(f"routing is one of {', '.join(ROUTINGS)}; got {routing!r}")
+        if self.quantize and self.quantize not in QUANTIZED:
+            raise InputError(f"quantize is one of {', '.join(QUANTIZED)}; got {self.quantize!r}")
         for name, numbers in (("tokens", self.tokens), ("ops", (self.ops,)), ("calls", (self.calls,))):
             if not numbers or min(numbers) < 1:
                 raise InputError(f"{name} are 1 or more; got {', '.join(map(str, numbers)) or 'none'}")
@@ -96,7 +99,7 @@ class LowLatencyConfig:
         """Payload of one token as dispatch sends it, its scales included."""
         if not self.quantize:
             return self.row_bytes
-        return self.hidden + 4 * (self.hidden // (512 if self.quantize == "fp8_ue8m0" else 128))
+        return self.hidden + 4 * scale_words(self.hidden, QUANTIZED[self.quantize])
 
     @property
     def virtual(self) -> bool:

@@ -61,6 +61,9 @@ SCALES_PER_WORD = {"bf16": 0, "fp8": 1, "fp8pow2": 1, "fp8ue8m0": 4}
 """How a row's elements travel, and how many scales a 32-bit word holds: bf16 as they are; e4m3 with float32 scales,
 with scales that are powers of two, or with the exponents of such scales, four to a word (UE8M0)."""
 
+QUANTIZED = {"fp8": "fp8", "fp8_pow2": "fp8pow2", "fp8_ue8m0": "fp8ue8m0"}
+"""Users' words for the quantised ones."""
+
 MAX_SHARED_BYTES = 48 * 1024
 """Static shared memory of a block on every GPU."""
 
@@ -175,8 +178,8 @@ _COMMON = (
     Param("uint64_t", "tags_offset", "[half][source][max_tokens] u64: epoch of the row there"),
 )
 _COMMON_32 = (
-    Param("Blocks", "senders", "what they do is in the kernel"),
-    Param("Blocks", "receivers", "the same blocks, if there are few"),
+    Param("Blocks", "senders", "blocks that send"),
+    Param("Blocks", "receivers", "blocks that receive; the same ones where there are too few"),
     Param("uint32_t", "rank", "this rank"),
     Param("uint32_t", "tokens", "rows of this rank's token tensor"),
     Param("uint32_t", "max_tokens", "capacity: tokens that a rank may send"),

@@ -182,7 +182,8 @@ class LowLatency:
     ) -> OpenHalf | None:
         """Launches dispatch, or its first half; arguments are checked already."""
         if out.handle.stream != current_stream(x.device):
-            record(x.device, (out.tokens, out.scales, out.handle.memory))
+            given = out.given
+            record(x.device, (out.tokens, out.scales, out.handle.memory, given.counts, given.ranges, given.row_tokens))
         rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent = out.handle.addresses
         counts, ranges, row_tokens = self.received.user_addresses(out)
         arguments: tuple[int, ...] = (
