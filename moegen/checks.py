@@ -50,6 +50,7 @@ def problem(
     wire: str,
     warp_groups: str | None,
     on_host: bool,
+    masked: bool,
 ) -> Problem:
     """The arguments of `ExpertParallel` that decide its kernels; what only the Spec can judge is judged there."""
     one_of("layout", layout, ("expert",))
@@ -68,6 +69,7 @@ def problem(
         layout=layout,
         on_host=on_host,
         hooks=slots > 1,
+        masked=masked,
         wire=wire,
         warp_groups=warp_groups,
     )
@@ -152,7 +154,7 @@ def given_numbers(
     shapes = {"counts": (experts,), "ranges": (experts, layout.ranks, 2), "row_tokens": (experts, layout.rows)}
     for (name, shape), tensor in zip(shapes.items(), (counts, ranges, row_tokens), strict=True):
         if tensor is not None:
-            _int32(owner, name, tensor, shape)
+            _numbers(owner, name, tensor, shape)
     return GivenNumbers(counts, ranges, row_tokens)
 
 
@@ -172,7 +174,30 @@ def scales(
 
 def total_counts(owner: ExpertParallel, totals: torch.Tensor | None) -> None:
     if totals is not None:
-        _int32(owner, "total_counts", totals, (len(owner.local_experts),))
+        _numbers(owner, "total_counts", totals, (len(owner.local_experts),))
+
+
+def active_ranks(owner: ExpertParallel, given: bool | torch.Tensor) -> torch.Tensor | None:
+    """The mask to use: a new one in which all ranks are active, the given one, or none."""
+    if given is False:
+        return None
+    if given is True:
+        return torch.ones(owner.num_ranks, dtype=torch.int32, device=owner.device)
+    _numbers(owner, "active_ranks", given, (owner.num_ranks,))
+    return given
+
+
+def waiting(
+    owner: ExpertParallel, timeout: float | None, waited_ns: torch.Tensor | None, renormalize: bool = False
+) -> None:
+    """How a call waits; most say nothing of it."""
+    if timeout is not None:
+        seconds("timeout", timeout)
+    if (waited_ns is not None or renormalize) and not owner.problem.masked:
+        name = "renormalize" if waited_ns is None else "waited_ns"
+        raise InputError(f"this object's kernels have no {name}; make it with active_ranks=True")
+    if waited_ns is not None:
+        _numbers(owner, "waited_ns", waited_ns, (owner.num_ranks,), torch.int64)
 
 
 def handle(owner: ExpertParallel, given: Handle) -> None:
@@ -193,9 +218,11 @@ def _tensor(owner: ExpertParallel, name: str, tensor: torch.Tensor, dtypes: tupl
         raise InputError(f"{name} is on {tensor.device} and this object on {owner.device}")
 
 
-def _int32(owner: ExpertParallel, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+def _numbers(
+    owner: ExpertParallel, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int32
+) -> None:
     """A tensor of numbers that a kernel writes."""
-    _tensor(owner, name, tensor, (torch.int32,))
+    _tensor(owner, name, tensor, (dtype,))
     _shape(name, tensor, shape)
     if not tensor.is_contiguous():
         raise InputError(f"{name} is contiguous; got strides {tensor.stride()}")

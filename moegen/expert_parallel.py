@@ -13,8 +13,8 @@ from moegen import checks
 from moegen.errors import HandleError, InputError, SlotError
 from moegen.handle import CombineOptions, Dispatched, DispatchOptions, Handle
 from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
-from moegen.runtime.lifecycle import Lifecycle
 from moegen.runtime.low_latency import FIRST_EPOCH, Hook, LowLatency
+from moegen.runtime.membership import Membership
 from moegen.runtime.streams import CommStream, Event, current_stream, record
 from moegen.runtime.worlds import RankWorld, as_rank_world
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class ExpertParallel(Lifecycle):
+class ExpertParallel(Membership):
     """Expert-parallel dispatch and combine for one shape of MoE layer. Making one is collective.
 
     All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an
@@ -53,9 +53,12 @@ class ExpertParallel(Lifecycle):
         warp_groups: teams and warps per team of a block, e.g. "2x16"; None: from the table in `moegen.select`.
         num_sms: thread blocks per launch at most; None: as many as are useful.
         timeout: seconds that a call may wait for one thing from another rank before it fails with PeerTimeoutError.
+        active_ranks: True: a rank that does not come in time is no error: it is marked in `active_ranks`, and its part
+            of the results is missing. Or the int32 [ranks] tensor on the device to keep that in, which several objects
+            may share.
         device: where a process group's tensors are; None: the current GPU, else the CPU.
 
-    All arguments but `num_sms` and `device` must be equal on all ranks.
+    All arguments but `num_sms`, `device` and the content of `active_ranks` must be equal on all ranks.
 
     Raises:
         InputError, SpecError: an argument that cannot be; the text says what is allowed.
@@ -84,6 +87,7 @@ class ExpertParallel(Lifecycle):
         warp_groups: str | None = None,
         num_sms: int | None = None,
         timeout: float = 30.0,
+        active_ranks: bool | torch.Tensor = False,
         device: str | torch.device | None = None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
@@ -108,9 +112,11 @@ class ExpertParallel(Lifecycle):
             wire=wire,
             warp_groups=warp_groups,
             on_host=self.world.device.type == "cpu",
+            masked=active_ranks is not False,
         )
         self.dtype = dtype
         self.device = self.world.device
+        self._active = checks.active_ranks(self, active_ranks)
         self.selection, self.kernels = load_on_all_ranks(self.world, self.problem, (timeout, first_epoch, slots))
         self._comm_stream = CommStream(self.device)
         failure: Exception | None = None
@@ -124,6 +130,7 @@ class ExpertParallel(Lifecycle):
                 timeout=timeout,
                 num_sms=num_sms,
                 first_epoch=first_epoch,
+                active=self._active,
             )
             self._synchronize_device()
         except Exception as error:  # told to the other ranks below
@@ -135,24 +142,6 @@ class ExpertParallel(Lifecycle):
             self.world.description,
             self.selection.dispatch.stem,
         )
-
-    @property
-    def rank(self) -> int:
-        return self.world.rank
-
-    @property
-    def num_ranks(self) -> int:
-        return self.world.size
-
-    @property
-    def local_experts(self) -> range:
-        """The expert ids that this rank holds."""
-        return self.problem.local_experts(self.rank)
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Symmetric memory that this object holds on each rank."""
-        return self._alive().buffer_bytes
 
     @overload
     def dispatch(
@@ -194,6 +183,8 @@ class ExpertParallel(Lifecycle):
         num_tokens: torch.Tensor | None = None,
         out: torch.Tensor | Dispatched | None = None,
         total_counts: torch.Tensor | None = None,
+        timeout: float | None = None,
+        waited_ns: torch.Tensor | None = None,
         return_recv_hook: bool = False,
         async_finish: bool = False,
     ) -> Any:
@@ -209,6 +200,9 @@ class ExpertParallel(Lifecycle):
             out: what to write into: an earlier result that is not needed any more, or `allocate()`'s (then nothing is
                 allocated), or only the tensor for `Dispatched.tokens`.
             total_counts: int32 [local experts] on the device, to which the counts of this call are added.
+            timeout: seconds, for this call in place of the object's.
+            waited_ns: int64 [ranks] on the device, to which the nanoseconds are added that this call waited for each
+                other rank's counts. Needs `active_ranks`.
             return_recv_hook: only send now; the second result is a function to be called once, on the same stream,
                 which receives. Nothing of the result may be read before it was called. In between no multiprocessor is
                 busy with this call, `x` may be overwritten by what follows on the stream, and other calls may be made;
@@ -230,9 +224,16 @@ class ExpertParallel(Lifecycle):
             self._check_hook(return_recv_hook, async_finish)
             with self._comm_stream as comm:
                 given = out if isinstance(out, torch.Tensor) else None
-                record(self.device, (x, topk_idx, topk_weights, num_tokens, total_counts, given))
+                record(self.device, (x, topk_idx, topk_weights, num_tokens, total_counts, waited_ns, given))
                 received = self.dispatch(
-                    x, topk_idx, topk_weights, num_tokens=num_tokens, out=out, total_counts=total_counts
+                    x,
+                    topk_idx,
+                    topk_weights,
+                    num_tokens=num_tokens,
+                    out=out,
+                    total_counts=total_counts,
+                    timeout=timeout,
+                    waited_ns=waited_ns,
                 )
             results = (received.tokens, received.scales, received.handle.memory)
             return received, Event(comm, results)
@@ -244,6 +245,7 @@ class ExpertParallel(Lifecycle):
         topk_idx = checks.topk_idx(self, topk_idx, x.shape[0], num_tokens)
         topk_weights = checks.topk_weights(self, topk_weights, x.shape[0])
         checks.total_counts(self, total_counts)
+        checks.waiting(self, timeout, waited_ns)
         if isinstance(out, Dispatched):
             checks.reused(self, out)
             received = out.for_tokens(x.shape[0])
@@ -251,7 +253,7 @@ class ExpertParallel(Lifecycle):
             checks.out(self, out, ops.received.tokens_shape, ops.received.dtype)
             received = ops.received.allocate(self, x.shape[0], current_stream(self.device), out)
         arguments = (x, topk_idx, topk_weights, num_tokens, received, total_counts, return_recv_hook)
-        hook = self._launch(ops.dispatch, *arguments)
+        hook = self._launch(ops.dispatch, *arguments, timeout, waited_ns)
         return received if hook is None else (received, partial(self._receive, hook))
 
     def allocate(
@@ -313,6 +315,9 @@ class ExpertParallel(Lifecycle):
         topk_weights: torch.Tensor | None = None,
         *,
         out: torch.Tensor | None = None,
+        timeout: float | None = None,
+        waited_ns: torch.Tensor | None = None,
+        renormalize: bool = False,
         return_recv_hook: bool = False,
         async_finish: bool = False,
     ) -> Any:
@@ -327,6 +332,9 @@ class ExpertParallel(Lifecycle):
             handle: of the dispatch; may be used more than once.
             topk_weights: [T, topk] float32, in place of those given to dispatch. All ranks give them, or none does.
             out: the tensor for the result; then nothing is allocated.
+            timeout, waited_ns: as for `dispatch`; here it is the first partial sum of each rank that is waited for.
+            renormalize: where experts are missing, multiply a token's result by the sum of all its weights over the
+                sum of those that are in it (0 if none is). Needs `active_ranks`.
             return_recv_hook, async_finish: as for `dispatch`; `y` may be overwritten behind the sending half.
 
         Returns:
@@ -339,8 +347,10 @@ class ExpertParallel(Lifecycle):
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
             with self._comm_stream as comm:
-                record(self.device, (y, topk_weights, out))
-                combined = self.combine(y, handle, topk_weights, out=out)
+                record(self.device, (y, topk_weights, out, waited_ns))
+                combined = self.combine(
+                    y, handle, topk_weights, out=out, timeout=timeout, waited_ns=waited_ns, renormalize=renormalize
+                )
             return combined, Event(comm, (combined,))
         ops = self._alive()
         self.check()
@@ -352,9 +362,11 @@ class ExpertParallel(Lifecycle):
         topk_weights = checks.topk_weights(self, topk_weights, handle.num_tokens)
         shape = (handle.num_tokens, self.problem.hidden)
         checks.out(self, out, shape, self.dtype)
+        checks.waiting(self, timeout, waited_ns, renormalize)
         if out is None:
             out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        hook = self._launch(ops.combine, y, handle, topk_weights, out, return_recv_hook)
+        arguments = (y, handle, topk_weights, out, return_recv_hook)
+        hook = self._launch(ops.combine, *arguments, timeout, waited_ns, renormalize)
         return out if hook is None else (out, partial(self._receive, hook))
 
     def _check_hook(self, hook: bool, asynchronous: bool = False) -> None:

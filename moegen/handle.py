@@ -29,7 +29,8 @@ class Handle:
         owner: the object that made it; only that object's combine takes it.
         num_tokens: rows of the token tensor that was dispatched; -1: nothing was.
         memory: the device memory behind `addresses`.
-        addresses: of rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent, in that order.
+        addresses: of rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent, in that order; where
+            ranks may be missing, then of selected_ranks, selected_weights.
         stream: the CUDA stream that its memory was allocated on, as a number; 0 on the CPU.
     """
 
@@ -113,9 +114,14 @@ class DispatchOptions(TypedDict, total=False):
     num_tokens: torch.Tensor | None
     out: torch.Tensor | Dispatched | None
     total_counts: torch.Tensor | None
+    timeout: float | None
+    waited_ns: torch.Tensor | None
 
 
 class CombineOptions(TypedDict, total=False):
     """Keyword arguments of `ExpertParallel.combine`, which describes them."""
 
     out: torch.Tensor | None
+    timeout: float | None
+    waited_ns: torch.Tensor | None
+    renormalize: bool

@@ -6,7 +6,7 @@ Arguments are lists with one entry per rank. Layout `expert`: [local experts, ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,24 +73,32 @@ def quantise(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dispatch(
-    x: Sequence[torch.Tensor], topk_idx: Sequence[torch.Tensor], num_experts: int, max_tokens: int
+    x: Sequence[torch.Tensor],
+    topk_idx: Sequence[torch.Tensor],
+    num_experts: int,
+    max_tokens: int,
+    *,
+    missing: Sequence[Collection[int]] | None = None,
 ) -> list[Expected]:
     """Every rank's received tokens, rows of an expert ordered by source rank and token, each token once per expert.
 
     Args:
         x: per rank [T, hidden].
         topk_idx: per rank [T, topk], ids in [-1, num_experts).
+        missing: per rank, the source ranks of which it gets nothing.
     """
     num_ranks = len(x)
     hidden = x[0].shape[1]
     results = []
-    for experts in expert_ranges(num_experts, num_ranks):
+    for rank, experts in enumerate(expert_ranges(num_experts, num_ranks)):
+        absent = () if missing is None else missing[rank]
         tokens = torch.zeros(len(experts), num_ranks * max_tokens, hidden, dtype=x[0].dtype)
         ranges = torch.zeros(len(experts), num_ranks, 2, dtype=torch.int32)
         sources: list[list[tuple[int, int]]] = [[] for _ in experts]
         for local, expert in enumerate(experts):
             for source in range(num_ranks):
-                selected = (topk_idx[source].cpu() == expert).any(dim=1).nonzero().flatten().tolist()
+                selects = (topk_idx[source].cpu() == expert).any(dim=1)
+                selected = [] if source in absent else selects.nonzero().flatten().tolist()
                 first = len(sources[local])
                 ranges[local, source] = torch.tensor([len(selected), first])
                 tokens[local, first : first + len(selected)] = x[source].cpu()[selected]
@@ -126,6 +134,8 @@ def combine(
     num_experts: int,
     *,
     in_halves: bool = False,
+    missing: Sequence[Collection[int]] | None = None,
+    renormalize: bool = False,
 ) -> list[Combined]:
     """Every rank's combined tokens in float64: the sum over a token's selections of weight * expert output.
 
@@ -134,10 +144,15 @@ def combine(
         2**-8 * (sum over those ranks |partial| + |result|) + (topk + ranks) * 2**-24 * sum |weight * output|,
     all times 1 + 2**-6 for the rounding of already rounded numbers, plus the smallest bf16 for underflow.
 
+    Partial sums of missing ranks are left out; with `renormalize` what is left is multiplied by the sum of all the
+    token's weights over the sum of those whose ranks are not missing (0 if that is 0), and so is the bound of what
+    comes before the last rounding, plus 2 * (topk + 2) * 2**-24 * |result| for the factor.
+
     Args:
         y: per rank, expert outputs in the layout of dispatch.
         expected: what `dispatch` returned.
         topk_weights: per rank [T, topk], or None for weights of 1.
+        missing: per rank, the ranks whose partial sums it does not get.
     """
     num_ranks = len(y)
     row_of = [
@@ -153,6 +168,8 @@ def combine(
         hidden = outputs[0].shape[2]
         given = topk_weights[owner]
         weights = torch.ones(num_tokens, num_topk) if given is None else given.cpu()
+        absent = () if missing is None else missing[owner]
+        weight_sums = torch.zeros(2, num_tokens, 1, dtype=torch.float64)
         partials = torch.zeros(num_ranks, num_tokens, hidden, dtype=torch.float64)
         magnitude = torch.zeros(num_tokens, hidden, dtype=torch.float64)
         for token in range(num_tokens):
@@ -161,12 +178,20 @@ def combine(
                 if expert < 0:
                     continue
                 rank = next(r for r, experts in enumerate(ranges) if expert in experts)
+                weight_sums[:, token] += weights[token, k].double() * torch.tensor([[1], [rank not in absent]])
+                if rank in absent:
+                    continue
                 local = expert - ranges[rank].start
                 term = weights[token, k].double() * outputs[rank][local, row_of[rank][local][(owner, token)]]
                 partials[rank, token] += term
                 magnitude[token] += term.abs()
         exact = partials.sum(dim=0)
         rounded = partials.abs().sum(dim=0) - (0.0 if in_halves else 1.0) * partials[owner].abs()
-        bound = BF16_ROUNDING * (rounded + exact.abs()) + (num_topk + num_ranks) * FP32_ROUNDING * magnitude
+        before = BF16_ROUNDING * rounded + (num_topk + num_ranks) * FP32_ROUNDING * magnitude
+        if renormalize:
+            factor = torch.where(weight_sums[1] == 0, 0.0, weight_sums[0] / weight_sums[1])
+            exact, before = exact * factor, before * factor.abs()
+            before = before + 2 * (num_topk + 2) * FP32_ROUNDING * exact.abs()
+        bound = before + BF16_ROUNDING * exact.abs()
         results.append(Combined(exact, bound * (1 + 2.0**-6) + 2.0**-133))
     return results

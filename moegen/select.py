@@ -90,6 +90,7 @@ def _fields(problem: Problem, op: str) -> dict[str, Any]:
         "warp_groups": warp_groups(problem, op),
         "wire": wire(problem),
         "phase": "whole",
+        "peers": "masked" if problem.masked else "required",
     }
 
 

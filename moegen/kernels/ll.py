@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from moegen.kernels import masked
 from moegen.kernels.params import Param, ParamStruct
 from moegen.kernels.spec import (
     DTYPE_BYTES,
@@ -23,6 +24,7 @@ from moegen.kernels.spec import (
     WARP_SIZE,
     Spec,
     WarpGroups,
+    rare,
     tag,
 )
 
@@ -88,6 +90,7 @@ class LowLatencySpec(Spec):
     warp_groups: WarpGroups = tag("w")
     wire: str = tag(one_of=tuple(PIECE_WORDS))
     phase: str = tag(one_of=PHASE_WORDS)
+    peers: str = rare("required", "masked")
 
     def in_phase(self, phase: str) -> Self:
         return replace(self, phase=phase)
@@ -161,6 +164,11 @@ class LowLatencySpec(Spec):
         return ceil_div(1 + self.max_local_experts, COUNT_PIECE_WORDS)
 
     @property
+    def masked(self) -> bool:
+        """Whether a rank that does not come is marked and left out; else that is an error."""
+        return self.peers == "masked"
+
+    @property
     def phases(self) -> tuple[str, ...]:
         return tuple(PHASES)
 
@@ -169,10 +177,7 @@ class LowLatencySpec(Spec):
         return POSITION_BITS
 
 
-_COMMON = (
-    Param("Control*", "control", "this op's epoch"),
-    Param("uint32_t*", "aborted", "this object's abort word"),
-    Param("Failure*", "failure", "where the host reads what went wrong"),
+_PLACES = (
     Param("uint64_t", "consumed_offset", "[rank] u32: the last epoch that the peer has read"),
     Param("uint64_t", "rows_offset", "[half][source][max_tokens] records"),
     Param("uint64_t", "tags_offset", "[half][source][max_tokens] u64: epoch of the row there"),
@@ -184,6 +189,15 @@ _COMMON_32 = (
     Param("uint32_t", "tokens", "rows of this rank's token tensor"),
     Param("uint32_t", "max_tokens", "capacity: tokens that a rank may send"),
 )
+
+
+def _common(spec: LowLatencySpec) -> tuple[Param, ...]:
+    return (
+        Param("Control*", "control", "this op's epoch"),
+        *(masked.WAITING if spec.masked else (Param("uint32_t*", "aborted", "this object's abort word"),)),
+        Param("Failure*", "failure", "where the host reads what went wrong"),
+        *_PLACES,
+    )
 
 
 def header_pieces(num_topk: int, scale_words: int, wire: str) -> int:
@@ -249,11 +263,12 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
                 Param("int32_t*", "row_slots", "[ranks * max_tokens, topk]: row in `out` or -1; own tokens last"),
                 Param("float*", "row_weights", "[ranks * max_tokens, topk]"),
                 Param("uint64_t*", "token_ranks", "[max_tokens]: bit r: rank r holds an expert of this token"),
+                *(masked.SELECTED if self.masked else ()),
                 Param("const int32_t*", "num_tokens", "one number: tokens of this call; null: `tokens`"),
                 Param("int32_t*", "tokens_sent", "one number: the tokens of this call"),
                 Param("uint64_t", "x_stride", "bytes from one token of x to the next"),
                 Param("uint64_t", "counts_offset", "[half][source][count pieces]"),
-                *_COMMON,
+                *_common(self),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_COMMON_32,
                 Param("uint32_t", "wide_ids", "1: topk_idx is int64"),
@@ -287,11 +302,13 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
                 Param("const int32_t*", "row_slots", "[ranks * max_tokens, topk]: row in `y` or -1; own tokens last"),
                 Param("const float*", "row_weights", "[ranks * max_tokens, topk]"),
                 Param("const uint64_t*", "token_ranks", "[max_tokens]: bit r: rank r holds an expert of this token"),
+                *(masked.SELECTED if self.masked else ()),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
-                *_COMMON,
+                *_common(self),
                 Param("uint64_t", "weights_offset", "[half][source][max_tokens][weight pieces]"),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_COMMON_32,
+                *(masked.RENORMALIZE if self.masked else ()),
             )
         )
 

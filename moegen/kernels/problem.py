@@ -18,6 +18,7 @@ class Problem:
         path: "ipc".
         on_host: the ranks run on CPUs, where a thread costs a switch and not a lane.
         hooks: whether an op may be launched in two halves.
+        masked: whether ranks may be missing.
         wire, warp_groups: the user's choice in place of the tables', or "auto" and None.
     """
 
@@ -31,6 +32,7 @@ class Problem:
     path: str = "ipc"
     on_host: bool = False
     hooks: bool = False
+    masked: bool = False
     wire: str = "auto"
     warp_groups: str | None = None
 

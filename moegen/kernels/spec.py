@@ -46,7 +46,14 @@ class WarpGroups:
 
 def tag(prefix: str = "", *, one_of: tuple[str, ...] = ()) -> Any:
     """Declares a Spec field that is part of the stem, written as `prefix` + value; words name their allowed values."""
-    return field(metadata={"prefix": prefix, "one_of": one_of})
+    return field(metadata={"prefix": prefix, "one_of": one_of, "unsaid": False})
+
+
+def rare(usual: str, *others: str) -> Any:
+    """Declares a Spec field of one of these words, of which the usual one is not said: kernels keep their stems and
+    texts when such a field is added.
+    """
+    return field(default=usual, kw_only=True, metadata={"prefix": "", "one_of": (usual, *others), "unsaid": True})
 
 
 @dataclass(frozen=True)
@@ -82,9 +89,19 @@ class Spec:
             self.reject(why)
 
     @property
+    def said(self) -> list[Any]:
+        """The fields that the stem tells: all but those that have their usual value."""
+        return [f for f in fields(self) if not (f.metadata["unsaid"] and getattr(self, f.name) == f.default)]
+
+    @property
     def stem(self) -> str:
-        words = [f"{f.metadata['prefix']}{getattr(self, f.name)}" for f in fields(self)]
+        words = [f"{f.metadata['prefix']}{getattr(self, f.name)}" for f in self.said]
         return "_".join([self.family, self.op, *words])
+
+    @property
+    def description(self) -> str:
+        """The class and the fields that the stem tells."""
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in self.said)})"
 
     @property
     def symbol(self) -> str:
@@ -113,12 +130,11 @@ class Spec:
             known = ", ".join(sorted("_".join(key) for key in Spec.registry))
             raise SpecError(f"{stem!r} starts with no known kernel; a stem starts with one of: {known}")
         words = rest.split("_")
-        if len(words) != len(fields(cls)):
-            names = ", ".join(f.name for f in fields(cls))
-            raise SpecError(
-                f"{stem!r} has {len(words)} fields after {family}_{op}; expected {len(fields(cls))}: {names}"
-            )
-        spec = cls(*(_parse_field(stem, f, word) for f, word in zip(fields(cls), words, strict=True)))
+        told = [f for f in fields(cls) if not f.metadata["unsaid"] or set(f.metadata["one_of"][1:]) & set(words)]
+        if len(words) != len(told):
+            names = ", ".join(f.name for f in told)
+            raise SpecError(f"{stem!r} has {len(words)} fields after {family}_{op}; expected {len(told)}: {names}")
+        spec = cls(**{f.name: _parse_field(stem, f, word) for f, word in zip(told, words, strict=True)})
         if spec.stem != stem:
             raise SpecError(f"{stem!r} is not the canonical spelling; did you mean {spec.stem!r}?")
         return spec

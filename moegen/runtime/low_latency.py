@@ -16,7 +16,7 @@ from moegen.kernels.problem import Problem
 from moegen.runtime.bound import BoundKernel
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.memory import SymmetricMemory
-from moegen.runtime.received import Received
+from moegen.runtime.received import FOR_EVERY_COMBINE, Received
 from moegen.runtime.streams import StreamOrder, current_stream, record
 from moegen.runtime.watchdog import Watchdog
 from moegen.runtime.worlds import RankWorld
@@ -62,6 +62,7 @@ _DISPATCH_VARYING = (
     "x_stride",
     "tokens",
     "wide_ids",
+    "timeout_ns",
 )
 _COMBINE_VARYING = (
     "y",
@@ -74,7 +75,13 @@ _COMBINE_VARYING = (
     "token_ranks",
     "tokens_sent",
     "tokens",
+    "timeout_ns",
 )
+_MASKED_VARYING = {
+    "dispatch": ("selected_ranks", "selected_weights", "waited_ns"),
+    "combine": ("selected_ranks", "selected_weights", "waited_ns", "renormalize"),
+}
+"""What comes last where ranks may be missing."""
 
 
 class LowLatency:
@@ -96,8 +103,12 @@ class LowLatency:
         timeout: float,
         num_sms: int | None,
         first_epoch: int = FIRST_EPOCH,
+        active: torch.Tensor | None = None,
     ) -> None:
+        """`active`: the mask, if the kernels are those for ranks that may be missing."""
         self.problem = problem
+        self.active = active
+        self._timeout = timeout
         self.slots = slots
         self.local_experts = len(problem.local_experts(world.rank))
         self.expert_rows = problem.num_ranks * problem.max_tokens
@@ -108,6 +119,7 @@ class LowLatency:
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
         pinned = world.device.type == "cuda"
         self.control = torch.zeros(2 * slots + 1, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        self._verdicts = torch.zeros(2 * slots, problem.num_ranks, dtype=torch.int32, device=world.device)
         self._watchdog = Watchdog([kernel.spec.stem for kernel in kernels], PHASES, timeout, pinned=pinned)
         self._busy: dict[str, list[bool]] = {"dispatch": [False] * slots, "combine": [False] * slots}
         self._bound: dict[tuple[int, str, str, str], BoundKernel] = {}
@@ -115,7 +127,7 @@ class LowLatency:
         self._unfinished: set[tuple[int, ...]] = set()
         for number, kernel in enumerate(kernels):
             for slot in range(slots):
-                self._bind(world, selection, kernel, self._watchdog.address(number), slot, timeout, num_sms)
+                self._bind(world, selection, kernel, self._watchdog.address(number), slot, num_sms)
         self._set_epoch(first_epoch, selection)
 
     def _combine_start(self, selection: Selection) -> int:
@@ -128,7 +140,6 @@ class LowLatency:
         kernel: LoadedKernel,
         failure: int,
         slot: int,
-        timeout: float,
         num_sms: int | None,
     ) -> None:
         spec = kernel.spec
@@ -139,9 +150,7 @@ class LowLatency:
         fixed: dict[str, int | Sequence[int]] = {
             "peers": self.memory.peers,
             "rank": world.rank,
-            "aborted": self.control[-1].data_ptr(),
             "max_tokens": self.problem.max_tokens,
-            "timeout_ns": int(timeout * 1e9),
             "control": self.control[2 * slot + (not dispatch)].data_ptr(),
             "failure": failure,
             "consumed_offset": at.consumed,
@@ -156,6 +165,12 @@ class LowLatency:
         else:
             fixed["weights_offset"] = at.weights
             weights = spec.weights
+        if self.active is None:
+            fixed["aborted"] = self.control[-1].data_ptr()
+        else:
+            fixed["active"] = self.active.data_ptr()
+            fixed["verdicts"] = self._verdicts[2 * slot + (not dispatch)].data_ptr()
+            varying = (*varying, *_MASKED_VARYING[spec.op])
         who = roles(spec, self.problem.max_tokens, kernel.blocks(world.ranks_per_device, num_sms))
         fixed["senders"], fixed["receivers"] = who.senders, who.receivers
         self._bound[(slot, spec.op, spec.phase, weights)] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
@@ -164,6 +179,7 @@ class LowLatency:
         """As if everybody had read all epochs before; before any rank may launch."""
         before = 0xFFFFFFFF if epoch == FIRST_EPOCH else epoch - 1
         self.control[:-1, 0] = _signed(epoch)
+        self._verdicts.fill_(_signed(before << 1 & 0xFFFFFFFF))
         words = self.memory.local.view(torch.int32)
         for slot in range(self.slots):
             for start in (0, self._combine_start(selection)):
@@ -179,21 +195,23 @@ class LowLatency:
         out: Dispatched,
         total_counts: torch.Tensor | None,
         hook: bool,
+        timeout: float | None = None,
+        waited: torch.Tensor | None = None,
     ) -> OpenHalf | None:
         """Launches dispatch, or its first half; arguments are checked already."""
         if out.handle.stream != current_stream(x.device):
             given = out.given
             record(x.device, (out.tokens, out.scales, out.handle.memory, given.counts, given.ranges, given.row_tokens))
-        rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent = out.handle.addresses
+        rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent, *selected = out.handle.addresses
         counts, ranges, row_tokens = self.received.user_addresses(out)
         arguments: tuple[int, ...] = (
             x.data_ptr(),
             topk_idx.data_ptr(),
-            0 if topk_weights is None else topk_weights.data_ptr(),
-            0 if num_tokens is None else num_tokens.data_ptr(),
+            _address(topk_weights),
+            _address(num_tokens),
             out.tokens.data_ptr(),
             counts,
-            0 if total_counts is None else total_counts.data_ptr(),
+            _address(total_counts),
             ranges,
             row_tokens,
             token_ranks,
@@ -205,17 +223,28 @@ class LowLatency:
             x.stride(0) * x.element_size(),
             x.shape[0],
             topk_idx.dtype == torch.int64,
+            self._nanoseconds(timeout),
         )
         if out.scales is not None:
             arguments = (*arguments, out.scales.data_ptr())
-        kept = (x, topk_idx, topk_weights, num_tokens, out, total_counts)
+        if self.active is not None:
+            arguments = (*arguments, *selected, _address(waited))
+        kept = (x, topk_idx, topk_weights, num_tokens, out, total_counts, waited)
         half = self._launch("dispatch", "", arguments, hook, kept)
         if half is not None:
             self._unfinished.add(half.arguments)
         return half
 
     def combine(
-        self, y: torch.Tensor, handle: Handle, weights: torch.Tensor | None, out: torch.Tensor, hook: bool
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        weights: torch.Tensor | None,
+        out: torch.Tensor,
+        hook: bool,
+        timeout: float | None = None,
+        waited: torch.Tensor | None = None,
+        renormalize: bool = False,
     ) -> OpenHalf | None:
         """Launches combine, or its first half; arguments are checked already."""
         if handle.stream != current_stream(y.device):  # the handle may be dropped before this stream has read it
@@ -223,12 +252,20 @@ class LowLatency:
         arguments = (
             y.data_ptr(),
             out.data_ptr(),
-            0 if weights is None else weights.data_ptr(),
-            *handle.addresses,
+            _address(weights),
+            *handle.addresses[: len(FOR_EVERY_COMBINE)],
             handle.num_tokens,
+            self._nanoseconds(timeout),
         )
+        if self.active is not None:
+            arguments = (*arguments, *handle.addresses[len(FOR_EVERY_COMBINE) :], _address(waited), renormalize)
         late = "atdispatch" if weights is None else "atcombine"
-        return self._launch("combine", late, arguments, hook, (y, handle, weights, out))
+        return self._launch("combine", late, arguments, hook, (y, handle, weights, out, waited))
+
+    def _nanoseconds(self, timeout: float | None) -> int:
+        """Of this call's timeout; a report of an expired wait names the last call's."""
+        self._watchdog.timeout = seconds = self._timeout if timeout is None else timeout
+        return int(seconds * 1e9)
 
     def _launch(
         self, op: str, weights: str, arguments: tuple[int, ...], hook: bool, kept: tuple[object, ...]
@@ -269,6 +306,10 @@ class LowLatency:
 
     def raise_what_happened(self) -> None:
         self._watchdog.raise_what_happened()
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _signed(word: int) -> int:

@@ -14,7 +14,8 @@ from moegen.kernels.problem import Problem
 _DTYPES = {"bf16": torch.bfloat16}
 _WORD_BYTES = 4
 _NOTHING_GIVEN = GivenNumbers()
-_FOR_COMBINE = ("rows_received", "row_origin", "row_slots", "row_weights", "token_ranks", "tokens_sent")
+FOR_EVERY_COMBINE = ("rows_received", "row_origin", "row_slots", "row_weights", "token_ranks", "tokens_sent")
+FOR_MASKED_COMBINE = ("selected_ranks", "selected_weights")
 _FOR_USER = ("counts", "ranges", "row_tokens")
 
 
@@ -35,12 +36,15 @@ class Received:
             "row_weights": rows * topk,
             "tokens_sent": 1,
         }
+        for_combine = (*FOR_EVERY_COMBINE, *(FOR_MASKED_COMBINE if problem.masked else ()))
+        if problem.masked:
+            sizes.update(dict.fromkeys(FOR_MASKED_COMBINE, problem.max_tokens * topk))
         at = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
         self._words = sum(sizes.values())
         self.layout = NumbersLayout(
             local_experts, ranks, rows, ranges=at["ranges"], counts=at["counts"], row_tokens=at["row_tokens"]
         )
-        self._for_combine = [_WORD_BYTES * at[name] for name in _FOR_COMBINE]
+        self._for_combine = [_WORD_BYTES * at[name] for name in for_combine]
         self._for_user = [_WORD_BYTES * at[name] for name in _FOR_USER]
         self._device = device
         self.tokens_shape = (local_experts, rows, problem.hidden)

@@ -14,12 +14,16 @@ _FAILURE_BYTES = 4 * len(_FIELDS)
 
 
 class Watchdog:
-    """The Failure words of one rank's kernels, side by side."""
+    """The Failure words of one rank's kernels, side by side.
+
+    Attributes:
+        timeout: seconds that an expired wait is reported to have taken.
+    """
 
     def __init__(self, stems: Sequence[str], phases: Mapping[str, str], timeout: float, *, pinned: bool) -> None:
         self._stems = tuple(stems)
         self._phases = tuple(phases.values())
-        self._timeout = timeout
+        self.timeout = timeout
         self._words = HostWords(len(stems) * len(_FIELDS), pinned=pinned)
         self._all = memoryview(self._words.words).cast("B")
         self._nothing = bytes(len(self._all))
@@ -68,5 +72,5 @@ class Watchdog:
             epoch=seen["epoch"],
             expected=seen["expected"],
             seen=seen["seen"],
-            timeout=self._timeout,
+            timeout=self.timeout,
         )

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an object knows of the ranks that share it: who they are, what they hold, which of them are active."""
+
+from __future__ import annotations
+
+import torch
+
+from moegen.errors import InputError
+from moegen.kernels.problem import Problem
+from moegen.runtime.lifecycle import Lifecycle
+from moegen.runtime.worlds import RankWorld
+
+
+class Membership(Lifecycle):
+    """The part of `ExpertParallel` that says so."""
+
+    world: RankWorld
+    problem: Problem
+    _active: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.world.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self.world.size
+
+    @property
+    def local_experts(self) -> range:
+        """The expert ids that this rank holds."""
+        return self.problem.local_experts(self.rank)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Symmetric memory that this object holds on each rank."""
+        return self._alive().buffer_bytes
+
+    @property
+    def active_ranks(self) -> torch.Tensor:
+        """int32 [ranks] on the device: 1: active, 0: missing; this rank's own element means nothing.
+
+        A kernel that waits for a rank in vain writes a 0; from then on this rank neither waits for that one nor sends
+        to it. Whatever runs between calls may write it, also in a graph: a 0 leaves a rank out; 1 takes it back. That
+        is collective: all ranks do it at the same place, after a combine and before the next dispatch, and the rank
+        that was missing has by then made all calls that the others made.
+
+        Raises:
+            InputError: the object was made without.
+        """
+        if self._active is None:
+            raise InputError("this object was made for ranks that are all there; make it with active_ranks=True")
+        return self._active
