@@ -20,10 +20,13 @@ class Layers:
 
     Args:
         group: a torch process group, or a rank_world.
+        masked: whether ranks may be missing.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, *, masked: bool = False) -> None:
         self._group = group
+        self._masked = masked
+        self._active: torch.Tensor | None = None
         self._made: dict[tuple[Any, ...], ExpertParallel] = {}
         if isinstance(group, RankWorld):
             self.rank, self.size = group.rank, group.size
@@ -57,9 +60,27 @@ class Layers:
                 max_tokens_per_rank=max_tokens,
                 quantize=quantize,
                 slots=IN_FLIGHT,
+                active_ranks=self.active_on(x.device) if self._masked else False,
                 device=x.device,
             )
         return layer
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are that are made before any call: with the ranks, or with the mask of their calls."""
+        if self._active is not None:
+            return self._active.device
+        if isinstance(self._group, RankWorld):
+            return self._group.device
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    def active_on(self, device: torch.device) -> torch.Tensor:
+        """The one mask of all these objects, int32 [ranks], 1: active; the first call settles where it is."""
+        if self._active is None:
+            self._active = torch.ones(self.size, dtype=torch.int32, device=device)
+        elif self._active.device != device and not self._made:
+            self._active = self._active.to(device)
+        return self._active
 
     def destroy(self) -> None:
         for layer in self._made.values():

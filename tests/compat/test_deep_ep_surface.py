@@ -9,6 +9,7 @@ import sys
 import weakref
 
 import pytest
+import torch
 
 import moegen
 from moegen.compat import deep_ep
@@ -21,6 +22,7 @@ COMBINE = (
     "self x topk_idx topk_weights handle use_logfmt zero_copy async_finish return_recv_hook out "
     "combine_wait_recv_cost_stats"
 )
+LOCAL = "self dtype size offset use_rdma_buffer"
 CONSTRUCTOR = (
     "self group num_nvl_bytes num_rdma_bytes low_latency_mode num_qps_per_rank allow_nvlink_for_low_latency_mode "
     "allow_mnnvl explicitly_destroy enable_shrink comm"
@@ -33,6 +35,10 @@ CONSTRUCTOR = (
         (deep_ep.Buffer.__init__, CONSTRUCTOR),
         (deep_ep.Buffer.low_latency_dispatch, DISPATCH),
         (deep_ep.Buffer.low_latency_combine, COMBINE),
+        (deep_ep.Buffer.low_latency_update_mask_buffer, "self rank_to_mask mask"),
+        (deep_ep.Buffer.low_latency_query_mask_buffer, "self mask_status"),
+        (deep_ep.Buffer.low_latency_clean_mask_buffer, "self"),
+        (deep_ep.Buffer.get_local_buffer_tensor, LOCAL),
     ],
 )
 def test_signatures_are_deep_eps(function: object, names: str) -> None:
@@ -60,10 +66,55 @@ def test_buffer_can_be_referenced_weakly_and_says_what_it_is() -> None:
     assert (buffer.rank, buffer.group_size, buffer.num_nvl_bytes, buffer.num_rdma_bytes) == (0, 1, 1, 2)
     buffer.clean_low_latency_buffer(128, 7168, 256)
     buffer.destroy()
-    with pytest.raises(NotImplementedError, match="enable_shrink"):
-        deep_ep.Buffer(world.ranks[0], enable_shrink=True)
-    with pytest.raises(NotImplementedError, match="low_latency_query_mask_buffer"):
-        buffer.low_latency_query_mask_buffer(None)  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match="process group"):
+        deep_ep.Buffer(world.ranks[0], comm=1)
+
+
+def test_local_memory() -> None:
+    world = moegen.LocalWorld(1)
+    buffer = deep_ep.Buffer(world.ranks[0], 64, 40)
+    words = buffer.get_local_buffer_tensor(torch.int32)
+    assert words.shape == (16,)
+    words.copy_(torch.arange(16))
+    assert buffer.get_local_buffer_tensor(torch.int32, torch.Size([2, 3]), offset=8).tolist() == [[2, 3, 4], [5, 6, 7]]
+    assert buffer.get_local_buffer_tensor(torch.bfloat16, use_rdma_buffer=True).tolist() == [0.0] * 20
+    assert buffer.get_local_buffer_tensor(torch.int64, offset=64).shape == (0,)
+    beyond = [((17,), 0, "num_nvl_bytes=68"), ((16,), 4, "num_nvl_bytes=68")]
+    for size, offset, says in [*beyond, (None, 6, "multiple of 4"), (None, 68, r"0\.\.64"), (None, -4, r"0\.\.64")]:
+        with pytest.raises(moegen.errors.InputError, match=says):
+            buffer.get_local_buffer_tensor(torch.int32, None if size is None else torch.Size(size), offset)
+    with pytest.raises(moegen.errors.InputError, match="num_rdma_bytes=48"):
+        buffer.get_local_buffer_tensor(torch.int64, torch.Size([6]), use_rdma_buffer=True)
+    buffer.destroy()
+
+
+def test_masks_without_a_call() -> None:
+    world = moegen.LocalWorld(3)
+    buffer = deep_ep.Buffer(world.ranks[1], enable_shrink=True)
+    status = torch.full((3,), 7, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0, 0, 0]
+    buffer.low_latency_update_mask_buffer(2, True)
+    buffer.low_latency_update_mask_buffer(0, mask=True)
+    buffer.low_latency_update_mask_buffer(0)
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0, 0, 1]
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0, 0, 0]
+    with pytest.raises(moegen.errors.InputError, match=r"a rank is 0\.\.2; got 3"):
+        buffer.low_latency_update_mask_buffer(3, True)
+    for bad in (torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(moegen.errors.InputError, match=r"mask_status is torch.int32 \[3\]"):
+            buffer.low_latency_query_mask_buffer(bad)
+    plain = deep_ep.Buffer(world.ranks[1])
+    for call in (
+        lambda: plain.low_latency_update_mask_buffer(0),
+        lambda: plain.low_latency_query_mask_buffer(status),
+        plain.low_latency_clean_mask_buffer,
+    ):
+        with pytest.raises(moegen.errors.InputError, match="enable_shrink=True"):
+            call()
 
 
 def test_an_event_that_was_not_asked_for() -> None:

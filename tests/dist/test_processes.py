@@ -15,8 +15,6 @@ import torch
 from support.layer import Shape
 from support.processes import Processes, make_layer, round_trip_in_process
 
-from moegen.errors import PeerTimeoutError
-
 SHAPES = (Shape(4, 16, 4, 128, 64), Shape(4, 10, 3, 512, 80))
 
 
@@ -91,33 +89,3 @@ def halves_and_streams(rank: int, device: str) -> str:
 
 def test_hooks_and_streams_between_processes(group: Processes) -> None:
     assert group.call(halves_and_streams) == ["ok"] * group.size
-
-
-def die_in_the_middle(rank: int, device: str) -> str:
-    shape = Shape(torch.distributed.get_world_size(), 16, 4, 128, 32)
-    layer = make_layer(shape, device, timeout=2.0)
-    x = torch.randn(32, shape.hidden, device=device).bfloat16()
-    ids = torch.arange(32 * 4, device=device).reshape(32, 4) % 16
-    received = layer.dispatch(x, ids)
-    layer.synchronize()
-    if rank == 1:
-        os._exit(0)
-    start = time.monotonic()
-    try:
-        for _ in range(3):
-            layer.combine(received.tokens, received.handle)
-            layer.synchronize()
-            received = layer.dispatch(x, ids)
-            layer.synchronize()
-    except PeerTimeoutError as error:
-        layer.destroy()
-        return f"missing {error.peer} after {time.monotonic() - start < 20}"
-    return "nothing was noticed"
-
-
-@pytest.mark.parametrize("device", devices())
-def test_a_killed_rank_is_named_by_the_others(device: str) -> None:
-    processes = Processes(3 if device == "cpu" else 2, device)
-    answers = processes.call(die_in_the_middle, dead=1)
-    assert [answer for rank, answer in enumerate(answers) if rank != 1] == ["missing 1 after True"] * (len(answers) - 1)
-    processes.stop()

@@ -160,15 +160,59 @@ def test_bad_calls(device: str) -> None:
         )
         with pytest.raises(ValueError, match="needs use_fp8 and round_scale"):
             buffer.low_latency_dispatch(x, ids, 8, 4, use_ue8m0=True)
-        with pytest.raises(NotImplementedError, match="dispatch_wait_recv_cost_stats"):
+        with pytest.raises(ValueError, match=r"dispatch_wait_recv_cost_stats needs.*enable_shrink=True"):
             buffer.low_latency_dispatch(x, ids, 8, 4, dispatch_wait_recv_cost_stats=torch.zeros(1))
         with pytest.raises(TypeError, match="use_nvfp4"):
             buffer.low_latency_dispatch(x, ids, 8, 4, use_nvfp4=True)  # type: ignore[call-arg]
         with pytest.raises(ValueError, match="max_tokens_per_rank=3"):
             buffer.low_latency_dispatch(x, ids, 2, 4)
         received, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, 8, 4, use_fp8=False)
+        with pytest.raises(ValueError, match=r"combine_wait_recv_cost_stats needs.*enable_shrink=True"):
+            buffer.low_latency_combine(received, ids, torch.ones(3, 2, device=device), handle,
+                combine_wait_recv_cost_stats=torch.zeros(1))  # fmt: skip
         with pytest.raises(moegen.errors.HandleError, match="itself"):
             buffer.low_latency_combine(received, ids, torch.ones(3, 2, device=device), tuple(handle))  # type: ignore[arg-type]
+        buffer.destroy()
+
+    world.run(work)
+
+
+def test_shrink(device: str) -> None:
+    """A rank is late and masked; then it is taken back; its stats say that it was waited for."""
+    ranks, experts, hidden, late = 2, 4, 512, 1
+    world = moegen.LocalWorld(ranks, device)
+
+    def work(rank: RankWorld) -> None:
+        buffer = deep_ep.Buffer(rank, low_latency_mode=True, enable_shrink=True)
+        buffer.timeout = 0.4
+        x = torch.full((2, hidden), rank.rank + 1.0, dtype=torch.bfloat16, device=rank.device)
+        ids = torch.tensor([[0, 3], [1, 2]], device=rank.device)
+        weights = torch.tensor([[0.25, 0.5], [1.0, 2.0]], device=rank.device)
+        waited = torch.zeros(2, ranks, dtype=torch.int64, device=rank.device)
+        status = torch.zeros(ranks, dtype=torch.int32, device=rank.device)
+
+        def pair() -> tuple[list[int], list[float], list[int]]:
+            received, count, handle, _, _ = buffer.low_latency_dispatch(x, ids, 8, experts, use_fp8=False,
+                dispatch_wait_recv_cost_stats=waited[0])  # fmt: skip
+            combined, _, _ = buffer.low_latency_combine(received, ids, weights, handle,  # type: ignore[arg-type]
+                combine_wait_recv_cost_stats=waited[1])  # fmt: skip
+            buffer.low_latency_query_mask_buffer(status)
+            return count.tolist(), (combined[:, 0] / x[0, 0]).tolist(), status.tolist()
+
+        together = [2, 2], [0.75, 3.0], [0, 0]
+        assert pair() == together
+        rank.barrier()
+        if rank.rank == late:
+            rank.barrier()
+            pair()  # the call that it missed
+        else:
+            assert pair() == ([1, 1], [0.25, 1.0], [0, 1])
+            assert 0.4 < int(waited[0, late]) / 1e9 < 20
+            rank.barrier()
+        rank.barrier()
+        buffer.low_latency_clean_mask_buffer()
+        assert pair() == together
+        rank.barrier()
         buffer.destroy()
 
     world.run(work)

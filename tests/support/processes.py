@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,13 @@ class Processes:
             self._ends.append(ours)
             self._processes.append(process)
 
-    def call(self, fn: Callable[..., Any], *args: Any, dead: int | None = None) -> list[Any]:
-        """`fn(rank, device, *args)` in every process; raises the first error. `dead` is a rank that will not answer."""
+    def call(self, fn: Callable[..., Any], *args: Any, dead: Collection[int] = ()) -> list[Any]:
+        """`fn(rank, device, *args)` in every process; raises the first error. Ranks that are `dead` will not answer."""
         for end in self._ends:
             end.send((fn, args))
         answers: list[Any] = []
         for rank, end in enumerate(self._ends):
-            if rank == dead:
+            if rank in dead:
                 answers.append(None)
                 continue
             if not end.poll(ANSWER_SECONDS):
@@ -86,7 +86,9 @@ def _serve(pipe: Connection, rank: int, size: int, device: str, port: int) -> No
     torch.distributed.destroy_process_group()
 
 
-def make_layer(shape: Shape, device: str, *, timeout: float = 30.0, slots: int = 1) -> moegen.ExpertParallel:
+def make_layer(
+    shape: Shape, device: str, *, timeout: float = 30.0, slots: int = 1, active_ranks: bool = False
+) -> moegen.ExpertParallel:
     return moegen.ExpertParallel(
         torch.distributed.group.WORLD,
         num_experts=shape.experts,
@@ -95,6 +97,7 @@ def make_layer(shape: Shape, device: str, *, timeout: float = 30.0, slots: int =
         max_tokens_per_rank=shape.max_tokens,
         timeout=timeout,
         slots=slots,
+        active_ranks=active_ranks,
         device=device,
     )
 

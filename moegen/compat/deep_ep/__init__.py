@@ -2,8 +2,8 @@
 """DeepEP's interface (`deep_ep` 1.2.1) on moegen: `Buffer` with its low-latency calls, events and `Config`.
 
 `import moegen.compat.deep_ep as deep_ep`, or `install()` before anything imports `deep_ep`; with
-MOEGEN_REPLACE_DEEP_EP=1 the plugin entry points of vLLM and SGLang do the latter. Active-rank masks and wait statistics
-raise NotImplementedError; the normal mode and `ElasticBuffer` are not there yet.
+MOEGEN_REPLACE_DEEP_EP=1 the plugin entry points of vLLM and SGLang do the latter. The normal mode and `ElasticBuffer`
+are not there yet.
 """
 
 from moegen.compat.deep_ep.buffer import Buffer

@@ -49,13 +49,19 @@ class Buffer:
         num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl,
             explicitly_destroy: kept as attributes or ignored.
         low_latency_mode: kept as an attribute; the low-latency calls work either way.
-        enable_shrink, comm: not supported.
+        enable_shrink: a rank that does not come in time is masked and left out, where otherwise the call fails with
+            PeerTimeoutError; and waits can be measured.
+        comm: not supported.
+
+    Attributes:
+        timeout: seconds that a call waits for a rank; moegen's own, and may be set at any time.
 
     Raises:
-        NotImplementedError: enable_shrink or comm.
+        NotImplementedError: comm.
     """
 
     num_sms: int = 20
+    timeout: float = 30.0
 
     def __init__(
         self,
@@ -70,12 +76,10 @@ class Buffer:
         enable_shrink: bool = False,
         comm: Any = None,
     ) -> None:
-        if enable_shrink:
-            raise _missing("Buffer(enable_shrink=True)")
         if comm is not None:
-            raise _missing("Buffer(comm=...)")
+            raise NotImplementedError("moegen.compat.deep_ep has no Buffer(comm=...): give a torch process group")
         self.group = group
-        self._layers = Layers(group)
+        self._layers = Layers(group, masked=enable_shrink)
         self.rank, self.group_size = self._layers.rank, self._layers.size
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
@@ -84,11 +88,13 @@ class Buffer:
         self.enable_shrink = enable_shrink
         self._combine_buffers: dict[int, list[Tensor]] = {}
         self._combines = 0
+        self._local: dict[bool, Tensor] = {}
 
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
         self._layers.destroy()
         self._combine_buffers.clear()
+        self._local.clear()
 
     @staticmethod
     def is_sm90_compiled() -> bool:
@@ -144,6 +150,8 @@ class Buffer:
             x: bfloat16 [T, hidden], T <= num_max_dispatch_tokens_per_rank.
             topk_idx: int64 (or int32) [T, topk], -1 for no selection.
             cumulative_local_expert_recv_stats: int32 [local experts], to which the counts are added.
+            dispatch_wait_recv_cost_stats: int64 [ranks], to which the time is added that this call waited for each
+                other rank, in nanoseconds (DeepEP's are clock cycles). Needs enable_shrink.
             use_fp8: e4m3 with float32 scales per 128 elements; hidden is a multiple of 128.
             round_scale: scales are powers of two.
             use_ue8m0: their exponents, four to an int32; needs round_scale and a hidden of a multiple of 512.
@@ -156,16 +164,17 @@ class Buffer:
             handle, event, hook (None unless asked for).
 
         Raises:
-            InputError: arguments that do not fit; NotImplementedError: dispatch_wait_recv_cost_stats.
+            InputError: arguments that do not fit.
         """
-        if dispatch_wait_recv_cost_stats is not None:
-            raise _missing("low_latency_dispatch(dispatch_wait_recv_cost_stats=...)")
+        self._check_stats("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
         quantize = _quantize(use_fp8, round_scale, use_ue8m0)
         layer = self._layers.get(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, quantize)
         answer = layer.dispatch(
             x,
             topk_idx,
             total_counts=cumulative_local_expert_recv_stats,
+            timeout=self.timeout,
+            waited_ns=dispatch_wait_recv_cost_stats,
             **mode(async_finish, return_recv_hook),
         )
         received, event, hook = _unpacked(answer, async_finish, return_recv_hook)
@@ -196,19 +205,25 @@ class Buffer:
             zero_copy: `x` is what `get_next_low_latency_combine_buffer` gave. Where peers' memory is mapped nothing is
                 copied in either case, so it saves nothing.
             async_finish, return_recv_hook, out: as in DeepEP.
+            combine_wait_recv_cost_stats: as dispatch's, of the first sum of each rank that is waited for.
 
         Raises:
             HandleError: `handle` is not what low_latency_dispatch returned.
-            InputError: arguments that do not fit; NotImplementedError: combine_wait_recv_cost_stats.
+            InputError: arguments that do not fit.
         """
-        if combine_wait_recv_cost_stats is not None:
-            raise _missing("low_latency_combine(combine_wait_recv_cost_stats=...)")
+        self._check_stats("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
         given = _own(handle)
         if topk_idx.shape != topk_weights.shape:
             raise InputError(f"topk_idx and topk_weights differ: {list(topk_idx.shape)}, {list(topk_weights.shape)}")
         self._combines += 1
         answer = given.owner.combine(
-            x, given.received.handle, topk_weights, out=out, **mode(async_finish, return_recv_hook)
+            x,
+            given.received.handle,
+            topk_weights,
+            out=out,
+            timeout=self.timeout,
+            waited_ns=combine_wait_recv_cost_stats,
+            **mode(async_finish, return_recv_hook),
         )
         return _unpacked(answer, async_finish, return_recv_hook)
 
@@ -224,14 +239,74 @@ class Buffer:
             buffers = self._combine_buffers[id(owner)] = made
         return buffers[self._combines % IN_FLIGHT]
 
+    def get_local_buffer_tensor(
+        self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
+    ) -> Tensor:
+        """Memory of this rank, `num_rdma_bytes` or `num_nvl_bytes` of it, for whatever the caller likes: made when it
+        is first asked for, and the same in every call. In DeepEP the library's own data lie there; here they do not.
+
+        Args:
+            dtype: of the result.
+            size: its shape; None: one dimension, up to the end of the memory.
+            offset: bytes from the start of the memory to the result's, a multiple of the dtype's size.
+            use_rdma_buffer: the memory of num_rdma_bytes.
+
+        Raises:
+            InputError: the memory ends before the tensor does, or the offset is no such multiple.
+        """
+        given = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
+        if not 0 <= offset <= given or offset % dtype.itemsize != 0:
+            raise InputError(f"offset is a multiple of {dtype.itemsize} bytes in 0..{given}; got {offset}")
+        there = (given - offset) // dtype.itemsize
+        wanted = torch.Size([there]) if size is None else torch.Size(size)
+        if wanted.numel() > there:
+            name = "num_rdma_bytes" if use_rdma_buffer else "num_nvl_bytes"
+            needed = offset + wanted.numel() * dtype.itemsize
+            raise InputError(f"{list(wanted)} of {dtype} end at byte {needed}; make the Buffer with {name}={needed}")
+        if use_rdma_buffer not in self._local:
+            self._local[use_rdma_buffer] = torch.zeros(given, dtype=torch.uint8, device=self._layers.device)
+        memory = self._local[use_rdma_buffer][offset : offset + wanted.numel() * dtype.itemsize]
+        return memory.view(dtype).view(wanted)
+
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        raise _missing("low_latency_update_mask_buffer")
+        """Leaves a rank out (`mask`) or takes it back, on this rank; see `ExpertParallel.active_ranks` for when.
+
+        Raises:
+            InputError: no such rank, or a Buffer without enable_shrink.
+        """
+        active = self._active()
+        if not 0 <= rank_to_mask < self.group_size:
+            raise InputError(f"a rank is 0..{self.group_size - 1}; got {rank_to_mask}")
+        active[rank_to_mask] = 0 if mask else 1
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
-        raise _missing("low_latency_query_mask_buffer")
+        """Writes 1 for each rank that is masked here, else 0, into int32 [ranks], on the current stream.
+
+        Raises:
+            InputError: another kind of tensor, or a Buffer without enable_shrink.
+        """
+        active = self._active()
+        if mask_status.dtype != torch.int32 or mask_status.shape != active.shape:
+            given = f"{mask_status.dtype} {list(mask_status.shape)}"
+            raise InputError(f"mask_status is torch.int32 [{self.group_size}]; got {given}")
+        mask_status.copy_(active == 0)
 
     def low_latency_clean_mask_buffer(self) -> None:
-        raise _missing("low_latency_clean_mask_buffer")
+        """Takes all ranks back. Collective in effect: see `ExpertParallel.active_ranks`.
+
+        Raises:
+            InputError: a Buffer without enable_shrink.
+        """
+        self._active().fill_(1)
+
+    def _active(self) -> Tensor:
+        if not self.enable_shrink:
+            raise InputError("this Buffer has no mask; make it with enable_shrink=True")
+        return self._layers.active_on(self._layers.device)
+
+    def _check_stats(self, name: str, stats: Tensor | None) -> None:
+        if stats is not None and not self.enable_shrink:
+            raise InputError(f"{name} needs kernels that measure; make the Buffer with enable_shrink=True")
 
 
 def _quantize(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> str | None:
@@ -262,7 +337,3 @@ def _own(handle: tuple[Any, ...]) -> LowLatencyHandle:
     if not isinstance(handle, LowLatencyHandle):
         raise HandleError("the handle is the tuple that low_latency_dispatch returned, itself: a copy cannot be used")
     return handle
-
-
-def _missing(what: str) -> NotImplementedError:
-    return NotImplementedError(f"moegen.compat.deep_ep has no {what} yet")

@@ -13,7 +13,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from simt_harness import Toolchain, runtime_sources
@@ -32,6 +32,7 @@ BLOCKS_PER_ROLE = 2
 JOBS = 2
 
 KERNEL = ""
+LAUNCH = "moegen/launch.cuh"
 SIGNAL = "moegen/signal.cuh"
 """What an edit is made in: the kernel's text or a header."""
 
@@ -79,12 +80,12 @@ class Variant:
     combine: Kernel
 
 
-def variant(wire: str, weights: str, groups: WarpGroups) -> Variant:
+def variant(wire: str, weights: str, groups: WarpGroups, peers: str = "required") -> Variant:
     """Unmodified kernels of one wire format."""
     common = ("bf16", "expert", RANKS, HIDDEN, TOPK, EXPERTS, "ipc", groups, wire, "whole")
-    name = f"{wire}_{weights}_w{groups}"
-    dispatch = Kernel(f"dispatch_{name}", LowLatencyDispatch(*common))
-    return Variant(name, dispatch, Kernel(f"combine_{name}", LowLatencyCombine(*common, weights)))
+    name = f"{wire}_{weights}_w{groups}_{peers}"
+    dispatch = Kernel(f"dispatch_{name}", LowLatencyDispatch(*common, peers=peers))
+    return Variant(name, dispatch, Kernel(f"combine_{name}", LowLatencyCombine(*common, weights, peers=peers)))
 
 
 def weakened(right: Variant, op: str, name: str, edit: Edit) -> Variant:
@@ -118,14 +119,14 @@ def _row(variant: Variant) -> str:
     assert isinstance(dispatch, LowLatencyDispatch) and isinstance(combine, LowLatencyCombine)
     dispatch_at = regions(dispatch, MAX_TOKENS, 0)
     combine_at = regions(combine, MAX_TOKENS, dispatch_at.end)
-    late = "true" if combine.weights == "atcombine" else "false"
+    late, masked = ("true" if holds else "false" for holds in (combine.weights == "atcombine", dispatch.masked))
     entries = ", ".join(
         "{" + ", ".join(of_rank(kernel.entry, rank) for rank in range(RANKS)) + "}"
         for kernel in (variant.dispatch, variant.combine)
     )
     sizes = ", ".join(f"{of_rank(kernel.entry, 0)}_params_bytes" for kernel in (variant.dispatch, variant.combine))
     layouts = f"{_layout(dispatch_at)}, {_layout(combine_at)}"
-    return f'    {{"{variant.name}", {entries}, {sizes}, {dispatch.block_threads}, {late}, {layouts}}},\n'
+    return f'    {{"{variant.name}", {entries}, {sizes}, {dispatch.block_threads}, {late}, {masked}, {layouts}}},\n'
 
 
 def shape_header() -> str:
@@ -145,11 +146,14 @@ def variants_header(variants: Sequence[Variant]) -> str:
     """`variants.hpp`: the parameter structs and the table of kernels."""
     dispatch, combine = variants[0].dispatch.spec, variants[0].combine.spec
     assert isinstance(dispatch, LowLatencyDispatch) and isinstance(combine, LowLatencyCombine)
+    assert not dispatch.masked
     entries = [of_rank(kernel.entry, rank) for kernel in kernels_of(variants) for rank in range(RANKS)]
     return "".join(
         [
             _struct("DispatchParams", dispatch),
             _struct("CombineParams", combine),
+            _struct("MaskedDispatchParams", replace(dispatch, peers="masked")),
+            _struct("MaskedCombineParams", replace(combine, peers="masked")),
             *(f'extern "C" moegen_host_entry {entry};\n' for entry in entries),
             *(f'extern "C" unsigned long {entry}_params_bytes();\n' for entry in entries),
             "constexpr Variant kVariants[] = {\n",

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Virtual ranks that run the low-latency kernels back to back, as an executable for sanitizers:
 //     driver VARIANT SEED ROUNDS [absent]
-// The ranks meet nowhere but in the kernels. With `absent` the last one stays away, and the others have to report it.
+// The ranks meet nowhere but in the kernels. With `absent` the last one stays away, and the others have to report it, or
+// to mark it and to go on where ranks may be missing.
 // Exit status 0: every result is right; 1: one is not; 2: a launch failed; else the sanitizer's own.
 #include <algorithm>
 #include <atomic>
@@ -24,14 +25,15 @@ struct Regions {
     uint64_t consumed, counts, rows, tags, weights, end;
 };
 
-// A dispatch and a combine kernel, a copy for each rank. `late`: weights are given to combine.
+// A dispatch and a combine kernel, a copy for each rank. `late`: weights are given to combine. `masked`: ranks may be
+// missing.
 struct Variant {
     const char* name;
     moegen_host_entry *dispatch[kRanks], *combine[kRanks];
     unsigned long (*dispatch_bytes)();
     unsigned long (*combine_bytes)();
     uint32_t threads;
-    bool late;
+    bool late, masked;
     Regions dispatch_at, combine_at;
 };
 
@@ -52,13 +54,15 @@ struct Blocks {
 namespace {
 
 constexpr uint32_t kFirstEpoch = 0xfffffffa;  // wraps after 6 launches
-constexpr uint64_t kTimeoutNs = 60'000'000'000, kAbsentTimeoutNs = 500'000'000;
+constexpr uint64_t kTimeoutNs = 60'000'000'000, kAbsentTimeoutNs = 500'000'000, kMaskedTimeoutNs = 2'000'000'000;
 
 struct Rank {
     uint32_t number = 0;
     std::unique_ptr<uint8_t, decltype(&std::free)> memory = {nullptr, std::free};
     Control control[2] = {};
     uint32_t aborted = 0;
+    uint32_t active[kRanks], verdicts[2][kRanks] = {};
+    uint64_t waited_ns[kRanks] = {};
     Failure failure[2] = {};
     std::vector<Round> rounds;
     std::minstd_rand random;
@@ -79,7 +83,12 @@ class Ranks {
     template <typename Params>
     Params common_params(Rank& rank, uint32_t op, const Regions& at);
     void dispatch(Rank& rank, Round& round);
+    template <typename Params>
+    void dispatch_with(Rank& rank, Round& round);
     void combine(Rank& rank, Round& round, std::vector<Bf16>& result);
+    template <typename Params>
+    void combine_with(Rank& rank, Round& round, std::vector<Bf16>& result);
+    void dispatch_and_combine_without_last(Rank& rank);
     bool verify_dispatch(const Rank& rank, uint32_t number) const;
     bool verify_combine(const Rank& rank, uint32_t number) const;
 
@@ -94,6 +103,7 @@ Ranks::Ranks(const Variant& variant, uint32_t seed, uint32_t rounds) : variant_(
     for (uint32_t number = 0; number < kRanks; ++number) {
         Rank& rank = ranks_[number];
         rank.number = number;
+        std::fill(rank.active, rank.active + kRanks, 1);
         rank.random.seed(seed * kRanks + number + 1);
         for (uint32_t round = 0; round < rounds; ++round) rank.rounds.emplace_back(round, number, rank.random);
         rank.memory.reset(static_cast<uint8_t*>(std::aligned_alloc(256, variant.combine_at.end)));
@@ -124,7 +134,13 @@ Params Ranks::common_params(Rank& rank, uint32_t op, const Regions& at) {
     Params p = {};
     for (uint32_t peer = 0; peer < kRanks; ++peer) p.peers[peer] = ranks_[peer].memory.get();
     p.control = &rank.control[op];
-    p.aborted = &rank.aborted;
+    if constexpr (requires { p.aborted; }) {
+        p.aborted = &rank.aborted;
+    } else {
+        p.active = rank.active;
+        p.verdicts = rank.verdicts[op];
+        p.waited_ns = rank.waited_ns;
+    }
     p.failure = &rank.failure[op];
     p.consumed_offset = at.consumed;
     p.rows_offset = at.rows;
@@ -136,7 +152,16 @@ Params Ranks::common_params(Rank& rank, uint32_t op, const Regions& at) {
 }
 
 void Ranks::dispatch(Rank& rank, Round& round) {
-    auto p = common_params<DispatchParams>(rank, 0, variant_.dispatch_at);
+    variant_.masked ? dispatch_with<MaskedDispatchParams>(rank, round) : dispatch_with<DispatchParams>(rank, round);
+}
+
+template <typename Params>
+void Ranks::dispatch_with(Rank& rank, Round& round) {
+    auto p = common_params<Params>(rank, 0, variant_.dispatch_at);
+    if constexpr (requires { p.selected_ranks; }) {
+        p.selected_ranks = round.selected_ranks.data();
+        p.selected_weights = round.selected_weights.data();
+    }
     p.counts_offset = variant_.dispatch_at.counts;
     p.x = reinterpret_cast<const uint8_t*>(round.x.data());
     p.x_stride = kHidden * sizeof(Bf16);
@@ -161,7 +186,18 @@ void Ranks::dispatch(Rank& rank, Round& round) {
 }
 
 void Ranks::combine(Rank& rank, Round& round, std::vector<Bf16>& result) {
-    auto p = common_params<CombineParams>(rank, 1, variant_.combine_at);
+    variant_.masked ? combine_with<MaskedCombineParams>(rank, round, result)
+                    : combine_with<CombineParams>(rank, round, result);
+}
+
+template <typename Params>
+void Ranks::combine_with(Rank& rank, Round& round, std::vector<Bf16>& result) {
+    auto p = common_params<Params>(rank, 1, variant_.combine_at);
+    if constexpr (requires { p.selected_ranks; }) {
+        p.selected_ranks = round.selected_ranks.data();
+        p.selected_weights = round.selected_weights.data();
+        p.renormalize = 1;  // by 1 where nobody is missing
+    }
     p.weights_offset = variant_.combine_at.weights;
     p.y = reinterpret_cast<const uint8_t*>(round.y.data());
     p.out = reinterpret_cast<uint8_t*>(result.data());
@@ -212,11 +248,32 @@ void await_report(const Rank& rank, std::atomic<bool>& failed) {
     if (words[2] != rank.number || words[3] == rank.number || words[3] >= kRanks) failed = true;
 }
 
+// One rank that is missing: marked, with no time lost in the second round, and nothing of it in the results.
+void Ranks::dispatch_and_combine_without_last(Rank& rank) {
+    for (uint32_t number = 0; number < 2; ++number) {
+        Round& round = rank.rounds[number];
+        dispatch(rank, round);
+        run_experts(rank, round);
+        combine(rank, round, round.combined[0]);
+        for (const int32_t* range = &round.ranges[(kRanks - 1) * 2]; range < round.ranges.data() + round.ranges.size();
+             range += kRanks * 2)
+            if (range[0] > 0) failed_ = true;
+        for (uint32_t at = 0; at < uint32_t(round.tokens) * kHidden; ++at)
+            if (round.combined[0][at] == kNan) failed_ = true;
+    }
+    for (uint32_t peer = 0; peer < kRanks; ++peer)
+        if (rank.active[peer] != (peer + 1 < kRanks)) failed_ = true;
+}
+
 int Ranks::run_without_last() {
-    timeout_ns_ = kAbsentTimeoutNs;
+    timeout_ns_ = variant_.masked ? kMaskedTimeoutNs : kAbsentTimeoutNs;
     std::vector<std::thread> threads;
     for (uint32_t number = 0; number + 1 < kRanks; ++number) {
         Rank& rank = ranks_[number];
+        if (variant_.masked) {
+            threads.emplace_back([this, &rank] { dispatch_and_combine_without_last(rank); });
+            continue;
+        }
         threads.emplace_back([this, &rank] { dispatch(rank, rank.rounds[0]); });
         threads.emplace_back([this, &rank] { await_report(rank, failed_); });
     }
@@ -290,8 +347,11 @@ const Variant* find(std::string_view name) {
 int main(int count, char** arguments) {
     const bool absent = count == 5 && std::strcmp(arguments[4], "absent") == 0;
     const Variant* variant = count == 4 || absent ? find(arguments[1]) : nullptr;
-    if (variant == nullptr || variant->dispatch_bytes() != sizeof(DispatchParams) ||
-        variant->combine_bytes() != sizeof(CombineParams)) {
+    const bool masked = variant != nullptr && variant->masked;
+    const auto dispatch_bytes = masked ? sizeof(MaskedDispatchParams) : sizeof(DispatchParams);
+    const auto combine_bytes = masked ? sizeof(MaskedCombineParams) : sizeof(CombineParams);
+    if (variant == nullptr || variant->dispatch_bytes() != dispatch_bytes ||
+        variant->combine_bytes() != combine_bytes) {
         std::printf("usage: driver VARIANT SEED ROUNDS [absent], with a variant of this executable\n");
         return 2;
     }

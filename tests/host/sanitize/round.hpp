@@ -57,8 +57,8 @@ struct Round {
     std::vector<float> weights;
 
     std::vector<Bf16> out, y, combined[3];
-    std::vector<int32_t> counts, ranges, row_tokens, row_origin, row_slots;
-    std::vector<float> row_weights;
+    std::vector<int32_t> counts, ranges, row_tokens, row_origin, row_slots, selected_ranks;
+    std::vector<float> row_weights, selected_weights;
     std::vector<uint64_t> token_ranks;
     int32_t rows_received = -1, tokens_sent = -1;
     uint32_t num_combines = 0;
@@ -103,6 +103,8 @@ inline Round::Round(uint32_t number, uint32_t rank, std::minstd_rand& random)
     row_slots.assign(kExpertRows * kTopk, -1);
     row_weights.assign(kExpertRows * kTopk, NAN);
     token_ranks.assign(kMaxTokens, ~0ull);
+    selected_ranks.assign(kMaxTokens * kTopk, -2);
+    selected_weights.assign(kMaxTokens * kTopk, NAN);
 }
 
 // As moegen.reference.combine: each remote partial sum and the result are rounded to bf16 once, and all additions are

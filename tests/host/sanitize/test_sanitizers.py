@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from host.sanitize.build import KERNEL, SIGNAL, Edit, Variant, build, variant, weakened
+from host.sanitize.build import KERNEL, LAUNCH, SIGNAL, Edit, Variant, build, variant, weakened
 from simt_harness import Toolchain
 
 from moegen.kernels.spec import WarpGroups
@@ -29,10 +29,13 @@ RIGHT = [
     variant("row", "atcombine", WarpGroups(2, 1)),
     variant("row", "atdispatch", WarpGroups(1, 2)),
     variant("row", "atcombine", WarpGroups(2, 2)),
+    variant("row", "atcombine", WarpGroups(2, 2), "masked"),
 ]
-"""Together: both wire formats, both times of weights, each of a team's three kinds of barrier; at most 1,920 fibers."""
+"""Together: both wire formats, both times of weights, each of a team's three kinds of barrier, with and without ranks
+that may be missing; at most 1,920 fibers."""
 
 ROW = RIGHT[2]
+MASKED = RIGHT[-1]
 
 
 RELAXED = "[](auto* to, auto word) { host::store_word(to, word, __ATOMIC_RELAXED, {}); }"
@@ -44,7 +47,7 @@ def relaxed_store(target: str) -> Edit:
 
 def entering(order: str) -> Edit:
     pattern = r"atomic_add_acq_rel_gpu\((&control->blocks_entered), 1\)"
-    return Edit(SIGNAL, pattern, rf"__atomic_fetch_add(\1, 1, {order})")
+    return Edit(LAUNCH, pattern, rf"__atomic_fetch_add(\1, 1, {order})")
 
 
 TAG = r"(?:tag_at\(|outgoing\.tags)"
@@ -135,7 +138,7 @@ def test_kernels_have_no_race_in_fixed_order(tsan: Path, variant: Variant) -> No
 
 
 @pytest.mark.tsan
-@pytest.mark.parametrize("variant", [RIGHT[0], ROW], ids=name_of)
+@pytest.mark.parametrize("variant", [RIGHT[0], ROW, MASKED], ids=name_of)
 def test_missing_peer_is_no_race(tsan: Path, variant: Variant) -> None:
     code, output = run(tsan, variant, FIXED, "absent")
     assert code == 0, output
