@@ -333,8 +333,8 @@ class ExpertParallel(Membership):
             topk_weights: [T, topk] float32, in place of those given to dispatch. All ranks give them, or none does.
             out: the tensor for the result; then nothing is allocated.
             timeout, waited_ns: as for `dispatch`; here it is the first partial sum of each rank that is waited for.
-            renormalize: where experts are missing, multiply a token's result by the sum of all its weights over the
-                sum of those that are in it (0 if none is). Needs `active_ranks`.
+            renormalize: multiply the result of a token that misses experts by the sum of all its weights over the sum
+                of those that are in it (by 0 if that is 0). Needs `active_ranks`.
             return_recv_hook, async_finish: as for `dispatch`; `y` may be overwritten behind the sending half.
 
         Returns:

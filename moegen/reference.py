@@ -144,9 +144,9 @@ def combine(
         2**-8 * (sum over those ranks |partial| + |result|) + (topk + ranks) * 2**-24 * sum |weight * output|,
     all times 1 + 2**-6 for the rounding of already rounded numbers, plus the smallest bf16 for underflow.
 
-    Partial sums of missing ranks are left out; with `renormalize` what is left is multiplied by the sum of all the
-    token's weights over the sum of those whose ranks are not missing (0 if that is 0), and so is the bound of what
-    comes before the last rounding, plus 2 * (topk + 2) * 2**-24 * |result| for the factor.
+    Partial sums of missing ranks are left out. With `renormalize` what is left of a token that misses some is
+    multiplied by the sum of all its weights over the sum of those whose ranks are not missing (by 0 if that is 0), and
+    so is the bound of what comes before the last rounding, plus 2 * (topk + 2) * 2**-24 * |result| for the factor.
 
     Args:
         y: per rank, expert outputs in the layout of dispatch.
@@ -170,6 +170,7 @@ def combine(
         weights = torch.ones(num_tokens, num_topk) if given is None else given.cpu()
         absent = () if missing is None else missing[owner]
         weight_sums = torch.zeros(2, num_tokens, 1, dtype=torch.float64)
+        complete = torch.ones(num_tokens, 1, dtype=torch.bool)
         partials = torch.zeros(num_ranks, num_tokens, hidden, dtype=torch.float64)
         magnitude = torch.zeros(num_tokens, hidden, dtype=torch.float64)
         for token in range(num_tokens):
@@ -180,6 +181,7 @@ def combine(
                 rank = next(r for r, experts in enumerate(ranges) if expert in experts)
                 weight_sums[:, token] += weights[token, k].double() * torch.tensor([[1], [rank not in absent]])
                 if rank in absent:
+                    complete[token] = False
                     continue
                 local = expert - ranges[rank].start
                 term = weights[token, k].double() * outputs[rank][local, row_of[rank][local][(owner, token)]]
@@ -190,6 +192,7 @@ def combine(
         before = BF16_ROUNDING * rounded + (num_topk + num_ranks) * FP32_ROUNDING * magnitude
         if renormalize:
             factor = torch.where(weight_sums[1] == 0, 0.0, weight_sums[0] / weight_sums[1])
+            factor = torch.where(complete, 1.0, factor)
             exact, before = exact * factor, before * factor.abs()
             before = before + 2 * (num_topk + 2) * FP32_ROUNDING * exact.abs()
         bound = before + BF16_ROUNDING * exact.abs()

@@ -19,6 +19,7 @@ _CATALOG: tuple[tuple[str, int, dict[str, Any], tuple[int, ...]], ...] = (
     ("deepseek-v3", 8, {}, (32, 64, 128)),
     ("deepseek-v3", 8, {"dtype": "fp8", "hooks": True}, (128,)),
     ("deepseek-v3", 8, {"dtype": "fp8ue8m0"}, (64,)),
+    ("deepseek-v3", 8, {"masked": True}, (64,)),
     ("gpt-oss-120b", 4, {}, (32, 128)),
     ("tiny", 4, {"on_host": True}, (32, 128)),
     ("tiny", 4, {"on_host": True, "dtype": "fp8", "hooks": True}, (32,)),

@@ -236,7 +236,8 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
         outgoing = header + ranks * (8 + 8) + groups * 4 + topk * 2 + 16
         incoming = header + topk * 16 + 16
         counts = 2 * (experts + ranks) + ranks * (1 + self.max_local_experts)
-        return self.teams * (outgoing + incoming) + counts * 4 + 64
+        verdicts = ranks * 4 + self.teams * 4 + 16 if self.masked else 0
+        return self.teams * (outgoing + incoming) + counts * 4 + verdicts + 64
 
     @property
     def record_bytes(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from support.layer import Layer, RankResult, Shape, expert_outputs, random_routing
 
 import moegen
+from moegen import reference
 
 SHAPE = Shape(2, 8, 3, 256, 32)
 REPLAYS = 1000
@@ -94,6 +95,42 @@ def test_graph_of_1_2_3_ops(ops: str) -> None:
 
 def test_ranks_replay_different_graphs() -> None:
     replay_on_both_ranks([["DC", "DCDC", "DCDCDC"], ["DCDCDC", "DCDC", "DC"]], 12)
+
+
+def test_mask_in_a_graph() -> None:
+    """A rank that stops replaying is marked by the others' graphs, and left out."""
+    layer = Layer(SHAPE, "cuda", active_ranks=True, timeout=1.0)
+    routing = random_routing(SHAPE, (20, 31), 1)
+    golden = layer.round_trip(routing)
+    alone = reference.dispatch(routing.x, routing.ids, SHAPE.experts, SHAPE.max_tokens, missing=[[1], [0]])[0]
+
+    def work(world: moegen.runtime.worlds.RankWorld) -> int:
+        r = world.rank
+        rank = layer.ranks[r]
+        inputs = [part[r].to(world.device) for part in (routing.x, routing.ids, routing.weights)]
+        want = RankResult(*(part.to(world.device) for part in vars(golden[r]).values()))
+        for turn in range(world.size):
+            if turn == r:
+                rank.synchronize()
+                graph = Replayed(rank, "DC")
+                torch.cuda.synchronize()
+            world.barrier()
+        wrong = torch.zeros((), dtype=torch.int64, device=world.device)
+        for _ in range(10):
+            wrong += graph.replay(inputs, want)
+        rank.synchronize()
+        world.barrier()
+        if r == 0:
+            for _ in range(3):
+                graph.replay(inputs, want)
+                rank.synchronize()
+                assert rank.active_ranks.tolist() == [1, 0]
+                assert graph.counts[0].tolist() == alone.counts.tolist()
+        world.barrier()
+        return int(wrong)
+
+    assert layer.world.run(work) == [0, 0]
+    layer.destroy()
 
 
 def test_load_during_capture_says_warmup() -> None:
