@@ -89,6 +89,21 @@ def test_bad_stems_say_what_is_wrong(spec: Spec) -> None:
             Spec.parse(bad)
 
 
+def test_the_usual_word_of_a_rare_field_is_not_said() -> None:
+    rare = [(spec, f) for spec in SAMPLES for f in dataclasses.fields(spec) if f.metadata["unsaid"]]
+    assert rare
+    for spec, f in rare:
+        usual, *others = f.metadata["one_of"]
+        assert usual not in spec.stem
+        assert f.name not in render(spec).text.splitlines()[2]
+        with pytest.raises(SpecError, match="expected"):
+            Spec.parse(f"{spec.stem}_{usual}")
+        for word in others:
+            changed = dataclasses.replace(spec, **{f.name: word})
+            assert f"_{word}" in changed.stem
+            assert Spec.parse(changed.stem) == changed
+
+
 @pytest.mark.parametrize("spec", SAMPLES, ids=lambda spec: type(spec).__name__)
 def test_a_number_has_one_spelling(spec: Spec) -> None:
     padded = re.sub(r"_r(\d+)_", r"_r0\1_", spec.stem)
