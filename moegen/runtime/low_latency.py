@@ -151,13 +151,15 @@ class LowLatency:
         varying: tuple[str, ...] = _COMBINE_VARYING
         weights = ""
         if isinstance(spec, LowLatencyDispatch):
-            fixed["counts_offset"] = at.counts
+            fixed["routes_offset"] = at.routes
             varying = (*_DISPATCH_VARYING, "scales") if spec.scale_words else _DISPATCH_VARYING
         else:
             fixed["weights_offset"] = at.weights
             weights = spec.weights
         who = roles(spec, self.problem.max_tokens, kernel.blocks(world.ranks_per_device, num_sms))
         fixed["senders"], fixed["receivers"] = who.senders, who.receivers
+        if isinstance(spec, LowLatencyDispatch):
+            fixed["tellers"] = who.tellers
         self._bound[(slot, spec.op, spec.phase, weights)] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
 
     def _set_epoch(self, epoch: int, selection: Selection) -> None:
