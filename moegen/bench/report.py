@@ -96,13 +96,13 @@ def _times(result: Json) -> Table:
         us, over, gbps = case["us"], case["us_over_ranks"], case["gbps"]
         times = [us["p50"], us["p90"], us["p99"], over["min"], over["avg"], over["max"]]
         speeds = [gbps["from_avg"], gbps["from_max"], gbps["aggregate"], gbps["busiest"]]
-        error = "exact" if case["op"] == "dispatch" else f"{case['verified']['worst_error_over_bound']:.2f}"
+        error = "exact" if case["op"].startswith("dispatch") else f"{case['verified']['worst_error_over_bound']:.2f}"
         # A pair's bytes are those of its dispatch and its combine together.
         table.add_row(
             *_names(case),
             *_figures(times, 2),
-            *_figures(speeds, 1),
-            f"{gbps['busiest'] / limit:.0%}" if limit else "-",
+            *(_figures(speeds, 1) if case["bytes"]["busiest"] else ["-"] * len(speeds)),
+            f"{gbps['busiest'] / limit:.0%}" if limit and case["bytes"]["busiest"] else "-",
             "-" if case["op"] == "pair" else f"{case['barrier_us']['max']:.2f}",
             error,
         )
@@ -154,6 +154,11 @@ def _foot(result: Json) -> Iterator[str]:
             f"{tokens} tokens: {rotation['tokens']} token buffers and {rotation['rows']} buffers of expert outputs in "
             f"turn ({rotation['token_bytes'] / 2**20:.1f} and {rotation['row_bytes'] / 2**20:.1f} MiB in use, L2 "
             f"{rotation['l2_bytes'] / 2**20:.0f} MiB){hint}; each check of combine: {columns} columns"
+        )
+    if result["config"]["halves"]:
+        yield (
+            f"halves (_send, _receive): {result['config']['halves']} sends in a recording, then as many receives in "
+            "the next, when all has come; a receive moves nothing over the link"
         )
     yield "one routing per recording, drawn anew; results verified against the reference before and after timing"
     yield "kernels: " + ", ".join(result["stems"])

@@ -40,6 +40,9 @@ def ll(
     routing: Annotated[str, typer.Option(help="uniform, zipf, hot (one rank gets everything).")] = "uniform,zipf,hot",
     max_tokens: Annotated[int, typer.Option(min=0, help="Capacity per rank; 0: each case's tokens.")] = 0,
     quantize: Annotated[str, typer.Option(help="fp8, fp8_pow2 or fp8_ue8m0: dispatch sends FP8.")] = "",
+    halves: Annotated[
+        int, typer.Option(min=0, help="Also time sends and receives apart: this many in a row, 2 to 16; 0: do not.")
+    ] = 0,
     ops: Annotated[int, typer.Option(min=0, help="Ops in a graph; 0: 50, on a CPU 2.")] = 0,
     replays: Annotated[int, typer.Option(min=0, help="Timed replays of a graph; 0: 100, on a CPU 3.")] = 0,
     calls: Annotated[int, typer.Option(min=0, help="Calls in an eager loop; 0: 100, on a CPU 2.")] = 0,
@@ -53,7 +56,7 @@ def ll(
 
     config = _config(
         ranks, device, world, (preset, hidden, experts, topk), common.numbers(tokens), routing, max_tokens,
-        (ops, replays, calls), seed, quantize,
+        (ops, replays, calls), seed, quantize, halves,
     )  # fmt: skip
     result = launch.run(measure, config)
     if result is None:
@@ -74,6 +77,7 @@ def _config(
     counts: tuple[int, int, int],
     seed: int,
     quantize: str,
+    halves: int,
 ) -> LowLatencyConfig:
     from moegen.bench.config import GPU_LINK, HOST_LINK, LowLatencyConfig
 
@@ -100,6 +104,7 @@ def _config(
         link=GPU_LINK if on_gpu else HOST_LINK,
         seed=seed,
         quantize=quantize,
+        halves=halves,
     )
 
 
