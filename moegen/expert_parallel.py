@@ -49,9 +49,10 @@ class ExpertParallel(Lifecycle):
             largest of which becomes 448); "fp8_pow2" (scales rounded up to powers of two); "fp8_ue8m0" (the exponents
             of such scales, four to an int32). Combine takes `dtype` all the same.
         slots: calls whose hooks may be open at the same time; 1: no hooks. Each slot has its own buffers.
-        wire: how rows cross the link: "inline" (every 16 bytes carry their epoch), "row" (a tag per row), or "auto".
-        warp_groups: teams and warps per team of a block, e.g. "2x16"; None: from the table in `moegen.select`.
-        num_sms: thread blocks per launch at most; None: as many as are useful.
+        wire: how rows cross the link in both ops: "inline" (every 16 bytes carry their epoch), "row" (a tag per row) or
+            "auto" (for each op from the table of `moegen.tuning`).
+        warp_groups: teams and warps per team of a block, e.g. "2x16"; None: from that table.
+        num_sms: thread blocks per launch at most; None: from that table, or as many as are useful.
         timeout: seconds that a call may wait for one thing from another rank before it fails with PeerTimeoutError.
         device: where a process group's tensors are; None: the current GPU, else the CPU.
 

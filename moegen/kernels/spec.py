@@ -81,6 +81,11 @@ class Spec:
         if not holds:
             self.reject(why)
 
+    @classmethod
+    def words(cls, name: str) -> tuple[str, ...]:
+        """The words that a field may be."""
+        return next(cast("tuple[str, ...]", f.metadata["one_of"]) for f in fields(cls) if f.name == name)
+
     @property
     def stem(self) -> str:
         words = [f"{f.metadata['prefix']}{getattr(self, f.name)}" for f in fields(self)]

@@ -156,7 +156,9 @@ class LowLatency:
         else:
             fixed["weights_offset"] = at.weights
             weights = spec.weights
-        who = roles(spec, self.problem.max_tokens, kernel.blocks(world.ranks_per_device, num_sms))
+        tuned_sms = selection.dispatch_sms if dispatch else selection.combine_sms
+        blocks = kernel.blocks(world.ranks_per_device, tuned_sms if num_sms is None else num_sms)
+        who = roles(spec, self.problem.max_tokens, blocks)
         fixed["senders"], fixed["receivers"] = who.senders, who.receivers
         if isinstance(spec, LowLatencyDispatch):
             fixed["tellers"] = who.tellers
