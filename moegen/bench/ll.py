@@ -39,7 +39,7 @@ def measure(world: RankWorld, config: LowLatencyConfig) -> Json:
     Raises:
         BenchError: a result was wrong, or memory was allocated where it must not be.
     """
-    nodes = _nodes(world)
+    nodes = nodes_of(world)
     barrier = DeviceBarrier(world, config.timeout)
     clocks = _clocks(world, barrier, config)
     link = measure_link(world, barrier, config.link)
@@ -60,7 +60,7 @@ def measure(world: RankWorld, config: LowLatencyConfig) -> Json:
         "command": config.command,
         "machine": machine(world.device),
         "versions": versions(),
-        "world": _world(world, config, nodes),
+        "world": world_of(world, config, nodes),
         "config": asdict(config),
         "stems": sorted({*link["stems"], barrier.spec.stem, *(stem for case in cases for stem in case["stems"])}),
         "link": link,
@@ -106,13 +106,13 @@ def _measure_tokens(
             }
             cases: dict[str, Case] = {}
             for op in OPS:
-                batch = Batch.draw(world, config, tokens, routing, _seed(config.seed, tokens, routing, op))
+                batch = Batch.draw(world, config, tokens, routing, seed_of(config.seed, tokens, routing, op))
                 cases[op] = Case(ep, op, buffers, batch, config.ops)
                 timed = _time(world, config, clock, cases[op])
                 yield _row(world, config, cases[op], op, batch, timed, nodes) | about | _stems(ep, op)
             if halves_clock is not None:
                 for op in HALVES:
-                    seed = _seed(config.seed, tokens, routing, op, "halves")
+                    seed = seed_of(config.seed, tokens, routing, op, "halves")
                     batch = Batch.draw(world, config, tokens, routing, seed)
                     halves = HalvesCase(ep, op, buffers, batch, config.halves)
                     for half, timed in _time_halves(halves_clock, halves).items():
@@ -208,18 +208,18 @@ def _stems(ep: ExpertParallel, op: str) -> Json:
     return {"stems": [spec.in_phase(phase).stem for spec in specs]}
 
 
-def _seed(*parts: object) -> int:
+def seed_of(*parts: object) -> int:
     """The same number in every process and every run."""
     return zlib.crc32(repr(parts).encode())
 
 
-def _nodes(world: RankWorld) -> list[int]:
+def nodes_of(world: RankWorld) -> list[int]:
     """For each rank, the number of its node."""
     names = world.exchange(os.uname().nodename)
     return [names.index(name) for name in names]
 
 
-def _world(world: RankWorld, config: LowLatencyConfig, nodes: list[int]) -> Json:
+def world_of(world: RankWorld, config: LowLatencyConfig, nodes: list[int]) -> Json:
     gpu = world.device.type == "cuda"
     notes = []
     if config.virtual and gpu:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,10 @@ class Choice:
     def __post_init__(self) -> None:
         _require(self.wire in WIRES, f"wire is one of {', '.join(WIRES)}; got {self.wire!r}")
         _require(self.num_sms is None or self.num_sms >= 1, f"num_sms is null or 1 and more; got {self.num_sms}")
-        _require(1 <= self.threads_in_warps <= MAX_BLOCK_WARPS, f"warps are 1..{MAX_BLOCK_WARPS}: {self.warp_groups}")
+        _require(1 <= self.warps <= MAX_BLOCK_WARPS, f"warps are 1..{MAX_BLOCK_WARPS}: {self.warp_groups}")
 
     @property
-    def threads_in_warps(self) -> int:
+    def warps(self) -> int:
         """Warps of a block."""
         parsed = WarpGroups.parse(self.warp_groups)
         return parsed.groups * parsed.warps
@@ -208,8 +209,9 @@ def parse(text: str) -> Table:
 
 
 def text_of(made: Table) -> str:
-    """What `parse` reads."""
-    return json.dumps({"schema": SCHEMA} | asdict(made), indent=1) + "\n"
+    """What `parse` reads: JSON whose innermost objects have a line each."""
+    text = json.dumps({"schema": SCHEMA} | asdict(made), indent=1)
+    return re.sub(r"\{[^{}]*\}", lambda inner: re.sub(r"\n\s*", " ", inner[0]), text) + "\n"
 
 
 def _entry(*, rules: list[dict[str, Any]], run: dict[str, Any], measured: list[dict[str, Any]], **key: Any) -> Entry:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moegen import reference
+from moegen import reference, tuning
 from moegen.bench.case import OPS
 from moegen.bench.config import HOST_LINK, LowLatencyConfig
 from moegen.bench.failure import BenchError
@@ -84,6 +84,23 @@ def test_halves(tmp_path: Path) -> None:
         assert case["verified"]["worst_error_over_bound"] <= 1
     assert cases["combine_weighted_send"]["stems"][0].endswith("atcombine")
     assert cases["dispatch_send"]["bytes"]["busiest"] > 0 == cases["dispatch_receive"]["bytes"]["busiest"]
+
+
+def test_tune_writes_a_table_of_what_it_verified(tmp_path: Path) -> None:
+    out = tmp_path / "ll_host.json"
+    shape = ("--hidden", "256", "--experts", "7", "--topk", "3", "--device", "cpu", "--warp-groups", "2x1")
+    more = ("--tokens", "1,5", "--dtypes", "bf16", "--ops", "2", "--replays", "2")
+    done = moegen("bench", "tune", *shape, *more, "--out", str(out))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert "combine, bf16, hidden 256" in done.stdout and "*" in done.stdout
+    table = tuning.parse(out.read_text())
+    made = [entry for entry in table.entries if entry.row_bytes == 512]
+    assert table.arch == "host" and [entry.op for entry in made] == ["dispatch", "combine"]
+    for entry in made:
+        assert [row.tokens for row in entry.measured] == [1, 5]
+        assert {choice.wire for choice in entry.rules[0].choices} == set(tuning.WIRES)
+    done = moegen("bench", "tune", *shape, *more, "--list-stems")
+    assert done.returncode == 0 and done.stdout.split()[0] == "bench_barrier_r2"
 
 
 @pytest.mark.dist
