@@ -9,7 +9,7 @@ import torch
 
 from moegen.errors import CapacityError, HandleError, InputError
 from moegen.handle import Dispatched, GivenNumbers, Handle, NumbersLayout
-from moegen.kernels.ll import MAX_TOKENS_PER_RANK, QUANTIZED
+from moegen.kernels.ll import MAX_TOKENS_PER_RANK, QUANTIZED, LowLatencyDispatch
 from moegen.kernels.problem import Problem
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def problem(
 ) -> Problem:
     """The arguments of `ExpertParallel` that decide its kernels; what only the Spec can judge is judged there."""
     one_of("layout", layout, ("expert",))
-    one_of("wire", wire, ("auto", "inline", "row"))
+    one_of("wire", wire, ("auto", *LowLatencyDispatch.words("wire")))
     one_of("dtype", dtype, tuple(_DTYPES))
     one_of("quantize", quantize, (None, *QUANTIZED))
     in_range("slots", slots, 1, MAX_SLOTS)

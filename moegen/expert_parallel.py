@@ -49,9 +49,10 @@ class ExpertParallel(Membership):
             largest of which becomes 448); "fp8_pow2" (scales rounded up to powers of two); "fp8_ue8m0" (the exponents
             of such scales, four to an int32). Combine takes `dtype` all the same.
         slots: calls whose hooks may be open at the same time; 1: no hooks. Each slot has its own buffers.
-        wire: how rows cross the link: "inline" (every 16 bytes carry their epoch), "row" (a tag per row), or "auto".
-        warp_groups: teams and warps per team of a block, e.g. "2x16"; None: from the table in `moegen.select`.
-        num_sms: thread blocks per launch at most; None: as many as are useful.
+        wire: how rows cross the link in both ops: "inline" (every 16 bytes carry their epoch), "row" (a tag per row) or
+            "auto" (for each op from the table of `moegen.tuning`).
+        warp_groups: teams and warps per team of a block, e.g. "2x16"; None: from that table.
+        num_sms: thread blocks per launch at most; None: from that table, or as many as are useful.
         timeout: seconds that a call may wait for one thing from another rank before it fails with PeerTimeoutError.
         active_ranks: True: a rank that does not come in time is no error: it is marked in `active_ranks`, and its part
             of the results is missing. Or the int32 [ranks] tensor on the device to keep that in, which several objects
@@ -202,7 +203,7 @@ class ExpertParallel(Membership):
             total_counts: int32 [local experts] on the device, to which the counts of this call are added.
             timeout: seconds, for this call in place of the object's.
             waited_ns: int64 [ranks] on the device, to which the nanoseconds are added that this call waited for each
-                other rank's counts. Needs `active_ranks`.
+                other rank's number of tokens. Needs `active_ranks`.
             return_recv_hook: only send now; the second result is a function to be called once, on the same stream,
                 which receives. Nothing of the result may be read before it was called. In between no multiprocessor is
                 busy with this call, `x` may be overwritten by what follows on the stream, and other calls may be made;

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problem -> Specs: a pure function of values that all ranks share, driven by the tables below."""
+"""Problem -> Specs: a pure function of values that all ranks share, driven by the table of `moegen.tuning`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
+from moegen import tuning
+from moegen.errors import SpecError
 from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch
 from moegen.kernels.problem import Problem
-from moegen.kernels.spec import DTYPE_BYTES, WARP_SIZE, WarpGroups
+from moegen.kernels.spec import DTYPE_BYTES, MAX_BLOCK_WARPS, WARP_SIZE, WarpGroups
+from moegen.tuning import Choice, Table
 
-INLINE_MAX_TOKENS = 64
-"""Up to this capacity rows carry their epoch in every 16 bytes; above it they have a tag. A pair of 64 tokens of 7168
-took 22.3 us inline and 25.1 with tags, one of 128 tokens 35.6 and 34.6 (two H100, one team of 8 warps)."""
+Op = TypeVar("Op", LowLatencyDispatch, LowLatencyCombine)
 
 HOST_WARP_GROUPS = WarpGroups(2, 1)
 """On a CPU more threads only add switches between fibers; two teams keep several rows per block under test."""
@@ -22,13 +23,6 @@ VECTOR_BYTES = 16
 MOST_STEPS = 8
 """Vectors of a row that a thread holds in registers."""
 
-WARPS_OF_FEW, WARPS_OF_MANY = 16, 8
-FEW_TOKENS = {"dispatch": 32, "combine": 64}
-"""Warps that move a row, at most: WARPS_OF_FEW up to these capacities, WARPS_OF_MANY above. Every block is one such
-team. Two H100, hidden 7168, top-8, 256 experts, us: dispatch 6.5 (16 warps) and 7.1 (8) for 1 token, 14.2 and 12.0 for
-64; combine 9.5 and 9.8 for 64; a pair of 512 tokens with one, two, three and four teams of 8 to a block 91.5, 90.7,
-94.8 and 112.8."""
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -37,12 +31,15 @@ class Selection:
     Attributes:
         dispatch, combine, combine_with_weights: the whole op in one launch.
         hooks: whether the ops may also be launched in two halves.
+        dispatch_sms, combine_sms: thread blocks per launch at most; None: as many as are useful.
     """
 
     dispatch: LowLatencyDispatch
     combine: LowLatencyCombine
     combine_with_weights: LowLatencyCombine
     hooks: bool = False
+    dispatch_sms: int | None = None
+    combine_sms: int | None = None
 
     @property
     def specs(self) -> tuple[LowLatencyDispatch | LowLatencyCombine, ...]:
@@ -56,62 +53,88 @@ class Selection:
         return (*whole, *sends, *receives)
 
 
-def select(problem: Problem) -> Selection:
+def select(problem: Problem, table: Table | None = None) -> Selection:
     """The kernels for `problem`.
+
+    Args:
+        table: what is fastest; None: the package's.
 
     Raises:
         SpecError: a value is outside of what the kernels can be rendered for; the text says what is allowed.
     """
+    table = table or tuning.table()
+    sends, returns = choice(problem, "dispatch", table), choice(problem, "combine", table)
     return Selection(
-        _dispatch(problem),
-        _combine(problem, "atdispatch"),
-        _combine(problem, "atcombine"),
+        _make(LowLatencyDispatch, problem, sends),
+        _make(LowLatencyCombine, problem, returns, weights="atdispatch"),
+        _make(LowLatencyCombine, problem, returns, weights="atcombine"),
         problem.hooks,
+        None if problem.on_host else sends.num_sms,
+        None if problem.on_host else returns.num_sms,
     )
 
 
-def _dispatch(problem: Problem) -> LowLatencyDispatch:
-    return LowLatencyDispatch(**_fields(problem, "dispatch"))
+def choice(problem: Problem, op: str, table: Table) -> Choice:
+    """The table's best among the wires that may be used. Dispatch and combine have receive buffers of their own, so
+    each has its own wire.
+    """
+    dtype = problem.dtype if op == "dispatch" else "bf16"
+    ranked = table.ranked(op, problem.path, dtype, row_bytes(problem.hidden, dtype), problem.max_tokens)
+    usable = wires(problem)
+    return next((one for one in ranked if one.wire in usable), replace(ranked[0], wire=usable[0]))
 
 
-def _combine(problem: Problem, weights: str) -> LowLatencyCombine:
-    return LowLatencyCombine(**_fields(replace(problem, dtype="bf16"), "combine"), weights=weights)
+def wires(problem: Problem) -> tuple[str, ...]:
+    """The wires that this problem's target has, or the one that the user chose."""
+    return tuning.WIRES if problem.wire == "auto" else (problem.wire,)
 
 
-def _fields(problem: Problem, op: str) -> dict[str, Any]:
-    return {
-        "dtype": problem.dtype,
+def warp_groups(problem: Problem, chosen: Choice, dtype: str) -> WarpGroups:
+    """The teams of a block."""
+    if problem.warp_groups is not None:
+        return WarpGroups.parse(problem.warp_groups)
+    if problem.on_host:
+        return HOST_WARP_GROUPS
+    return fitted(WarpGroups.parse(chosen.warp_groups), row_bytes(problem.hidden, dtype))
+
+
+def fitted(wanted: WarpGroups, row_bytes: int) -> WarpGroups:
+    """Teams for rows of another length: no more warps than a row has warps' worth of 16-byte vectors, and enough that
+    a thread holds no more than MOST_STEPS.
+    """
+    vectors = row_bytes // VECTOR_BYTES
+    warps = 1
+    while (warps < wanted.warps and warps * WARP_SIZE < vectors) or warps * WARP_SIZE * MOST_STEPS < vectors:
+        warps *= 2
+    return WarpGroups(max(1, min(wanted.groups, MAX_BLOCK_WARPS // warps)), warps)
+
+
+def row_bytes(hidden: int, dtype: str) -> int:
+    """Of a token's elements as they travel; of a dtype that no kernel has, as bf16: the Spec refuses it."""
+    return hidden * DTYPE_BYTES.get(dtype, 2)
+
+
+def _make(cls: type[Op], problem: Problem, chosen: Choice, **more: str) -> Op:
+    dtype = problem.dtype if cls is LowLatencyDispatch else "bf16"
+    fields: dict[str, Any] = {
+        "dtype": dtype,
         "layout": problem.layout,
         "num_ranks": problem.num_ranks,
         "hidden": problem.hidden,
         "num_topk": problem.num_topk,
         "num_experts": problem.num_experts,
         "path": problem.path,
-        "warp_groups": warp_groups(problem, op),
-        "wire": wire(problem),
+        "warp_groups": warp_groups(problem, chosen, dtype),
+        "wire": chosen.wire,
         "phase": "whole",
         "peers": "masked" if problem.masked else "required",
+        **more,
     }
-
-
-def wire(problem: Problem) -> str:
-    """Up to a capacity of INLINE_MAX_TOKENS rows are sent inline."""
-    if problem.wire != "auto":
-        return problem.wire
-    return "inline" if problem.max_tokens <= INLINE_MAX_TOKENS else "row"
-
-
-def warp_groups(problem: Problem, op: str) -> WarpGroups:
-    """One team to a block, of as many warps as a row has warps' worth of 16-byte vectors: at most the table's, and
-    enough that a thread holds no more than MOST_STEPS.
-    """
-    if problem.warp_groups is not None:
-        return WarpGroups.parse(problem.warp_groups)
-    if problem.on_host:
-        return HOST_WARP_GROUPS
-    vectors = problem.hidden * DTYPE_BYTES.get(problem.dtype, 2) // VECTOR_BYTES
-    most = WARPS_OF_FEW if problem.max_tokens <= FEW_TOKENS[op] else WARPS_OF_MANY
-    warps = 1
-    while (warps < most and warps * WARP_SIZE < vectors) or warps * WARP_SIZE * MOST_STEPS < vectors:
-        warps *= 2
-    return WarpGroups(1, warps)
+    try:
+        return cls(**fields)
+    except SpecError:
+        one_team = replace(fields["warp_groups"], groups=1)
+        if problem.warp_groups is not None or fields["warp_groups"] == one_team:
+            raise
+        # Teams have shared memory each, and what the table's shape had room for another may not.
+        return cls(**fields | {"warp_groups": one_team})

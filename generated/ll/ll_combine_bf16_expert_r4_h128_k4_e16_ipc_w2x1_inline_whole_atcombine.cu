@@ -19,7 +19,7 @@ constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at 
 constexpr uint32_t kPieceWords = 3;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
-enum Phase : uint32_t { kPeerReady, kCounts, kRow, kWeights, kPartial };
+enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
 
 // Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
 // their multiprocessor.
@@ -43,7 +43,7 @@ struct Params {
     uint32_t* aborted;             // this object's abort word
     Failure* failure;              // where the host reads what went wrong
     uint64_t consumed_offset;      // [rank] u32: the last epoch that the peer has read
-    uint64_t rows_offset;          // [half][source][max_tokens] records
+    uint64_t rows_offset;          // [half][source][max_tokens] records, each at its token's number
     uint64_t tags_offset;          // [half][source][max_tokens] u64: epoch of the row there
     uint64_t weights_offset;       // [half][source][max_tokens][weight pieces]
     uint64_t timeout_ns;           // how long one wait may take
@@ -157,7 +157,7 @@ __device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kTea
 // send the three vectors of the first three of them. kRowVectors and above: this lane has no vector.
 __device__ __forceinline__ uint32_t vector_at(uint32_t step) {
     const uint32_t piece = piece_at(step);
-    return piece % 4 == 3 ? kRowVectors : piece / 4 * 3 + piece % 4;
+    return piece % 4 == 3 ? kRowVectors : piece - piece / 4;
 }
 
 // Of the words 4j.. that the lanes j = 0, 1, 2 of four hold, lane j gets the words 3j..3j+2.
@@ -210,15 +210,36 @@ __device__ __forceinline__ bool receive_piece(const uint4* from, const Watch& wa
     return wait_for_whole(watch, what, from, piece);
 }
 
-// Asks for all pieces of a thread; most are here when the header is.
-__device__ __forceinline__ void ask_for_row(const uint4* from, Row& row) {
+// Asks for all pieces of a thread.
+__device__ __forceinline__ Row ask_for_row(const uint4* from) {
+    Row row;
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         row.vectors[step] = piece_at(step) < kRowPieces ? load_whole_relaxed_sys(from + piece_at(step)) : uint4{};
     }
+    return row;
 }
 
-// Waits for those that were not.
+__device__ __forceinline__ bool is_here(const Row& row, const Watch& watch) {
+    bool here = true;
+#pragma unroll
+    for (uint32_t step = 0; step < kSteps; ++step) {
+        here &= piece_at(step) >= kRowPieces || row.vectors[step].w == watch.epoch;
+    }
+    return here;
+}
+
+// One lane of each warp polls for the last piece that it is sent; most others are here before.
+__device__ __forceinline__ void await_row(const uint4* from, const Watch& watch, Awaited what) {
+    if (lane_id() == 0 && piece_at(0) < kRowPieces) {
+        const uint32_t last_step = (kRowPieces - 1 - team_thread()) / kTeamThreads;
+        uint4 piece;
+        receive_piece(from + piece_at(last_step), watch, what, piece);
+    }
+    __syncwarp();
+}
+
+// Waits for the pieces that were not here when they were asked for.
 __device__ __forceinline__ void complete_row(const uint4* from, const Watch& watch, Awaited what, Row& row) {
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
@@ -230,19 +251,17 @@ __device__ __forceinline__ void complete_row(const uint4* from, const Watch& wat
     }
 }
 
-// To several records at once, from piece `first` of each on.
-__device__ __forceinline__ void send_row(const Watch& watch, const Row& row, uint32_t first, uint4* const* records,
-                                         uint32_t count) {
+__device__ __forceinline__ Row as_pieces(const Row& row, uint32_t epoch) {
     Row pieces;
 #pragma unroll
-    for (uint32_t step = 0; step < kSteps; ++step) pieces.vectors[step] = to_piece(row.vectors[step], watch.epoch);
-#pragma unroll 1
-    for (uint32_t to = 0; to < count; ++to) {
-        uint4* record = records[to] + first;
+    for (uint32_t step = 0; step < kSteps; ++step) pieces.vectors[step] = to_piece(row.vectors[step], epoch);
+    return pieces;
+}
+
+__device__ __forceinline__ void send_pieces(const Row& pieces, uint4* to) {
 #pragma unroll
-        for (uint32_t step = 0; step < kSteps; ++step) {
-            if (piece_at(step) < kRowPieces) send_piece(record + piece_at(step), pieces.vectors[step]);
-        }
+    for (uint32_t step = 0; step < kSteps; ++step) {
+        if (piece_at(step) < kRowPieces) send_piece(to + piece_at(step), pieces.vectors[step]);
     }
 }
 
@@ -387,7 +406,7 @@ __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) row.vectors[step] = rounded(sums[step]);
     uint4* record = record_at(p, watch, source, p.rank, token);
-    send_row(watch, row, 0, &record, 1);
+    send_pieces(as_pieces(row, watch.epoch), record);
     team_sync();
 }
 
@@ -431,14 +450,10 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     Sums own_sums[kSteps] = {};
     if (own) partial_sums(terms, own_sums);
     const uint64_t awaited = ranks & ~(uint64_t(1) << p.rank);
-    // One lane of each warp polls, and the others ask when its piece is here.
-    if (lane_id() == 0 && awaited != 0 && piece_at(0) < kRowPieces) {
+    if (awaited != 0) {
         const uint32_t rank = uint32_t(__ffsll(int64_t(awaited))) - 1;
-        uint4 piece;
-        const uint4* from = record_at(p, watch, p.rank, rank, token) + piece_at(0);
-        receive_piece(from, watch, Awaited{kPartial, rank, int32_t(token)}, piece);
+        await_row(record_at(p, watch, p.rank, rank, token), watch, Awaited{kPartial, rank, int32_t(token)});
     }
-    __syncwarp();
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
         const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
@@ -448,8 +463,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
             continue;
         }
         const uint4* from = record_at(p, watch, p.rank, rank, token);
-        Row row;
-        ask_for_row(from, row);
+        Row row = ask_for_row(from);
         complete_row(from, watch, Awaited{kPartial, rank, int32_t(token)}, row);
 #pragma unroll
         for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], row.vectors[step], 1.0f);

@@ -18,7 +18,7 @@ constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at 
 constexpr uint32_t kPieceWords = 4;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
-enum Phase : uint32_t { kPeerReady, kCounts, kRow, kWeights, kPartial };
+enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
 
 // Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
 // their multiprocessor.
@@ -42,7 +42,7 @@ struct Params {
     uint32_t* aborted;             // this object's abort word
     Failure* failure;              // where the host reads what went wrong
     uint64_t consumed_offset;      // [rank] u32: the last epoch that the peer has read
-    uint64_t rows_offset;          // [half][source][max_tokens] records
+    uint64_t rows_offset;          // [half][source][max_tokens] records, each at its token's number
     uint64_t tags_offset;          // [half][source][max_tokens] u64: epoch of the row there
     uint64_t weights_offset;       // [half][source][max_tokens][weight pieces]
     uint64_t timeout_ns;           // how long one wait may take
@@ -123,11 +123,13 @@ __device__ __forceinline__ bool receive_piece(const uint4* from, const Watch&, A
     return true;
 }
 
-__device__ __forceinline__ void ask_for_row(const uint4* from, Row& row) {
+__device__ __forceinline__ Row ask_for_row(const uint4* from) {
+    Row row;
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         row.vectors[step] = piece_at(step) < kRowPieces ? from[piece_at(step)] : uint4{};
     }
+    return row;
 }
 
 __device__ __forceinline__ void complete_row(const uint4*, const Watch&, Awaited, Row&) {}
@@ -175,8 +177,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
         const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
         const uint4* from = record_at(p, watch, p.rank, rank, token);
-        Row row;
-        ask_for_row(from, row);
+        Row row = ask_for_row(from);
         complete_row(from, watch, Awaited{kPartial, rank, int32_t(token)}, row);
 #pragma unroll
         for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], row.vectors[step], 1.0f);

@@ -19,7 +19,7 @@ constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at 
 constexpr uint32_t kPieceWords = 4;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
-enum Phase : uint32_t { kPeerReady, kCounts, kRow, kWeights, kPartial };
+enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
 
 // Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
 // their multiprocessor.
@@ -43,7 +43,7 @@ struct Params {
     uint32_t* aborted;             // this object's abort word
     Failure* failure;              // where the host reads what went wrong
     uint64_t consumed_offset;      // [rank] u32: the last epoch that the peer has read
-    uint64_t rows_offset;          // [half][source][max_tokens] records
+    uint64_t rows_offset;          // [half][source][max_tokens] records, each at its token's number
     uint64_t tags_offset;          // [half][source][max_tokens] u64: epoch of the row there
     uint64_t weights_offset;       // [half][source][max_tokens][weight pieces]
     uint64_t timeout_ns;           // how long one wait may take
@@ -171,11 +171,13 @@ __device__ __forceinline__ bool receive_piece(const uint4* from, const Watch&, A
     return true;
 }
 
-__device__ __forceinline__ void ask_for_row(const uint4* from, Row& row) {
+__device__ __forceinline__ Row ask_for_row(const uint4* from) {
+    Row row;
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         row.vectors[step] = piece_at(step) < kRowPieces ? from[piece_at(step)] : uint4{};
     }
+    return row;
 }
 
 __device__ __forceinline__ void complete_row(const uint4*, const Watch&, Awaited, Row&) {}
@@ -190,19 +192,17 @@ __device__ __forceinline__ bool wait_for_tag(const Params& p, const Watch& watch
     return wait_for(watch, what, watch.epoch, [=] { return uint32_t(load_acquire_sys(tag)); });
 }
 
-// To several records at once, from piece `first` of each on.
-__device__ __forceinline__ void send_row(const Watch& watch, const Row& row, uint32_t first, uint4* const* records,
-                                         uint32_t count) {
+__device__ __forceinline__ Row as_pieces(const Row& row, uint32_t epoch) {
     Row pieces;
 #pragma unroll
-    for (uint32_t step = 0; step < kSteps; ++step) pieces.vectors[step] = to_piece(row.vectors[step], watch.epoch);
-#pragma unroll 1
-    for (uint32_t to = 0; to < count; ++to) {
-        uint4* record = records[to] + first;
+    for (uint32_t step = 0; step < kSteps; ++step) pieces.vectors[step] = to_piece(row.vectors[step], epoch);
+    return pieces;
+}
+
+__device__ __forceinline__ void send_pieces(const Row& pieces, uint4* to) {
 #pragma unroll
-        for (uint32_t step = 0; step < kSteps; ++step) {
-            if (piece_at(step) < kRowPieces) send_piece(record + piece_at(step), pieces.vectors[step]);
-        }
+    for (uint32_t step = 0; step < kSteps; ++step) {
+        if (piece_at(step) < kRowPieces) send_piece(to + piece_at(step), pieces.vectors[step]);
     }
 }
 
@@ -347,7 +347,7 @@ __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) row.vectors[step] = rounded(sums[step]);
     uint4* record = record_at(p, watch, source, p.rank, token);
-    send_row(watch, row, 0, &record, 1);
+    send_pieces(as_pieces(row, watch.epoch), record);
     team_sync();
     if (team_thread() == 0) store_release_sys(tag_at(p, watch, source, p.rank, token), uint64_t(watch.epoch));
 }
@@ -406,8 +406,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
             continue;
         }
         const uint4* from = record_at(p, watch, p.rank, rank, token);
-        Row row;
-        ask_for_row(from, row);
+        Row row = ask_for_row(from);
         complete_row(from, watch, Awaited{kPartial, rank, int32_t(token)}, row);
 #pragma unroll
         for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], row.vectors[step], 1.0f);

@@ -18,7 +18,7 @@ constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at 
 constexpr uint32_t kPieceWords = 3;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
-enum Phase : uint32_t { kPeerReady, kCounts, kRow, kWeights, kPartial };
+enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
 
 // Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
 // their multiprocessor.
@@ -46,12 +46,12 @@ struct Params {
     const int32_t* num_tokens;  // one number: tokens of this call; null: `tokens`
     int32_t* tokens_sent;       // one number: the tokens of this call
     uint64_t x_stride;          // bytes from one token of x to the next
-    uint64_t counts_offset;     // [half][source][count pieces]
+    uint64_t routes_offset;     // [half][source][1 + max_tokens * route pieces]
     Control* control;           // this op's epoch
     uint32_t* aborted;          // this object's abort word
     Failure* failure;           // where the host reads what went wrong
     uint64_t consumed_offset;   // [rank] u32: the last epoch that the peer has read
-    uint64_t rows_offset;       // [half][source][max_tokens] records
+    uint64_t rows_offset;       // [half][source][max_tokens] records, each at its token's number
     uint64_t tags_offset;       // [half][source][max_tokens] u64: epoch of the row there
     uint64_t timeout_ns;        // how long one wait may take
     Blocks senders;             // blocks that send
@@ -59,10 +59,11 @@ struct Params {
     uint32_t rank;              // this rank
     uint32_t tokens;            // rows of this rank's token tensor
     uint32_t max_tokens;        // capacity: tokens that a rank may send
+    uint32_t tellers;           // first blocks, which tell the routes
     uint32_t wide_ids;          // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 264);
+static_assert(sizeof(Params) == 272);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
@@ -78,11 +79,11 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
     return sum < kRanks ? sum : sum - kRanks;
 }
 
-constexpr uint32_t kScaleWords = 1;  // of a row
-// Token; then per selection expert and place; then the selections' weights; then the scales.
-constexpr uint32_t kHeaderWords = 1 + 2 * kTopk + kScaleWords;
-constexpr uint32_t kHeaderPieces = (kHeaderWords + kPieceWords - 1) / kPieceWords;
-constexpr uint32_t kRecordPieces = kHeaderPieces + kRowPieces;
+constexpr uint32_t kScaleWords = 1;  // of a row; they travel ahead of it
+constexpr uint32_t kScalePieces = (kScaleWords + kPieceWords - 1) / kPieceWords;
+constexpr uint32_t kWeightPieces = (kTopk + kPieceWords - 1) / kPieceWords;  // of a token's weights, ahead of those
+constexpr uint32_t kHeadPieces = kWeightPieces + kScalePieces;
+constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
@@ -102,7 +103,7 @@ __device__ __forceinline__ void leave_epoch(const Params& p, const Watch& watch)
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kTeamThreads - 1) / kTeamThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 240);             // as the buffers are laid out
+static_assert(kRecordPieces * kPieceBytes == 224);             // as the buffers are laid out
 
 // A row in a team's registers: each thread has one vector per step, or none.
 struct Row {
@@ -129,7 +130,7 @@ __device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kTea
 // send the three vectors of the first three of them. kRowVectors and above: this lane has no vector.
 __device__ __forceinline__ uint32_t vector_at(uint32_t step) {
     const uint32_t piece = piece_at(step);
-    return piece % 4 == 3 ? kRowVectors : piece / 4 * 3 + piece % 4;
+    return piece % 4 == 3 ? kRowVectors : piece - piece / 4;
 }
 
 __device__ __forceinline__ uint4 to_vector(uint4 piece) {
@@ -155,15 +156,36 @@ __device__ __forceinline__ bool receive_piece(const uint4* from, const Watch& wa
     return wait_for_whole(watch, what, from, piece);
 }
 
-// Asks for all pieces of a thread; most are here when the header is.
-__device__ __forceinline__ void ask_for_row(const uint4* from, Row& row) {
+// Asks for all pieces of a thread.
+__device__ __forceinline__ Row ask_for_row(const uint4* from) {
+    Row row;
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         row.vectors[step] = piece_at(step) < kRowPieces ? load_whole_relaxed_sys(from + piece_at(step)) : uint4{};
     }
+    return row;
 }
 
-// Waits for those that were not.
+__device__ __forceinline__ bool is_here(const Row& row, const Watch& watch) {
+    bool here = true;
+#pragma unroll
+    for (uint32_t step = 0; step < kSteps; ++step) {
+        here &= piece_at(step) >= kRowPieces || row.vectors[step].w == watch.epoch;
+    }
+    return here;
+}
+
+// One lane of each warp polls for the last piece that it is sent; most others are here before.
+__device__ __forceinline__ void await_row(const uint4* from, const Watch& watch, Awaited what) {
+    if (lane_id() == 0 && piece_at(0) < kRowPieces) {
+        const uint32_t last_step = (kRowPieces - 1 - team_thread()) / kTeamThreads;
+        uint4 piece;
+        receive_piece(from + piece_at(last_step), watch, what, piece);
+    }
+    __syncwarp();
+}
+
+// Waits for the pieces that were not here when they were asked for.
 __device__ __forceinline__ void complete_row(const uint4* from, const Watch& watch, Awaited what, Row& row) {
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
@@ -181,82 +203,151 @@ __device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return exp
 __device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
 __device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
 
-// A header word is one selection: the expert, and the token's place among its source's tokens for that expert. A second
-// selection of the same expert shares the first one's row.
-constexpr uint32_t kPlaceBits = 20;
-constexpr uint32_t kRepeated = 1u << 30;
-constexpr uint32_t kNoSelection = 0xffffffffu;
+// A token's ids, as they travel: kAgain marks one that an earlier selection of the token names too, -1 is none.
+constexpr uint32_t kIdsOfPiece = 6;  // 16 bits each; the epoch fills the 16 bytes
+constexpr uint32_t kRoutePieces = (kTopk + kIdsOfPiece - 1) / kIdsOfPiece;
+static_assert(kRoutePieces == 1);  // as the buffers are laid out
+constexpr int32_t kAgain = 1 << 14;
 
-constexpr uint32_t kCountWords = 1 + kLocalExperts;  // rows to this rank, then tokens of each of its experts
-constexpr uint32_t kCountPieceWords = 3;
-constexpr uint32_t kCountPieces = (kCountWords + kCountPieceWords - 1) / kCountPieceWords;
-static_assert(kCountPieces == 2);  // as the buffers are laid out
-
-__device__ __forceinline__ uint4* counts_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
-    const uint32_t place = half_of(watch.epoch) * kRanks + source;
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.counts_offset) + place * kCountPieces;
+// Ahead of the tokens' routes, a piece says how many there are.
+__device__ __forceinline__ uint64_t pieces_of_source(const Params& p) {
+    return 1 + uint64_t(p.max_tokens) * kRoutePieces;
 }
 
-// What all sources together send here.
-struct Arrivals {
-    uint32_t rows_from[kRanks];
-    uint32_t first_row[kLocalExperts][kRanks];  // in `out`, per expert: rows of one source are contiguous
+// The routes of a source's tokens in the symmetric memory of `rank`.
+__device__ __forceinline__ uint4* routes_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
+    return reinterpret_cast<uint4*>(p.peers[rank] + p.routes_offset) +
+           (half_of(watch.epoch) * kRanks + source) * pieces_of_source(p);
+}
+
+// All tokens are numbered through, those of source 0 first. Every receiving block asks for itself how many each source
+// has: `first` gets the number of its first token, and in the end how many there are.
+__device__ __forceinline__ void receive_sources(const Params& p, const Watch& watch, uint32_t (&first)[kRanks + 1]) {
+#pragma unroll 1
+    for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
+        uint4 piece;
+        const uint4* from = routes_at(p, watch, p.rank, source);
+        const bool arrived = wait_for_whole(watch, Awaited{kRoutes, source, -1}, from, piece);
+        first[source + 1] = arrived ? min(piece.x, p.max_tokens) : 0;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        first[0] = 0;
+#pragma unroll 1
+        for (uint32_t source = 0; source < kRanks; ++source) first[source + 1] += first[source];
+    }
+    __syncthreads();
+}
+
+// Of some first tokens: how many select each of this rank's experts, counted once each, and how many rows of other
+// ranks they make.
+struct Tally {
+    uint32_t tokens_of_expert[kLocalExperts];
+    uint32_t rows;
 };
 
-// Row of `out` for one header word, or -1 if the expert is not on this rank. 1,024 experts (and at most one more per
-// rank for rounding) times 2**20 tokens stay below 2**31.
-__device__ __forceinline__ int32_t slot_of(const Params& p, const Arrivals& arrivals, uint32_t source,
-                                           uint32_t selection) {
-    const uint32_t local = ((selection & ~kRepeated) >> kPlaceBits) - first_expert(p.rank);
-    if (selection == kNoSelection || local >= local_experts(p.rank)) return -1;
-    const uint32_t row = arrivals.first_row[local][source] + (selection & ((1u << kPlaceBits) - 1));
-    return int32_t(local * kRanks * p.max_tokens + row);
+__device__ __forceinline__ void clear(Tally& sum) {
+#pragma unroll 1
+    for (uint32_t local = team_thread(); local < kLocalExperts; local += kTeamThreads) sum.tokens_of_expert[local] = 0;
+    if (team_thread() == 0) sum.rows = 0;
+    team_sync();
 }
 
-// Every receiving block needs them; the last, which has the fewest rows, also tells the user.
-__device__ __forceinline__ void receive_counts(const Params& p, const Watch& watch, Arrivals& arrivals) {
-    const bool last_block = blockIdx.x == p.receivers.first + p.receivers.blocks - 1;
-#pragma unroll 1
-    for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
-        const uint32_t source = index / kCountPieces;
-        const uint32_t piece = index % kCountPieces;
-        const uint4* from = counts_at(p, watch, p.rank, source) + piece;
-        uint4 whole;
-        const bool arrived = wait_for_whole(watch, Awaited{kCounts, source, -1}, from, whole);
-        const uint32_t words[kCountPieceWords] = {whole.x, whole.y, whole.z};
+// What a token selects here: experts of this rank, kAgain added where an earlier selection is the same; else -1.
+struct Selections {
+    int16_t experts[kRoutePieces * kIdsOfPiece];
+};
+
+__device__ __forceinline__ Selections receive_route(const uint4* from, const Watch& watch, Awaited what) {
+    uint4 pieces[kRoutePieces];
 #pragma unroll
-        for (uint32_t word = 0; word < kCountPieceWords; ++word) {
-            const uint32_t at = piece * kCountPieceWords + word;
-            const uint32_t count = arrived ? words[word] : 0;
-            if (at == 0) arrivals.rows_from[source] = count;
-            if (at > 0 && at < kCountWords) arrivals.first_row[at - 1][source] = count;
+    for (uint32_t piece = 0; piece < kRoutePieces; ++piece) pieces[piece] = load_whole_relaxed_sys(from + piece);
+    Selections here;
+#pragma unroll
+    for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
+        uint4& whole = pieces[piece];
+        const bool arrived = whole.w == watch.epoch || wait_for_whole(watch, what, from + piece, whole);
+        const uint32_t words[3] = {whole.x, whole.y, whole.z};
+#pragma unroll
+        for (uint32_t at = 0; at < kIdsOfPiece; ++at) {
+            const uint32_t id = arrived ? words[at / 2] >> at % 2 * 16 & 0xffff : 0xffff;
+            const uint32_t local = (id & ~uint32_t(kAgain)) - first_expert(watch.rank);
+            const bool selected = id != 0xffff && local < local_experts(watch.rank);
+            here.experts[piece * kIdsOfPiece + at] = selected ? int16_t(local | (id & kAgain)) : int16_t(-1);
         }
     }
-    __syncthreads();
-#pragma unroll 1
-    for (uint32_t local = threadIdx.x; local < local_experts(p.rank); local += kBlockThreads) {
-        uint32_t rows = 0;
-#pragma unroll 1
-        for (uint32_t source = 0; source < kRanks; ++source) {
-            const uint32_t count = arrivals.first_row[local][source];
-            arrivals.first_row[local][source] = rows;
-            if (last_block) {
-                p.ranges[(local * kRanks + source) * 2] = int32_t(count);
-                p.ranges[(local * kRanks + source) * 2 + 1] = int32_t(rows);
-            }
-            rows += count;
-        }
-        if (last_block) p.counts[local] = int32_t(rows);
-        if (last_block && p.total_counts != nullptr) p.total_counts[local] += int32_t(rows);
-    }
-    if (last_block && threadIdx.x == 0) {
-        uint32_t rows = 0;
-#pragma unroll 1
-        for (uint32_t step = 1; step < kRanks; ++step) rows += arrivals.rows_from[rank_after(p.rank, step)];
-        *p.rows_received = int32_t(rows);
-    }
-    __syncthreads();
+    return here;
 }
+
+// A team adds the tokens [from, end) to the sum and, if `kept` is not null, keeps what token `end` selects. Out of
+// line, because it is called from several places. `routes` are those of source 0, `stride` pieces before those of the
+// next.
+__device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, Watch watch,
+                                          const uint32_t (&first)[kRanks + 1], uint32_t from, uint32_t end, Tally& sum,
+                                          Selections* kept) {
+    const uint32_t last = end + (kept != nullptr ? 1 : 0);
+#pragma unroll 1
+    for (uint32_t base = from + team_thread() / kWarpSize * kWarpSize; base < last; base += kTeamThreads) {
+        const uint32_t index = base + lane_id();
+        bool row = false;
+        if (index < last) {
+            uint32_t source = 0;
+            while (index >= first[source + 1]) ++source;
+            const uint32_t token = index - first[source];
+            const uint4* from_here = routes + source * stride + 1 + uint64_t(token) * kRoutePieces;
+            const Selections selections = receive_route(from_here, watch, Awaited{kRoutes, source, int32_t(token)});
+            if (index == end) *kept = selections;
+#pragma unroll
+            for (uint32_t k = 0; k < kTopk; ++k) {
+                const int32_t expert = selections.experts[k];
+                row |= expert >= 0;
+                if (expert >= 0 && expert < kAgain && index < end) atomicAdd(&sum.tokens_of_expert[expert], 1u);
+            }
+            row &= index < end && source != watch.rank;
+        }
+        const uint32_t rows = uint32_t(__popc(__ballot_sync(kFullWarp, row)));
+        if (lane_id() == 0 && rows != 0) atomicAdd(&sum.rows, rows);
+    }
+    team_sync();
+}
+
+// The first block tells the user how much comes from whom.
+__device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
+    __shared__ uint32_t first[kRanks + 1];
+    __shared__ Tally sum;
+    receive_sources(p, watch, first);
+    if (team_id() != 0) return;
+    clear(sum);
+#pragma unroll 1
+    for (uint32_t source = 0; source < kRanks; ++source) {
+#pragma unroll 1
+        for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
+            p.ranges[(local * kRanks + source) * 2 + 1] = int32_t(sum.tokens_of_expert[local]);
+        }
+        team_sync();
+        count_routes(routes_at(p, watch, p.rank, 0), pieces_of_source(p), watch, first, first[source],
+                     first[source + 1], sum, nullptr);
+#pragma unroll 1
+        for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
+            int32_t* range = p.ranges + (local * kRanks + source) * 2;
+            range[0] = int32_t(sum.tokens_of_expert[local]) - range[1];
+        }
+    }
+#pragma unroll 1
+    for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
+        const int32_t rows = int32_t(sum.tokens_of_expert[local]);
+        p.counts[local] = rows;
+        if (p.total_counts != nullptr) p.total_counts[local] += rows;
+    }
+    if (team_thread() == 0) *p.rows_received = int32_t(sum.rows);
+}
+
+constexpr uint32_t kScalesAt = kWeightPieces * kPieceWords;  // word of a head
+
+// What goes ahead of a row: the weights of its selections, then its scales.
+struct Head {
+    uint32_t words[kHeadPieces * kPieceWords];
+};
 
 // Where one row goes.
 struct Target {
@@ -266,52 +357,51 @@ struct Target {
 
 // What a team needs to place one row.
 struct Incoming {
-    uint32_t header[kHeaderPieces * kPieceWords];
+    Selections selections;
     Target targets[kTopk];  // one per expert that the token selected here
     uint32_t num_targets;
+    Head head;
 };
 
-// Brings a header into shared memory; all ones, where nothing arrived, is no token and no selection.
-__device__ __forceinline__ void receive_header(const Watch& watch, Awaited what, const uint4* record,
-                                               Incoming& incoming) {
-#pragma unroll 1
-    for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeaderPieces; at += kTeamThreads) {
-        uint4 piece = {};
-        if (!receive_piece(record + at, watch, what, piece)) piece = make_uint4(~0u, ~0u, ~0u, ~0u);
-        const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
-#pragma unroll
-        for (uint32_t word = 0; word < kPieceWords; ++word) incoming.header[at * kPieceWords + word] = words[word];
-    }
+// A token of some source. Its row's entry in what combine is told: rows of other ranks are numbered through; behind
+// them come this rank's own, by token.
+struct Origin {
+    uint32_t source;
+    uint32_t token;
+    uint64_t entry;
+};
+
+__device__ __forceinline__ Origin origin_of(const Params& p, const uint32_t (&first)[kRanks + 1], uint32_t index,
+                                            uint32_t rows_before) {
+    uint32_t source = 0;
+    while (index >= first[source + 1]) ++source;
+    const uint32_t token = index - first[source];
+    return Origin{source, token, source == p.rank ? uint64_t(kRanks - 1) * p.max_tokens + token : rows_before};
 }
 
-// Lists where a row goes and records it for combine. Rows of other ranks are numbered through; behind them come this
-// rank's own, by token.
-__device__ __forceinline__ void list_targets(const Params& p, const Arrivals& arrivals, uint32_t source, uint32_t flat,
-                                             Incoming& incoming) {
+// Lists where a row goes and records it for combine.
+__device__ __forceinline__ void list_targets(const Params& p, const Tally& before, Origin origin, Incoming& incoming) {
     if (team_thread() >= kWarpSize) return;
-    const uint32_t* header = incoming.header;
-    const uint32_t token = header[0];
-    const uint64_t entry = source == p.rank ? uint64_t(kRanks - 1) * p.max_tokens + token : flat;
     const uint32_t k = team_thread();
-    const uint32_t selection = k < kTopk ? header[1 + k] : kNoSelection;
-    const int32_t slot = slot_of(p, arrivals, source, selection);
-    const bool wanted = slot >= 0 && (selection & kRepeated) == 0;
+    const int32_t selected = k < kTopk ? incoming.selections.experts[k] : -1;
+    const uint32_t local = uint32_t(selected & ~kAgain);
+    const uint32_t expert_rows = kRanks * p.max_tokens;
+    // 1,024 experts (and at most one more per rank for rounding) times 2**20 tokens stay below 2**31.
+    const int32_t slot = selected < 0 ? -1 : int32_t(local * expert_rows + before.tokens_of_expert[local]);
+    const bool wanted = slot >= 0 && selected < kAgain;
     const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
+    if (k == 0) incoming.num_targets = __popc(all_wanted);
+    if (all_wanted == 0) return;
     if (wanted) {
         Target& target = incoming.targets[__popc(all_wanted & ((1u << k) - 1))];
         target.row = reinterpret_cast<uint4*>(p.out) + uint64_t(slot) * kRowVectors;
-        const uint32_t expert_rows = kRanks * p.max_tokens;
-        target.scales = p.scales + uint64_t(slot / expert_rows) * kScaleWords * expert_rows + slot % expert_rows;
-        p.row_tokens[slot] = int32_t(token);
+        target.scales = p.scales + uint64_t(local) * kScaleWords * expert_rows + slot % expert_rows;
+        p.row_tokens[slot] = int32_t(origin.token);
     }
-    if (k == 0) {
-        incoming.num_targets = __popc(all_wanted);
-        if (source != p.rank) p.row_origin[flat] = int32_t(source * p.max_tokens + token);
+    if (k == 0 && origin.source != p.rank) {
+        p.row_origin[origin.entry] = int32_t(origin.source * p.max_tokens + origin.token);
     }
-    if (k < kTopk) {
-        p.row_slots[entry * kTopk + k] = slot;
-        p.row_weights[entry * kTopk + k] = __uint_as_float(header[1 + kTopk + k]);
-    }
+    if (k < kTopk) p.row_slots[origin.entry * kTopk + k] = slot;
 }
 
 __device__ __forceinline__ void place(const Row& row, const Incoming& incoming) {
@@ -325,54 +415,81 @@ __device__ __forceinline__ void place(const Row& row, const Incoming& incoming) 
     }
 }
 
-__device__ __forceinline__ void place_scales(const Params& p, const Incoming& incoming) {
+// The weights for combine and the scales for the user.
+__device__ __forceinline__ void place_head(const Params& p, Origin origin, const Incoming& incoming) {
+    if (team_thread() < kTopk) {
+        p.row_weights[origin.entry * kTopk + team_thread()] = __uint_as_float(incoming.head.words[team_thread()]);
+    }
     const uint32_t expert_rows = kRanks * p.max_tokens;
 #pragma unroll 1
     for (uint32_t at = team_thread(); at < incoming.num_targets * kScaleWords; at += kTeamThreads) {
         const uint32_t word = at % kScaleWords;
-        incoming.targets[at / kScaleWords].scales[uint64_t(word) * expert_rows] = incoming.header[1 + 2 * kTopk + word];
+        incoming.targets[at / kScaleWords].scales[uint64_t(word) * expert_rows] = incoming.head.words[kScalesAt + word];
     }
 }
 
-// Waits for a row and puts it where it belongs. Only the header is polled for; the row is asked for when that is here.
-__device__ __forceinline__ void receive_token(const Params& p, const Watch& watch, const Arrivals& arrivals,
-                                              uint32_t source, uint32_t row_index, uint32_t flat, Incoming& incoming) {
-    const Awaited what = {kRow, source, int32_t(row_index)};
-    const uint4* record = record_at(p, watch, p.rank, source, row_index);
-    const uint4* from = record + kHeaderPieces;
-    Row row;
-    receive_header(watch, what, record, incoming);
-    team_sync();
-    ask_for_row(from, row);
-    if (incoming.header[0] >= p.max_tokens) return;  // nothing arrived
-    list_targets(p, arrivals, source, flat, incoming);
-    complete_row(from, watch, what, row);
-    team_sync();
-    place(row, incoming);
-    place_scales(p, incoming);
+__device__ __forceinline__ void receive_head(const Watch& watch, Awaited what, const uint4* record, Head& head) {
+#pragma unroll 1
+    for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeadPieces; at += kTeamThreads) {
+        uint4 piece = {};
+        receive_piece(record + at, watch, what, piece);
+        const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+        for (uint32_t word = 0; word < kPieceWords; ++word) head.words[at * kPieceWords + word] = words[word];
+    }
 }
 
-// Every team takes its share of the rows of all sources, this rank's own first: they are here first.
+// Waits for another rank's row.
+__device__ __forceinline__ Row receive_row(const Params& p, const Watch& watch, Origin origin, Incoming& incoming) {
+    const Awaited what = {kRow, origin.source, int32_t(origin.token)};
+    const uint4* record = record_at(p, watch, p.rank, origin.source, origin.token);
+    const uint4* from = record + kHeadPieces;
+    await_row(from, watch, what);
+    Row row = ask_for_row(from);
+    receive_head(watch, what, record, incoming.head);
+    complete_row(from, watch, what, row);
+    return row;
+}
+
+// Puts a row where it belongs; its selections and the sums `before` it are known.
+__device__ __forceinline__ void receive_token(const Params& p, const Watch& watch, const Tally& before, Origin origin,
+                                              Incoming& incoming) {
+    list_targets(p, before, origin, incoming);
+    team_sync();
+    if (incoming.num_targets == 0) return;
+    Row row;
+    row = receive_row(p, watch, origin, incoming);
+    team_sync();
+    place(row, incoming);
+    place_head(p, origin, incoming);
+}
+
+// Every team takes its share of the tokens of all sources, this rank's own first: they are here first.
 __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& watch) {
-    __shared__ Arrivals arrivals;
-    __shared__ Incoming incoming[kTeams];
-    receive_counts(p, watch, arrivals);
+    __shared__ uint32_t first[kRanks + 1];
+    __shared__ Tally tallies[kTeams];
+    __shared__ Incoming all_incoming[kTeams];
+    receive_sources(p, watch, first);
+    Tally& before = tallies[team_id()];
+    Incoming& incoming = all_incoming[team_id()];
+    const uint4* routes = routes_at(p, watch, p.rank, 0);
+    const uint32_t tokens = first[kRanks];
     const uint32_t teams = p.receivers.blocks * kTeams;
+    uint32_t counted = ~0u;  // tokens that are in the sums
     // A block's teams come after all other blocks': few rows are spread over all multiprocessors.
-    const uint32_t turn = team_id() * p.receivers.blocks + blockIdx.x - p.receivers.first;
-    uint32_t passed = 0;  // rows of the sources before this one
+    uint32_t turn = team_id() * p.receivers.blocks + blockIdx.x - p.receivers.first;
 #pragma unroll 1
-    for (uint32_t step = 0; step < kRanks; ++step) {
-        const uint32_t source = rank_after(p.rank, step);
-        const uint32_t rows = arrivals.rows_from[source];
-        const uint32_t first = (teams - passed % teams + turn) % teams;
-#pragma unroll 1
-        for (uint32_t row = first; row < rows; row += teams) {
-            team_sync();  // the row before is placed
-            const uint32_t flat = passed - arrivals.rows_from[p.rank] + row;
-            receive_token(p, watch, arrivals, source, row, flat, incoming[team_id()]);
+    for (; turn < tokens; turn += teams) {
+        const uint32_t after_own = first[p.rank] + turn;
+        const uint32_t index = after_own < tokens ? after_own : after_own - tokens;
+        team_sync();  // the row before is placed
+        if (index < counted) {
+            clear(before);
+            counted = 0;
         }
-        passed += rows;
+        count_routes(routes, pieces_of_source(p), watch, first, counted, index, before, &incoming.selections);
+        counted = index;
+        receive_token(p, watch, before, origin_of(p, first, index, before.rows), incoming);
     }
 }
 
@@ -380,4 +497,5 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll
     const Watch watch = start_watch(p);
     leave_epoch(p, watch);
     if (is_one_of(p.receivers)) receive_tokens(p, watch);
+    if (blockIdx.x == 0) tell_user(p, watch);
 }

@@ -19,7 +19,7 @@ constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at 
 constexpr uint32_t kPieceWords = 3;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
-enum Phase : uint32_t { kPeerReady, kCounts, kRow, kWeights, kPartial };
+enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
 
 // Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
 // their multiprocessor.
@@ -47,12 +47,12 @@ struct Params {
     const int32_t* num_tokens;  // one number: tokens of this call; null: `tokens`
     int32_t* tokens_sent;       // one number: the tokens of this call
     uint64_t x_stride;          // bytes from one token of x to the next
-    uint64_t counts_offset;     // [half][source][count pieces]
+    uint64_t routes_offset;     // [half][source][1 + max_tokens * route pieces]
     Control* control;           // this op's epoch
     uint32_t* aborted;          // this object's abort word
     Failure* failure;           // where the host reads what went wrong
     uint64_t consumed_offset;   // [rank] u32: the last epoch that the peer has read
-    uint64_t rows_offset;       // [half][source][max_tokens] records
+    uint64_t rows_offset;       // [half][source][max_tokens] records, each at its token's number
     uint64_t tags_offset;       // [half][source][max_tokens] u64: epoch of the row there
     uint64_t timeout_ns;        // how long one wait may take
     Blocks senders;             // blocks that send
@@ -60,10 +60,11 @@ struct Params {
     uint32_t rank;              // this rank
     uint32_t tokens;            // rows of this rank's token tensor
     uint32_t max_tokens;        // capacity: tokens that a rank may send
+    uint32_t tellers;           // first blocks, which tell the routes
     uint32_t wide_ids;          // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 264);
+static_assert(sizeof(Params) == 272);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
@@ -79,11 +80,11 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
     return sum < kRanks ? sum : sum - kRanks;
 }
 
-constexpr uint32_t kScaleWords = 1;  // of a row
-// Token; then per selection expert and place; then the selections' weights; then the scales.
-constexpr uint32_t kHeaderWords = 1 + 2 * kTopk + kScaleWords;
-constexpr uint32_t kHeaderPieces = (kHeaderWords + kPieceWords - 1) / kPieceWords;
-constexpr uint32_t kRecordPieces = kHeaderPieces + kRowPieces;
+constexpr uint32_t kScaleWords = 1;  // of a row; they travel ahead of it
+constexpr uint32_t kScalePieces = (kScaleWords + kPieceWords - 1) / kPieceWords;
+constexpr uint32_t kWeightPieces = (kTopk + kPieceWords - 1) / kPieceWords;  // of a token's weights, ahead of those
+constexpr uint32_t kHeadPieces = kWeightPieces + kScalePieces;
+constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
@@ -143,7 +144,7 @@ __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, 
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kTeamThreads - 1) / kTeamThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 240);             // as the buffers are laid out
+static_assert(kRecordPieces * kPieceBytes == 224);             // as the buffers are laid out
 
 // A row in a team's registers: each thread has one vector per step, or none.
 struct Row {
@@ -170,7 +171,7 @@ __device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kTea
 // send the three vectors of the first three of them. kRowVectors and above: this lane has no vector.
 __device__ __forceinline__ uint32_t vector_at(uint32_t step) {
     const uint32_t piece = piece_at(step);
-    return piece % 4 == 3 ? kRowVectors : piece / 4 * 3 + piece % 4;
+    return piece % 4 == 3 ? kRowVectors : piece - piece / 4;
 }
 
 // Of the words 4j.. that the lanes j = 0, 1, 2 of four hold, lane j gets the words 3j..3j+2.
@@ -223,15 +224,36 @@ __device__ __forceinline__ bool receive_piece(const uint4* from, const Watch& wa
     return wait_for_whole(watch, what, from, piece);
 }
 
-// Asks for all pieces of a thread; most are here when the header is.
-__device__ __forceinline__ void ask_for_row(const uint4* from, Row& row) {
+// Asks for all pieces of a thread.
+__device__ __forceinline__ Row ask_for_row(const uint4* from) {
+    Row row;
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         row.vectors[step] = piece_at(step) < kRowPieces ? load_whole_relaxed_sys(from + piece_at(step)) : uint4{};
     }
+    return row;
 }
 
-// Waits for those that were not.
+__device__ __forceinline__ bool is_here(const Row& row, const Watch& watch) {
+    bool here = true;
+#pragma unroll
+    for (uint32_t step = 0; step < kSteps; ++step) {
+        here &= piece_at(step) >= kRowPieces || row.vectors[step].w == watch.epoch;
+    }
+    return here;
+}
+
+// One lane of each warp polls for the last piece that it is sent; most others are here before.
+__device__ __forceinline__ void await_row(const uint4* from, const Watch& watch, Awaited what) {
+    if (lane_id() == 0 && piece_at(0) < kRowPieces) {
+        const uint32_t last_step = (kRowPieces - 1 - team_thread()) / kTeamThreads;
+        uint4 piece;
+        receive_piece(from + piece_at(last_step), watch, what, piece);
+    }
+    __syncwarp();
+}
+
+// Waits for the pieces that were not here when they were asked for.
 __device__ __forceinline__ void complete_row(const uint4* from, const Watch& watch, Awaited what, Row& row) {
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
@@ -243,19 +265,17 @@ __device__ __forceinline__ void complete_row(const uint4* from, const Watch& wat
     }
 }
 
-// To several records at once, from piece `first` of each on.
-__device__ __forceinline__ void send_row(const Watch& watch, const Row& row, uint32_t first, uint4* const* records,
-                                         uint32_t count) {
+__device__ __forceinline__ Row as_pieces(const Row& row, uint32_t epoch) {
     Row pieces;
 #pragma unroll
-    for (uint32_t step = 0; step < kSteps; ++step) pieces.vectors[step] = to_piece(row.vectors[step], watch.epoch);
-#pragma unroll 1
-    for (uint32_t to = 0; to < count; ++to) {
-        uint4* record = records[to] + first;
+    for (uint32_t step = 0; step < kSteps; ++step) pieces.vectors[step] = to_piece(row.vectors[step], epoch);
+    return pieces;
+}
+
+__device__ __forceinline__ void send_pieces(const Row& pieces, uint4* to) {
 #pragma unroll
-        for (uint32_t step = 0; step < kSteps; ++step) {
-            if (piece_at(step) < kRowPieces) send_piece(record + piece_at(step), pieces.vectors[step]);
-        }
+    for (uint32_t step = 0; step < kSteps; ++step) {
+        if (piece_at(step) < kRowPieces) send_piece(to + piece_at(step), pieces.vectors[step]);
     }
 }
 
@@ -266,219 +286,236 @@ __device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return exp
 __device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
 __device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
 
-// A header word is one selection: the expert, and the token's place among its source's tokens for that expert. A second
-// selection of the same expert shares the first one's row.
-constexpr uint32_t kPlaceBits = 20;
-constexpr uint32_t kRepeated = 1u << 30;
-constexpr uint32_t kNoSelection = 0xffffffffu;
-
-// What a token selects: experts, marked kAgain where an earlier selection names the same, or -1.
+// A token's ids, as they travel: kAgain marks one that an earlier selection of the token names too, -1 is none.
+constexpr uint32_t kIdsOfPiece = 6;  // 16 bits each; the epoch fills the 16 bytes
+constexpr uint32_t kRoutePieces = (kTopk + kIdsOfPiece - 1) / kIdsOfPiece;
+static_assert(kRoutePieces == 1);  // as the buffers are laid out
 constexpr int32_t kAgain = 1 << 14;
 
-struct Selections {
-    int16_t experts[kTopk];
+// Ahead of the tokens' routes, a piece says how many there are.
+__device__ __forceinline__ uint64_t pieces_of_source(const Params& p) {
+    return 1 + uint64_t(p.max_tokens) * kRoutePieces;
+}
+
+// The routes of a source's tokens in the symmetric memory of `rank`.
+__device__ __forceinline__ uint4* routes_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
+    return reinterpret_cast<uint4*>(p.peers[rank] + p.routes_offset) +
+           (half_of(watch.epoch) * kRanks + source) * pieces_of_source(p);
+}
+
+__device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
+    if (p.num_tokens == nullptr) return p.tokens;
+    const int32_t given = *p.num_tokens;
+    return given < 0 ? 0 : min(uint32_t(given), p.tokens);
+}
+
+// A token's ids as the user gave them, all asked for before one is looked at; -2 stands for those that name no expert.
+struct Ids {
+    int32_t ids[kTopk];
 };
 
-__device__ __forceinline__ bool selects(const Selections& selections, int32_t expert) {
-    bool found = false;
-#pragma unroll 4
-    for (uint32_t k = 0; k < kTopk; ++k) found |= selections.experts[k] == expert;
-    return found;
-}
-
-// Bit r: rank r holds one of these experts.
-__device__ __forceinline__ uint64_t ranks_of(const Selections& selections) {
-    uint64_t ranks = 0;
-#pragma unroll 4
-    for (uint32_t k = 0; k < kTopk; ++k) {
-        const int32_t expert = selections.experts[k];
-        if (expert >= 0) ranks |= uint64_t(1) << rank_of_expert(uint32_t(expert & ~kAgain));
-    }
-    return ranks;
-}
-
-constexpr uint32_t kCountWords = 1 + kLocalExperts;  // rows to this rank, then tokens of each of its experts
-constexpr uint32_t kCountPieceWords = 3;
-constexpr uint32_t kCountPieces = (kCountWords + kCountPieceWords - 1) / kCountPieceWords;
-static_assert(kCountPieces == 2);  // as the buffers are laid out
-
-__device__ __forceinline__ uint4* counts_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
-    const uint32_t place = half_of(watch.epoch) * kRanks + source;
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.counts_offset) + place * kCountPieces;
-}
-
-// Of some first tokens of this rank: a token counts once per expert and once per rank, however often it selects them.
-struct Tally {
-    uint32_t tokens_of_expert[kExperts];
-    uint32_t rows_to_rank[kRanks];
-};
-
-__device__ __forceinline__ void clear(Tally& sum) {
-#pragma unroll 1
-    for (uint32_t expert = threadIdx.x; expert < kExperts; expert += kBlockThreads) sum.tokens_of_expert[expert] = 0;
-#pragma unroll 1
-    for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) sum.rows_to_rank[rank] = 0;
-}
-
-// Ids that are not in the cache take longer than all that is done before they are looked at.
-__device__ __forceinline__ void prefetch_ids(const Params& p) {
-    constexpr uint32_t kLineBytes = 128;
-    const uint64_t bytes = uint64_t(p.tokens) * kTopk * (p.wide_ids ? 8 : 4);
-#pragma unroll 1
-    for (uint64_t at = threadIdx.x * kLineBytes; at < bytes; at += kBlockThreads * kLineBytes) {
-        prefetch_input(reinterpret_cast<const uint8_t*>(p.topk_idx) + at);
-    }
-}
-
-// One token's ids, all asked for before one is looked at. -2 stands for those that name no expert.
-__device__ __forceinline__ void load_ids(const void* topk_idx, bool wide_ids, uint32_t token, int32_t (&ids)[kTopk]) {
-    if (wide_ids) {
-        const int64_t* from = reinterpret_cast<const int64_t*>(topk_idx) + uint64_t(token) * kTopk;
+__device__ __forceinline__ Ids load_ids(const Params& p, uint32_t token, uint32_t tokens) {
+    Ids loaded;
+#pragma unroll
+    for (uint32_t k = 0; k < kTopk; ++k) loaded.ids[k] = -1;
+    if (token >= tokens) return loaded;
+    if (p.wide_ids) {
+        const int64_t* from = static_cast<const int64_t*>(p.topk_idx) + uint64_t(token) * kTopk;
         int64_t wide[kTopk];
 #pragma unroll
         for (uint32_t k = 0; k < kTopk; ++k) wide[k] = from[k];
 #pragma unroll
         for (uint32_t k = 0; k < kTopk; ++k) {
-            ids[k] = wide[k] >= -1 && wide[k] < int64_t(kExperts) ? int32_t(wide[k]) : -2;
+            loaded.ids[k] = wide[k] >= -1 && wide[k] < int64_t(kExperts) ? int32_t(wide[k]) : -2;
         }
     } else {
-        const int32_t* from = reinterpret_cast<const int32_t*>(topk_idx) + uint64_t(token) * kTopk;
+        const int32_t* from = static_cast<const int32_t*>(p.topk_idx) + uint64_t(token) * kTopk;
 #pragma unroll
-        for (uint32_t k = 0; k < kTopk; ++k) ids[k] = from[k];
-#pragma unroll
-        for (uint32_t k = 0; k < kTopk; ++k) ids[k] = ids[k] < int32_t(kExperts) ? max(ids[k], -2) : -2;
-    }
-}
-
-// Looks at the tokens [from, end), one per thread: adds those before `counted` to the sum, and keeps the selections of
-// the others. An id that names no expert counts as none; block 0 reports it to the host. Out of line, because it is
-// called from several places.
-__device__ __noinline__ void count_tokens(const void* topk_idx, bool wide_ids, Failure* failure, Tally& sum,
-                                          uint32_t from, uint32_t counted, uint32_t end, Selections* kept) {
-#pragma unroll 1
-    for (uint32_t first = from + warp_id() * kWarpSize; first < end; first += kBlockThreads) {
-        const uint32_t token = first + lane_id();
-        int32_t ids[kTopk];
-#pragma unroll
-        for (uint32_t k = 0; k < kTopk; ++k) ids[k] = -1;
-        if (token < end) load_ids(topk_idx, wide_ids, token, ids);
-        uint64_t ranks = 0;
-        bool known = true;
+        for (uint32_t k = 0; k < kTopk; ++k) loaded.ids[k] = from[k];
 #pragma unroll
         for (uint32_t k = 0; k < kTopk; ++k) {
-            bool again = false;
-#pragma unroll
-            for (uint32_t earlier = 0; earlier < k; ++earlier) again |= ids[earlier] == ids[k];
-            known &= ids[k] >= -1;
-            const bool selected = ids[k] >= 0;
-            if (selected) ranks |= uint64_t(1) << rank_of_expert(uint32_t(ids[k]));
-            if (selected && !again && token < counted) atomicAdd(&sum.tokens_of_expert[ids[k]], 1u);
-            if (token >= counted && token < end) {
-                kept[token - counted].experts[k] = selected ? int16_t(ids[k] | (again ? kAgain : 0)) : int16_t(-1);
-            }
+            loaded.ids[k] = loaded.ids[k] < int32_t(kExperts) ? max(loaded.ids[k], -2) : -2;
         }
-        if (!known && blockIdx.x == 0) store_relaxed_sys(&failure->invalid_token, token + 1);
-        if (token >= counted) ranks = 0;
+    }
+    return loaded;
+}
+
+// Tells every rank what a token selects, this one first: stores behind those that wait for the link wait too. An id
+// that names no expert counts as none and is reported to the host.
+__device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, uint32_t token, const Ids& given) {
+    uint32_t words[kRoutePieces * 3];
+#pragma unroll
+    for (uint32_t word = 0; word < kRoutePieces * 3; ++word) words[word] = ~0u;
+    bool known = true;
+#pragma unroll
+    for (uint32_t k = 0; k < kTopk; ++k) {
+        bool again = false;
+#pragma unroll
+        for (uint32_t earlier = 0; earlier < k; ++earlier) again |= given.ids[earlier] == given.ids[k];
+        known &= given.ids[k] >= -1;
+        const uint32_t id = given.ids[k] < 0 ? 0xffff : uint32_t(given.ids[k] | (again ? kAgain : 0));
+        words[k / 2] = k % 2 == 0 ? 0xffff0000u | id : (words[k / 2] & 0xffff) | id << 16;
+    }
+    if (!known) store_relaxed_sys(&p.failure->invalid_token, token + 1);
 #pragma unroll 1
-        for (uint32_t rank = 0; rank < kRanks; ++rank) {
-            const uint32_t rows = uint32_t(__popc(__ballot_sync(kFullWarp, uint32_t(ranks >> rank & 1))));
-            if (lane_id() == 0 && rows != 0) atomicAdd(&sum.rows_to_rank[rank], rows);
+    for (uint32_t step = 0; step < kRanks; ++step) {
+        uint4* to = routes_at(p, watch, rank_after(p.rank, step), p.rank) + 1 + uint64_t(token) * kRoutePieces;
+#pragma unroll
+        for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
+            store_whole_relaxed_sys(
+                to + piece, make_uint4(words[3 * piece], words[3 * piece + 1], words[3 * piece + 2], watch.epoch));
         }
     }
 }
 
-// The first block tells every rank what is coming, also those that get nothing: every rank hears from every rank in
-// every epoch. It has no rows to send (unless there are too few blocks): its counts are what receivers need first. Then
-// it tells the peers that this rank has read what came before this epoch; that release waits for everything that was
-// stored here.
-__device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch, uint32_t tokens) {
-    __shared__ Tally total;
+// The first blocks tell every rank what this rank's tokens select, one token to a thread. They send no rows (unless
+// there are too few blocks), so that this is on its way before the rows fill the link. The very first block tells how
+// many tokens there are, also if there are none, for every rank hears from every rank in every epoch; and then the
+// peers that this rank has read what came before this epoch, a release that waits for everything that was stored here.
+__device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch, uint32_t tokens) {
     __shared__ bool opened;
-    clear(total);
-    __syncthreads();
+    uint32_t token = blockIdx.x * kBlockThreads + threadIdx.x;
+    Ids ids = load_ids(p, token, tokens);
     open_epoch(p, watch, opened);
-    count_tokens(p.topk_idx, p.wide_ids, p.failure, total, 0, tokens, tokens, nullptr);
     __syncthreads();
     if (!opened) return;
+    if (blockIdx.x == 0) {
 #pragma unroll 1
-    for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
-        const uint32_t rank = rank_after(p.rank, 1 + index / kCountPieces);
-        const uint32_t piece = index % kCountPieces;
-        uint32_t words[kCountPieceWords];
-#pragma unroll
-        for (uint32_t word = 0; word < kCountPieceWords; ++word) {
-            const uint32_t at = piece * kCountPieceWords + word;
-            const uint32_t local = at - 1;
-            words[word] = at == 0                       ? total.rows_to_rank[rank]
-                          : local < local_experts(rank) ? total.tokens_of_expert[first_expert(rank) + local]
-                                                        : 0;
+        for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
+            store_whole_relaxed_sys(routes_at(p, watch, peer, p.rank), make_uint4(tokens, 0, 0, watch.epoch));
         }
-        store_whole_relaxed_sys(counts_at(p, watch, rank, p.rank) + piece,
-                                make_uint4(words[0], words[1], words[2], watch.epoch));
     }
+#pragma unroll 1
+    while (token < tokens) {
+        tell_route(p, watch, token, ids);
+        token += p.tellers * kBlockThreads;
+        if (token < tokens) ids = load_ids(p, token, tokens);
+    }
+    if (blockIdx.x != 0) return;
     if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
     tell_consumed(p, watch);
 }
 
-// What all sources together send here.
-struct Arrivals {
-    uint32_t rows_from[kRanks];
-    uint32_t first_row[kLocalExperts][kRanks];  // in `out`, per expert: rows of one source are contiguous
-};
-
-// Row of `out` for one header word, or -1 if the expert is not on this rank. 1,024 experts (and at most one more per
-// rank for rounding) times 2**20 tokens stay below 2**31.
-__device__ __forceinline__ int32_t slot_of(const Params& p, const Arrivals& arrivals, uint32_t source,
-                                           uint32_t selection) {
-    const uint32_t local = ((selection & ~kRepeated) >> kPlaceBits) - first_expert(p.rank);
-    if (selection == kNoSelection || local >= local_experts(p.rank)) return -1;
-    const uint32_t row = arrivals.first_row[local][source] + (selection & ((1u << kPlaceBits) - 1));
-    return int32_t(local * kRanks * p.max_tokens + row);
+// All tokens are numbered through, those of source 0 first. Every receiving block asks for itself how many each source
+// has: `first` gets the number of its first token, and in the end how many there are.
+__device__ __forceinline__ void receive_sources(const Params& p, const Watch& watch, uint32_t (&first)[kRanks + 1]) {
+#pragma unroll 1
+    for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
+        uint4 piece;
+        const uint4* from = routes_at(p, watch, p.rank, source);
+        const bool arrived = wait_for_whole(watch, Awaited{kRoutes, source, -1}, from, piece);
+        first[source + 1] = arrived ? min(piece.x, p.max_tokens) : 0;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        first[0] = 0;
+#pragma unroll 1
+        for (uint32_t source = 0; source < kRanks; ++source) first[source + 1] += first[source];
+    }
+    __syncthreads();
 }
 
-// Every receiving block needs them; the last, which has the fewest rows, also tells the user.
-__device__ __forceinline__ void receive_counts(const Params& p, const Watch& watch, Arrivals& arrivals) {
-    const bool last_block = blockIdx.x == p.receivers.first + p.receivers.blocks - 1;
+// Of some first tokens: how many select each of this rank's experts, counted once each, and how many rows of other
+// ranks they make.
+struct Tally {
+    uint32_t tokens_of_expert[kLocalExperts];
+    uint32_t rows;
+};
+
+__device__ __forceinline__ void clear(Tally& sum) {
 #pragma unroll 1
-    for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
-        const uint32_t source = index / kCountPieces;
-        const uint32_t piece = index % kCountPieces;
-        const uint4* from = counts_at(p, watch, p.rank, source) + piece;
-        uint4 whole;
-        const bool arrived = wait_for_whole(watch, Awaited{kCounts, source, -1}, from, whole);
-        const uint32_t words[kCountPieceWords] = {whole.x, whole.y, whole.z};
+    for (uint32_t local = team_thread(); local < kLocalExperts; local += kTeamThreads) sum.tokens_of_expert[local] = 0;
+    if (team_thread() == 0) sum.rows = 0;
+    team_sync();
+}
+
+// What a token selects here: experts of this rank, kAgain added where an earlier selection is the same; else -1.
+struct Selections {
+    int16_t experts[kRoutePieces * kIdsOfPiece];
+};
+
+__device__ __forceinline__ Selections receive_route(const uint4* from, const Watch& watch, Awaited what) {
+    uint4 pieces[kRoutePieces];
 #pragma unroll
-        for (uint32_t word = 0; word < kCountPieceWords; ++word) {
-            const uint32_t at = piece * kCountPieceWords + word;
-            const uint32_t count = arrived ? words[word] : 0;
-            if (at == 0) arrivals.rows_from[source] = count;
-            if (at > 0 && at < kCountWords) arrivals.first_row[at - 1][source] = count;
+    for (uint32_t piece = 0; piece < kRoutePieces; ++piece) pieces[piece] = load_whole_relaxed_sys(from + piece);
+    Selections here;
+#pragma unroll
+    for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
+        uint4& whole = pieces[piece];
+        const bool arrived = whole.w == watch.epoch || wait_for_whole(watch, what, from + piece, whole);
+        const uint32_t words[3] = {whole.x, whole.y, whole.z};
+#pragma unroll
+        for (uint32_t at = 0; at < kIdsOfPiece; ++at) {
+            const uint32_t id = arrived ? words[at / 2] >> at % 2 * 16 & 0xffff : 0xffff;
+            const uint32_t local = (id & ~uint32_t(kAgain)) - first_expert(watch.rank);
+            const bool selected = id != 0xffff && local < local_experts(watch.rank);
+            here.experts[piece * kIdsOfPiece + at] = selected ? int16_t(local | (id & kAgain)) : int16_t(-1);
         }
     }
-    __syncthreads();
+    return here;
+}
+
+// A team adds the tokens [from, end) to the sum and, if `kept` is not null, keeps what token `end` selects. Out of
+// line, because it is called from several places. `routes` are those of source 0, `stride` pieces before those of the
+// next.
+__device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, Watch watch,
+                                          const uint32_t (&first)[kRanks + 1], uint32_t from, uint32_t end, Tally& sum,
+                                          Selections* kept) {
+    const uint32_t last = end + (kept != nullptr ? 1 : 0);
 #pragma unroll 1
-    for (uint32_t local = threadIdx.x; local < local_experts(p.rank); local += kBlockThreads) {
-        uint32_t rows = 0;
-#pragma unroll 1
-        for (uint32_t source = 0; source < kRanks; ++source) {
-            const uint32_t count = arrivals.first_row[local][source];
-            arrivals.first_row[local][source] = rows;
-            if (last_block) {
-                p.ranges[(local * kRanks + source) * 2] = int32_t(count);
-                p.ranges[(local * kRanks + source) * 2 + 1] = int32_t(rows);
+    for (uint32_t base = from + team_thread() / kWarpSize * kWarpSize; base < last; base += kTeamThreads) {
+        const uint32_t index = base + lane_id();
+        bool row = false;
+        if (index < last) {
+            uint32_t source = 0;
+            while (index >= first[source + 1]) ++source;
+            const uint32_t token = index - first[source];
+            const uint4* from_here = routes + source * stride + 1 + uint64_t(token) * kRoutePieces;
+            const Selections selections = receive_route(from_here, watch, Awaited{kRoutes, source, int32_t(token)});
+            if (index == end) *kept = selections;
+#pragma unroll
+            for (uint32_t k = 0; k < kTopk; ++k) {
+                const int32_t expert = selections.experts[k];
+                row |= expert >= 0;
+                if (expert >= 0 && expert < kAgain && index < end) atomicAdd(&sum.tokens_of_expert[expert], 1u);
             }
-            rows += count;
+            row &= index < end && source != watch.rank;
         }
-        if (last_block) p.counts[local] = int32_t(rows);
-        if (last_block && p.total_counts != nullptr) p.total_counts[local] += int32_t(rows);
+        const uint32_t rows = uint32_t(__popc(__ballot_sync(kFullWarp, row)));
+        if (lane_id() == 0 && rows != 0) atomicAdd(&sum.rows, rows);
     }
-    if (last_block && threadIdx.x == 0) {
-        uint32_t rows = 0;
+    team_sync();
+}
+
+// The first block tells the user how much comes from whom.
+__device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
+    __shared__ uint32_t first[kRanks + 1];
+    __shared__ Tally sum;
+    receive_sources(p, watch, first);
+    if (team_id() != 0) return;
+    clear(sum);
 #pragma unroll 1
-        for (uint32_t step = 1; step < kRanks; ++step) rows += arrivals.rows_from[rank_after(p.rank, step)];
-        *p.rows_received = int32_t(rows);
+    for (uint32_t source = 0; source < kRanks; ++source) {
+#pragma unroll 1
+        for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
+            p.ranges[(local * kRanks + source) * 2 + 1] = int32_t(sum.tokens_of_expert[local]);
+        }
+        team_sync();
+        count_routes(routes_at(p, watch, p.rank, 0), pieces_of_source(p), watch, first, first[source],
+                     first[source + 1], sum, nullptr);
+#pragma unroll 1
+        for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
+            int32_t* range = p.ranges + (local * kRanks + source) * 2;
+            range[0] = int32_t(sum.tokens_of_expert[local]) - range[1];
+        }
     }
-    __syncthreads();
+#pragma unroll 1
+    for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
+        const int32_t rows = int32_t(sum.tokens_of_expert[local]);
+        p.counts[local] = rows;
+        if (p.total_counts != nullptr) p.total_counts[local] += rows;
+    }
+    if (team_thread() == 0) *p.rows_received = int32_t(sum.rows);
 }
 
 constexpr uint32_t kGroup = 128;
@@ -523,29 +560,23 @@ __device__ __forceinline__ uint32_t scale_word(const uint32_t* amax, uint32_t wo
     return __float_as_uint(scale_of(amax[word]));
 }
 
-// A team's token as the user gave it.
+constexpr uint32_t kScalesAt = kWeightPieces * kPieceWords;  // word of a head
+
+// What goes ahead of a row: the weights of its selections, then its scales.
+struct Head {
+    uint32_t words[kHeadPieces * kPieceWords];
+    uint32_t amax[kGroups];  // the largest magnitude of each group, as the bits of a float
+};
+
+// A team's token; each thread has what makes its vectors of the row.
 struct Token {
     uint4 vectors[kSteps][2];
     float weight;  // of the thread's selection
 };
 
-// What a team needs to send one token.
-struct Outgoing {
-    uint32_t header[kHeaderPieces * kPieceWords];
-    uint4* records[kRanks];  // where its record goes, this rank last
-    uint32_t count;
-    uint32_t amax[kGroups];  // the largest magnitude of each group, as the bits of a float
-};
-
-__device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
-    if (p.num_tokens == nullptr) return p.tokens;
-    const int32_t given = *p.num_tokens;
-    return given < 0 ? 0 : min(uint32_t(given), p.tokens);
-}
-
-__device__ __forceinline__ Token load_token(const Params& p, uint32_t index, uint32_t last) {
+__device__ __forceinline__ Token load_token(const Params& p, uint32_t index, uint32_t tokens) {
     Token token = {};
-    if (index >= last) return token;
+    if (index >= tokens) return token;
     const uint4* from = reinterpret_cast<const uint4*>(p.x + index * p.x_stride);
     token.weight = 1.0f;
     if (p.topk_weights != nullptr && team_thread() < kTopk) {
@@ -560,117 +591,86 @@ __device__ __forceinline__ Token load_token(const Params& p, uint32_t index, uin
     return token;
 }
 
-// Fills in what the team sends. `selections` are those of the round's tokens, this team's at [team_id()]; `before`
-// counts the tokens before the round.
-__device__ __forceinline__ void plan_token(const Params& p, const Watch& watch, uint32_t index, const Token& token,
-                                           const Selections* selections, const Tally& before, Outgoing& outgoing) {
-    const uint32_t team = team_id();
-    const uint64_t ranks = ranks_of(selections[team]);
-    if (team_thread() < kTopk) {
-        const uint32_t k = team_thread();
-        const int32_t selected = selections[team].experts[k];
-        const int32_t expert = selected & ~kAgain;
-        uint32_t place = selected < 0 ? 0 : before.tokens_of_expert[expert];
+// The token in FP8; its scales join the head.
+__device__ __forceinline__ Row row_of(const Token& token, Head& head) {
 #pragma unroll 1
-        for (uint32_t other = 0; other < team; ++other) place += selects(selections[other], expert);
-        const uint32_t repeated = selected >= kAgain ? kRepeated : 0;
-        outgoing.header[1 + k] = selected < 0 ? kNoSelection : uint32_t(expert) << kPlaceBits | place | repeated;
-        outgoing.header[1 + kTopk + k] = __float_as_uint(token.weight);
-    }
-    if (team_thread() == kTeamThreads - 1) {
-        outgoing.header[0] = index;
-        outgoing.count = __popcll(ranks);
-        p.token_ranks[index] = ranks;
-    }
-#pragma unroll 1
-    for (uint32_t step = kTeamThreads - 1 - team_thread(); step < kRanks; step += kTeamThreads) {
-        const uint32_t rank = rank_after(p.rank, 1 + step);
-        if ((ranks >> rank & 1) == 0) continue;
-        uint32_t at = 0;
-#pragma unroll 1
-        for (uint32_t earlier = 1; earlier <= step; ++earlier) at += uint32_t(ranks >> rank_after(p.rank, earlier) & 1);
-        uint32_t place = before.rows_to_rank[rank];
-#pragma unroll 1
-        for (uint32_t other = 0; other < team; ++other) place += uint32_t(ranks_of(selections[other]) >> rank & 1);
-        outgoing.records[at] = record_at(p, watch, rank, p.rank, place);
-    }
-#pragma unroll 1
-    for (uint32_t group = team_thread(); group < kGroups; group += kTeamThreads) outgoing.amax[group] = 0;
+    for (uint32_t group = team_thread(); group < kGroups; group += kTeamThreads) head.amax[group] = 0;
     team_sync();
-}
-
-// The token in FP8; its scales join the header.
-__device__ __forceinline__ Row row_of(const Token& token, Outgoing& outgoing) {
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         if (vector_at(step) >= kRowVectors) continue;
         const uint32_t largest =
             max(largest_magnitude(token.vectors[step][0]), largest_magnitude(token.vectors[step][1]));
-        atomicMax(&outgoing.amax[vector_at(step) / kGroupVectors], largest);
+        atomicMax(&head.amax[vector_at(step) / kGroupVectors], largest);
     }
     team_sync();
 #pragma unroll 1
     for (uint32_t word = team_thread(); word < kScaleWords; word += kTeamThreads) {
-        outgoing.header[1 + 2 * kTopk + word] = scale_word(outgoing.amax, word);
+        head.words[kScalesAt + word] = scale_word(head.amax, word);
     }
     Row row = {};
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         if (vector_at(step) >= kRowVectors) continue;
-        const float factor = factor_of(outgoing.amax[vector_at(step) / kGroupVectors]);
+        const float factor = factor_of(head.amax[vector_at(step) / kGroupVectors]);
         row.vectors[step] = quantised(token.vectors[step][0], token.vectors[step][1], factor);
     }
-    team_sync();
     return row;
 }
 
-__device__ __forceinline__ void send_header(const Watch& watch, const Outgoing& outgoing) {
-#pragma unroll 1
-    for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeaderPieces; at += kTeamThreads) {
-        const uint4 piece = as_piece(outgoing.header + at * kPieceWords, watch.epoch);
-#pragma unroll 1
-        for (uint32_t to = 0; to < outgoing.count; ++to) send_piece(outgoing.records[to] + at, piece);
+// Bit r: rank r holds an expert of the token. Every warp looks for itself.
+__device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t index, uint32_t tokens) {
+    uint64_t rank = 0;
+    if (index < tokens && lane_id() < kTopk) {
+        const uint64_t at = uint64_t(index) * kTopk + lane_id();
+        const int64_t expert = p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
+                                          : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
+        if (expert >= 0 && expert < int64_t(kExperts)) rank = uint64_t(1) << rank_of_expert(uint32_t(expert));
     }
+    return __reduce_or_sync(kFullWarp, uint32_t(rank));
 }
 
-// Sends the record to every destination.
-__device__ __forceinline__ void send_token(const Watch& watch, const Token& token, Outgoing& outgoing) {
-    const Row row = row_of(token, outgoing);
-    send_header(watch, outgoing);
-    send_row(watch, row, kHeaderPieces, outgoing.records, outgoing.count);
+constexpr uint32_t kDestinations = kRanks - 1;  // this rank's own rows are read where they lie
+// Sends a token's row to its place in every destination: its own number among its source's tokens.
+__device__ __forceinline__ void send_token(const Params& p, const Watch& watch, uint32_t index, uint64_t ranks,
+                                           const Token& token, Head& head) {
+    if (team_thread() < kTopk) head.words[team_thread()] = __float_as_uint(token.weight);
+    const Row pieces = as_pieces(row_of(token, head), watch.epoch);
+    team_sync();  // the head is complete
+#pragma unroll 1
+    for (uint32_t step = 1; step <= kDestinations; ++step) {
+        const uint32_t rank = rank_after(p.rank, step);
+        if ((ranks >> rank & 1) == 0) continue;
+        uint4* record = record_at(p, watch, rank, p.rank, index);
+#pragma unroll 1
+        for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeadPieces; at += kTeamThreads) {
+            send_piece(record + at, as_piece(head.words + at * kPieceWords, watch.epoch));
+        }
+        send_pieces(pieces, record + kHeadPieces);
+    }
+    if (team_thread() == 0) p.token_ranks[index] = ranks;
     team_sync();
 }
 
-// A block's share of this rank's tokens, in a row, of which each round every team sends one. Rows are loaded before it
-// is known where they go.
+// Where a row goes needs no plan. What the first token needs is asked for while the epoch opens. A block's teams come
+// after all other blocks': few tokens are spread over all multiprocessors.
 __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
-    __shared__ Tally before;  // the tokens before this round's
-    __shared__ Selections selections[kTeams];
-    __shared__ Outgoing outgoing[kTeams];
     __shared__ bool opened;
-    const uint32_t share = (tokens + p.senders.blocks - 1) / p.senders.blocks;
-    const uint32_t first = min((blockIdx.x - p.senders.first) * share, tokens);
-    const uint32_t last = min(first + share, tokens);
-    if (first == last) return;
-    Token token = load_token(p, first + team_id(), last);
-    clear(before);
-    __syncthreads();
+    __shared__ Head heads[kTeams];
+    const uint32_t teams = p.senders.blocks * kTeams;
+    uint32_t index = team_id() * p.senders.blocks + blockIdx.x - p.senders.first;
+    Token token = load_token(p, index, tokens);
+    uint64_t ranks = ranks_of_token(p, index, tokens);
     open_epoch(p, watch, opened);
-    count_tokens(p.topk_idx, p.wide_ids, p.failure, before, 0, first, min(first + kTeams, last), selections);
     __syncthreads();
     if (!opened) return;
 #pragma unroll 1
-    for (uint32_t round = first;; round += kTeams) {
-        if (round + team_id() < last) {
-            plan_token(p, watch, round + team_id(), token, selections, before, outgoing[team_id()]);
-            send_token(watch, token, outgoing[team_id()]);
-        }
-        if (round + kTeams >= last) break;
-        token = load_token(p, round + kTeams + team_id(), last);
-        __syncthreads();
-        const uint32_t next = round + kTeams;
-        count_tokens(p.topk_idx, p.wide_ids, p.failure, before, round, next, min(next + kTeams, last), selections);
-        __syncthreads();
+    while (index < tokens) {
+        send_token(p, watch, index, ranks, token, heads[team_id()]);
+        index += teams;
+        if (index >= tokens) break;
+        token = load_token(p, index, tokens);
+        ranks = ranks_of_token(p, index, tokens);
     }
 }
 
@@ -682,52 +682,51 @@ struct Target {
 
 // What a team needs to place one row.
 struct Incoming {
-    uint32_t header[kHeaderPieces * kPieceWords];
+    Selections selections;
     Target targets[kTopk];  // one per expert that the token selected here
     uint32_t num_targets;
+    Head head;
 };
 
-// Brings a header into shared memory; all ones, where nothing arrived, is no token and no selection.
-__device__ __forceinline__ void receive_header(const Watch& watch, Awaited what, const uint4* record,
-                                               Incoming& incoming) {
-#pragma unroll 1
-    for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeaderPieces; at += kTeamThreads) {
-        uint4 piece = {};
-        if (!receive_piece(record + at, watch, what, piece)) piece = make_uint4(~0u, ~0u, ~0u, ~0u);
-        const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
-#pragma unroll
-        for (uint32_t word = 0; word < kPieceWords; ++word) incoming.header[at * kPieceWords + word] = words[word];
-    }
+// A token of some source. Its row's entry in what combine is told: rows of other ranks are numbered through; behind
+// them come this rank's own, by token.
+struct Origin {
+    uint32_t source;
+    uint32_t token;
+    uint64_t entry;
+};
+
+__device__ __forceinline__ Origin origin_of(const Params& p, const uint32_t (&first)[kRanks + 1], uint32_t index,
+                                            uint32_t rows_before) {
+    uint32_t source = 0;
+    while (index >= first[source + 1]) ++source;
+    const uint32_t token = index - first[source];
+    return Origin{source, token, source == p.rank ? uint64_t(kRanks - 1) * p.max_tokens + token : rows_before};
 }
 
-// Lists where a row goes and records it for combine. Rows of other ranks are numbered through; behind them come this
-// rank's own, by token.
-__device__ __forceinline__ void list_targets(const Params& p, const Arrivals& arrivals, uint32_t source, uint32_t flat,
-                                             Incoming& incoming) {
+// Lists where a row goes and records it for combine.
+__device__ __forceinline__ void list_targets(const Params& p, const Tally& before, Origin origin, Incoming& incoming) {
     if (team_thread() >= kWarpSize) return;
-    const uint32_t* header = incoming.header;
-    const uint32_t token = header[0];
-    const uint64_t entry = source == p.rank ? uint64_t(kRanks - 1) * p.max_tokens + token : flat;
     const uint32_t k = team_thread();
-    const uint32_t selection = k < kTopk ? header[1 + k] : kNoSelection;
-    const int32_t slot = slot_of(p, arrivals, source, selection);
-    const bool wanted = slot >= 0 && (selection & kRepeated) == 0;
+    const int32_t selected = k < kTopk ? incoming.selections.experts[k] : -1;
+    const uint32_t local = uint32_t(selected & ~kAgain);
+    const uint32_t expert_rows = kRanks * p.max_tokens;
+    // 1,024 experts (and at most one more per rank for rounding) times 2**20 tokens stay below 2**31.
+    const int32_t slot = selected < 0 ? -1 : int32_t(local * expert_rows + before.tokens_of_expert[local]);
+    const bool wanted = slot >= 0 && selected < kAgain;
     const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
+    if (k == 0) incoming.num_targets = __popc(all_wanted);
+    if (all_wanted == 0) return;
     if (wanted) {
         Target& target = incoming.targets[__popc(all_wanted & ((1u << k) - 1))];
         target.row = reinterpret_cast<uint4*>(p.out) + uint64_t(slot) * kRowVectors;
-        const uint32_t expert_rows = kRanks * p.max_tokens;
-        target.scales = p.scales + uint64_t(slot / expert_rows) * kScaleWords * expert_rows + slot % expert_rows;
-        p.row_tokens[slot] = int32_t(token);
+        target.scales = p.scales + uint64_t(local) * kScaleWords * expert_rows + slot % expert_rows;
+        p.row_tokens[slot] = int32_t(origin.token);
     }
-    if (k == 0) {
-        incoming.num_targets = __popc(all_wanted);
-        if (source != p.rank) p.row_origin[flat] = int32_t(source * p.max_tokens + token);
+    if (k == 0 && origin.source != p.rank) {
+        p.row_origin[origin.entry] = int32_t(origin.source * p.max_tokens + origin.token);
     }
-    if (k < kTopk) {
-        p.row_slots[entry * kTopk + k] = slot;
-        p.row_weights[entry * kTopk + k] = __uint_as_float(header[1 + kTopk + k]);
-    }
+    if (k < kTopk) p.row_slots[origin.entry * kTopk + k] = slot;
 }
 
 __device__ __forceinline__ void place(const Row& row, const Incoming& incoming) {
@@ -741,62 +740,95 @@ __device__ __forceinline__ void place(const Row& row, const Incoming& incoming) 
     }
 }
 
-__device__ __forceinline__ void place_scales(const Params& p, const Incoming& incoming) {
+// The weights for combine and the scales for the user.
+__device__ __forceinline__ void place_head(const Params& p, Origin origin, const Incoming& incoming) {
+    if (team_thread() < kTopk) {
+        p.row_weights[origin.entry * kTopk + team_thread()] = __uint_as_float(incoming.head.words[team_thread()]);
+    }
     const uint32_t expert_rows = kRanks * p.max_tokens;
 #pragma unroll 1
     for (uint32_t at = team_thread(); at < incoming.num_targets * kScaleWords; at += kTeamThreads) {
         const uint32_t word = at % kScaleWords;
-        incoming.targets[at / kScaleWords].scales[uint64_t(word) * expert_rows] = incoming.header[1 + 2 * kTopk + word];
+        incoming.targets[at / kScaleWords].scales[uint64_t(word) * expert_rows] = incoming.head.words[kScalesAt + word];
     }
 }
 
-// Waits for a row and puts it where it belongs. Only the header is polled for; the row is asked for when that is here.
-__device__ __forceinline__ void receive_token(const Params& p, const Watch& watch, const Arrivals& arrivals,
-                                              uint32_t source, uint32_t row_index, uint32_t flat, Incoming& incoming) {
-    const Awaited what = {kRow, source, int32_t(row_index)};
-    const uint4* record = record_at(p, watch, p.rank, source, row_index);
-    const uint4* from = record + kHeaderPieces;
-    Row row;
-    receive_header(watch, what, record, incoming);
-    team_sync();
-    ask_for_row(from, row);
-    if (incoming.header[0] >= p.max_tokens) return;  // nothing arrived
-    list_targets(p, arrivals, source, flat, incoming);
-    complete_row(from, watch, what, row);
-    team_sync();
-    place(row, incoming);
-    place_scales(p, incoming);
+__device__ __forceinline__ void receive_head(const Watch& watch, Awaited what, const uint4* record, Head& head) {
+#pragma unroll 1
+    for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeadPieces; at += kTeamThreads) {
+        uint4 piece = {};
+        receive_piece(record + at, watch, what, piece);
+        const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+        for (uint32_t word = 0; word < kPieceWords; ++word) head.words[at * kPieceWords + word] = words[word];
+    }
 }
 
-// Every team takes its share of the rows of all sources, this rank's own first: they are here first.
+// Waits for another rank's row.
+__device__ __forceinline__ Row receive_row(const Params& p, const Watch& watch, Origin origin, Incoming& incoming) {
+    const Awaited what = {kRow, origin.source, int32_t(origin.token)};
+    const uint4* record = record_at(p, watch, p.rank, origin.source, origin.token);
+    const uint4* from = record + kHeadPieces;
+    await_row(from, watch, what);
+    Row row = ask_for_row(from);
+    receive_head(watch, what, record, incoming.head);
+    complete_row(from, watch, what, row);
+    return row;
+}
+
+// Puts a row where it belongs; its selections and the sums `before` it are known.
+__device__ __forceinline__ void receive_token(const Params& p, const Watch& watch, const Tally& before, Origin origin,
+                                              Incoming& incoming) {
+    Token own = load_token(p, origin.token, origin.source == p.rank ? p.tokens : 0);
+    list_targets(p, before, origin, incoming);
+    team_sync();
+    if (incoming.num_targets == 0) return;
+    Row row;
+    if (origin.source == p.rank) {
+        if (team_thread() < kTopk) incoming.head.words[team_thread()] = __float_as_uint(own.weight);
+        row = row_of(own, incoming.head);
+    } else {
+        row = receive_row(p, watch, origin, incoming);
+    }
+    team_sync();
+    place(row, incoming);
+    place_head(p, origin, incoming);
+}
+
+// Every team takes its share of the tokens of all sources, this rank's own first: they are here first.
 __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& watch) {
-    __shared__ Arrivals arrivals;
-    __shared__ Incoming incoming[kTeams];
-    receive_counts(p, watch, arrivals);
+    __shared__ uint32_t first[kRanks + 1];
+    __shared__ Tally tallies[kTeams];
+    __shared__ Incoming all_incoming[kTeams];
+    receive_sources(p, watch, first);
+    Tally& before = tallies[team_id()];
+    Incoming& incoming = all_incoming[team_id()];
+    const uint4* routes = routes_at(p, watch, p.rank, 0);
+    const uint32_t tokens = first[kRanks];
     const uint32_t teams = p.receivers.blocks * kTeams;
+    uint32_t counted = ~0u;  // tokens that are in the sums
     // A block's teams come after all other blocks': few rows are spread over all multiprocessors.
-    const uint32_t turn = team_id() * p.receivers.blocks + blockIdx.x - p.receivers.first;
-    uint32_t passed = 0;  // rows of the sources before this one
+    uint32_t turn = team_id() * p.receivers.blocks + blockIdx.x - p.receivers.first;
 #pragma unroll 1
-    for (uint32_t step = 0; step < kRanks; ++step) {
-        const uint32_t source = rank_after(p.rank, step);
-        const uint32_t rows = arrivals.rows_from[source];
-        const uint32_t first = (teams - passed % teams + turn) % teams;
-#pragma unroll 1
-        for (uint32_t row = first; row < rows; row += teams) {
-            team_sync();  // the row before is placed
-            const uint32_t flat = passed - arrivals.rows_from[p.rank] + row;
-            receive_token(p, watch, arrivals, source, row, flat, incoming[team_id()]);
+    for (; turn < tokens; turn += teams) {
+        const uint32_t after_own = first[p.rank] + turn;
+        const uint32_t index = after_own < tokens ? after_own : after_own - tokens;
+        team_sync();  // the row before is placed
+        if (index < counted) {
+            clear(before);
+            counted = 0;
         }
-        passed += rows;
+        count_routes(routes, pieces_of_source(p), watch, first, counted, index, before, &incoming.selections);
+        counted = index;
+        receive_token(p, watch, before, origin_of(p, first, index, before.rows), incoming);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_dispatch_fp8_expert_r4_h128_k4_e16_ipc_w2x1_inline_whole(const __grid_constant__ Params p) {
-    if (blockIdx.x == 0) prefetch_ids(p);
     const Watch watch = start_watch(p);
     leave_epoch(p, watch);
-    if (blockIdx.x == 0) tell_counts(p, watch, tokens_of_this_call(p));
+    if (blockIdx.x < p.tellers) tell_routes(p, watch, tokens_of_this_call(p));
     if (is_one_of(p.senders)) send_tokens(p, watch, tokens_of_this_call(p));
     if (is_one_of(p.receivers)) receive_tokens(p, watch);
+    if (blockIdx.x == 0) tell_user(p, watch);
 }

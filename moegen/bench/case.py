@@ -26,13 +26,15 @@ OPS = {
 class Case:
     """Ops number 0, 1, 2... rotate over the buffers. Collective to make."""
 
-    def __init__(self, ep: ExpertParallel, op: str, buffers: Buffers, batch: Batch, ops: int) -> None:
+    def __init__(
+        self, ep: ExpertParallel, op: str, buffers: Buffers, batch: Batch, ops: int, *, in_halves: bool = False
+    ) -> None:
         self.op = op
         self._ep = ep
         self._buffers = buffers
         self._batch = batch
         self._ops = ops
-        self._verifier = Verifier(ep.rank, buffers, batch, ep.problem.num_experts)
+        self._verifier = Verifier(ep.rank, buffers, batch, ep.problem.num_experts, in_halves=in_halves)
         self._outs = [ep.allocate(tokens=tokens) for tokens in buffers.out]
         self._last: Dispatched | None = None
         self._before: Dispatched | None = None

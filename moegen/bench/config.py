@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moegen.bench.routing import ROUTINGS
+from moegen.checks import MAX_SLOTS
 from moegen.errors import InputError
 from moegen.kernels.ll import QUANTIZED, scale_words
 
@@ -55,6 +56,7 @@ class LowLatencyConfig:
         timeout: seconds that a kernel may wait for a rank.
         seed: of all random inputs.
         quantize: as ExpertParallel takes it; "": tokens are sent as they are.
+        halves: sends in a recording, each with a slot of its own; their receives are the next recording. 0: none.
     """
 
     ranks: int
@@ -74,6 +76,7 @@ class LowLatencyConfig:
     timeout: float = 30.0
     seed: int = 1
     quantize: str = ""
+    halves: int = 0
 
     def __post_init__(self) -> None:
         for routing in self.routings:
@@ -84,6 +87,8 @@ class LowLatencyConfig:
         for name, numbers in (("tokens", self.tokens), ("ops", (self.ops,)), ("calls", (self.calls,))):
             if not numbers or min(numbers) < 1:
                 raise InputError(f"{name} are 1 or more; got {', '.join(map(str, numbers)) or 'none'}")
+        if self.halves and not 2 <= self.halves <= MAX_SLOTS:
+            raise InputError(f"halves are 0 (not timed) or 2..{MAX_SLOTS}: each takes a slot; got {self.halves}")
         if self.replays < 1 or not self.routings:
             raise InputError("a benchmark needs at least one replay and one routing")
         if self.max_tokens and self.max_tokens < max(self.tokens):
@@ -121,9 +126,10 @@ class LowLatencyConfig:
         )
         capacity = f" --max-tokens {self.max_tokens}" if self.max_tokens else ""
         quantize = f" --quantize {self.quantize}" if self.quantize else ""
+        halves = f" --halves {self.halves}" if self.halves else ""
         return (
             f"moegen bench ll --ranks {self.ranks} --device {self.device} "
             f"--world {'processes' if self.processes else 'local'} --tokens {','.join(map(str, self.tokens))} {shape} "
-            f"--routing {','.join(self.routings)}{capacity}{quantize} --ops {self.ops} --replays {self.replays} "
-            f"--calls {self.calls} --seed {self.seed}"
+            f"--routing {','.join(self.routings)}{capacity}{quantize}{halves} --ops {self.ops} "
+            f"--replays {self.replays} --calls {self.calls} --seed {self.seed}"
         )

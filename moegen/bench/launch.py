@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,7 +19,8 @@ from moegen.errors import InputError
 from moegen.runtime.worlds import GroupWorld, LocalWorld, RankWorld
 
 Json = dict[str, Any]
-Measure = Callable[[RankWorld, LowLatencyConfig], Json]
+Config = TypeVar("Config", bound=LowLatencyConfig)
+Measure = Callable[[RankWorld, Config], Json]
 
 _RESULT = "result.json"
 
@@ -34,7 +35,7 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def run(measure: Measure, config: LowLatencyConfig) -> Json | None:
+def run(measure: Measure[Config], config: Config) -> Json | None:
     """What rank 0's `measure` returned; None in the other processes of torchrun.
 
     Args:
@@ -55,7 +56,7 @@ def run(measure: Measure, config: LowLatencyConfig) -> Json | None:
     return LocalWorld(config.ranks, config.device).run(_prepared, measure, config)[0]
 
 
-def _run_processes(measure: Measure, config: LowLatencyConfig) -> Json:
+def _run_processes(measure: Measure[Config], config: Config) -> Json:
     from torch.multiprocessing.spawn import ProcessException, spawn
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all on this machine, whatever its name resolves to
@@ -68,13 +69,13 @@ def _run_processes(measure: Measure, config: LowLatencyConfig) -> Json:
     return result
 
 
-def _process(rank: int, measure: Measure, config: LowLatencyConfig, folder: str) -> None:
+def _process(rank: int, measure: Measure[Config], config: Config, folder: str) -> None:
     result = _run_rank(measure, config, rank, rank, f"file://{folder}/store")
     if rank == 0:
         (Path(folder) / _RESULT).write_text(json.dumps(result))
 
 
-def _run_rank(measure: Measure, config: LowLatencyConfig, rank: int, local_rank: int, store: str) -> Json:
+def _run_rank(measure: Measure[Config], config: Config, rank: int, local_rank: int, store: str) -> Json:
     import torch.distributed as dist
 
     cuda = config.device == "cuda"
@@ -92,7 +93,7 @@ def _run_rank(measure: Measure, config: LowLatencyConfig, rank: int, local_rank:
     return result
 
 
-def _prepared(world: RankWorld, measure: Measure, config: LowLatencyConfig) -> Json:
+def _prepared(world: RankWorld, measure: Measure[Config], config: Config) -> Json:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
         torch.zeros(1, device=world.device).add_(1)  # makes the GPU's context current in this thread

@@ -15,6 +15,7 @@ from moegen.bench.barrier import DeviceBarrier
 from moegen.bench.case import OPS, Case
 from moegen.bench.config import LowLatencyConfig
 from moegen.bench.eager import measure_eager
+from moegen.bench.halves import HALVES, HalvesCase
 from moegen.bench.inputs import Batch, Buffers
 from moegen.bench.link import measure_link
 from moegen.bench.machine import machine, versions
@@ -38,14 +39,14 @@ def measure(world: RankWorld, config: LowLatencyConfig) -> Json:
     Raises:
         BenchError: a result was wrong, or memory was allocated where it must not be.
     """
-    nodes = _nodes(world)
+    nodes = nodes_of(world)
     barrier = DeviceBarrier(world, config.timeout)
-    clock = OpClock(world, barrier, config.ops, config.replays)
+    clocks = _clocks(world, barrier, config)
     link = measure_link(world, barrier, config.link)
     cases: list[Json] = []
     eager: list[Json] = []
     for tokens in config.tokens:
-        for row in _measure_tokens(world, config, clock, tokens, nodes):
+        for row in _measure_tokens(world, config, clocks, tokens, nodes):
             (eager if row["op"] == "eager" else cases).append(row)
             if world.rank == 0:
                 log.info("%s, %d tokens, %s: measured", row["op"], tokens, row["routing"])
@@ -59,7 +60,7 @@ def measure(world: RankWorld, config: LowLatencyConfig) -> Json:
         "command": config.command,
         "machine": machine(world.device),
         "versions": versions(),
-        "world": _world(world, config, nodes),
+        "world": world_of(world, config, nodes),
         "config": asdict(config),
         "stems": sorted({*link["stems"], barrier.spec.stem, *(stem for case in cases for stem in case["stems"])}),
         "link": link,
@@ -68,9 +69,20 @@ def measure(world: RankWorld, config: LowLatencyConfig) -> Json:
     }
 
 
+def _clocks(world: RankWorld, barrier: DeviceBarrier, config: LowLatencyConfig) -> tuple[OpClock, OpClock | None]:
+    """Of ops, and of halves if these are to be timed: a recording of theirs holds fewer."""
+    clock = OpClock(world, barrier, config.ops, config.replays)
+    return clock, OpClock(world, barrier, config.halves, config.replays) if config.halves else None
+
+
 def _measure_tokens(
-    world: RankWorld, config: LowLatencyConfig, clock: OpClock, tokens: int, nodes: list[int]
+    world: RankWorld,
+    config: LowLatencyConfig,
+    clocks: tuple[OpClock, OpClock | None],
+    tokens: int,
+    nodes: list[int],
 ) -> Iterator[Json]:
+    clock, halves_clock = clocks
     max_tokens = config.max_tokens or tokens
     with ExpertParallel(
         world,
@@ -79,24 +91,32 @@ def _measure_tokens(
         hidden=config.hidden,
         max_tokens_per_rank=max_tokens,
         quantize=config.quantize or None,
+        slots=max(config.halves, 1),
         timeout=config.timeout,
     ) as ep:
         ep.warmup()
         buffers = Buffers(world, config, tokens, max_tokens)
         meet(world)
         for routing in config.routings:
+            about = {
+                "tokens": tokens,
+                "max_tokens": max_tokens,
+                "routing": routing,
+                "rotation": asdict(buffers.rotation) | {"note": buffers.rotation.note},
+            }
             cases: dict[str, Case] = {}
             for op in OPS:
-                batch = Batch.draw(world, config, tokens, routing, _seed(config.seed, tokens, routing, op))
+                batch = Batch.draw(world, config, tokens, routing, seed_of(config.seed, tokens, routing, op))
                 cases[op] = Case(ep, op, buffers, batch, config.ops)
                 timed = _time(world, config, clock, cases[op])
-                yield _row(world, config, cases[op], batch, timed, nodes) | {
-                    "tokens": tokens,
-                    "max_tokens": max_tokens,
-                    "routing": routing,
-                    "stems": [spec.stem for spec in _specs(ep, op)],
-                    "rotation": asdict(buffers.rotation) | {"note": buffers.rotation.note},
-                }
+                yield _row(world, config, cases[op], op, batch, timed, nodes) | about | _stems(ep, op)
+            if halves_clock is not None:
+                for op in HALVES:
+                    seed = seed_of(config.seed, tokens, routing, op, "halves")
+                    batch = Batch.draw(world, config, tokens, routing, seed)
+                    halves = HalvesCase(ep, op, buffers, batch, config.halves)
+                    for half, timed in _time_halves(halves_clock, halves).items():
+                        yield _row(world, config, halves, half, batch, timed, nodes) | about | _stems(ep, half)
             mine = measure_eager(world, cases["pair"], cases["combine"], config.calls)
             ep.check()
             answers = world.exchange(mine)
@@ -123,10 +143,26 @@ def _time(world: RankWorld, config: LowLatencyConfig, clock: OpClock, case: Case
     return timed
 
 
+def _time_halves(clock: OpClock, case: HalvesCase) -> dict[str, tuple[list[float], float]]:
+    """The same for the halves of an op, by name. Receives follow in a recording of their own, behind a barrier, so
+    everything has come before the first of them starts.
+    """
+    recordings = clock.record(case.sends()), clock.record(case.receives())
+    case.poison()
+    for recording in recordings:
+        recording.replay()
+    case.verify()
+    case.poison()
+    times, barrier_us = clock.time_in_turn(recordings)
+    case.verify()
+    return {name: (own, barrier_us) for name, own in zip(HALVES[case.op], times, strict=True) if name}
+
+
 def _row(
     world: RankWorld,
     config: LowLatencyConfig,
     case: Case,
+    op: str,
     batch: Batch,
     timed: tuple[list[float], float],
     nodes: list[int],
@@ -135,11 +171,11 @@ def _row(
     answers = world.exchange((*timed, case.error_share))
     times = [answer[0] for answer in answers]
     moved = matrices(batch.ids, config.num_experts)
-    traffic = traffic_of(case.op, moved, config.dispatch_row_bytes, config.row_bytes, nodes)
+    traffic = traffic_of(op, moved, config.dispatch_row_bytes, config.row_bytes, nodes)
     medians = [quantile(own, 0.5) for own in times]
     over = over_ranks(medians)
     return {
-        "op": case.op,
+        "op": op,
         "us": quantiles(slowest(times)),
         "us_over_ranks": over,
         "barrier_us": over_ranks([answer[1] for answer in answers]),
@@ -159,28 +195,31 @@ def _row(
     }
 
 
-def _specs(ep: ExpertParallel, op: str) -> tuple[Any, ...]:
+def _stems(ep: ExpertParallel, op: str) -> Json:
+    """The kernels of an op or a half."""
     chosen = ep.selection
-    return {
+    whole, _, phase = op.rpartition("_") if op.endswith(("_send", "_receive")) else (op, "", "whole")
+    specs = {
         "dispatch": (chosen.dispatch,),
         "combine": (chosen.combine,),
         "combine_weighted": (chosen.combine_with_weights,),
         "pair": (chosen.dispatch, chosen.combine),
-    }[op]
+    }[whole]
+    return {"stems": [spec.in_phase(phase).stem for spec in specs]}
 
 
-def _seed(*parts: object) -> int:
+def seed_of(*parts: object) -> int:
     """The same number in every process and every run."""
     return zlib.crc32(repr(parts).encode())
 
 
-def _nodes(world: RankWorld) -> list[int]:
+def nodes_of(world: RankWorld) -> list[int]:
     """For each rank, the number of its node."""
     names = world.exchange(os.uname().nodename)
     return [names.index(name) for name in names]
 
 
-def _world(world: RankWorld, config: LowLatencyConfig, nodes: list[int]) -> Json:
+def world_of(world: RankWorld, config: LowLatencyConfig, nodes: list[int]) -> Json:
     gpu = world.device.type == "cuda"
     notes = []
     if config.virtual and gpu:

@@ -87,22 +87,22 @@ def _link_line(link: Json) -> str:
 
 def _times(result: Json) -> Table:
     limit = result["link"]["gbps"]["push"]
-    table = _table(
+    table = titled(
         "time of an op: quantiles of the slowest rank, and medians over ranks; bandwidth of unique remote rows"
     )
-    _columns(table, ("op", "tokens", "routing", "p50 us", "p90", "p99", "min us", "avg", "max"))
-    _columns(table, ("GB/s avg", "GB/s max", "all ranks", "busiest", "of push", "barrier us", "err/bound"), left=0)
+    columns(table, ("op", "tokens", "routing", "p50 us", "p90", "p99", "min us", "avg", "max"))
+    columns(table, ("GB/s avg", "GB/s max", "all ranks", "busiest", "of push", "barrier us", "err/bound"), left=0)
     for case in result["cases"]:
         us, over, gbps = case["us"], case["us_over_ranks"], case["gbps"]
         times = [us["p50"], us["p90"], us["p99"], over["min"], over["avg"], over["max"]]
         speeds = [gbps["from_avg"], gbps["from_max"], gbps["aggregate"], gbps["busiest"]]
-        error = "exact" if case["op"] == "dispatch" else f"{case['verified']['worst_error_over_bound']:.2f}"
+        error = "exact" if case["op"].startswith("dispatch") else f"{case['verified']['worst_error_over_bound']:.2f}"
         # A pair's bytes are those of its dispatch and its combine together.
         table.add_row(
             *_names(case),
-            *_figures(times, 2),
-            *_figures(speeds, 1),
-            f"{gbps['busiest'] / limit:.0%}" if limit else "-",
+            *figures(times, 2),
+            *(figures(speeds, 1) if case["bytes"]["busiest"] else ["-"] * len(speeds)),
+            f"{gbps['busiest'] / limit:.0%}" if limit and case["bytes"]["busiest"] else "-",
             "-" if case["op"] == "pair" else f"{case['barrier_us']['max']:.2f}",
             error,
         )
@@ -110,37 +110,37 @@ def _times(result: Json) -> Table:
 
 
 def _bytes(cases: Sequence[Json]) -> Table:
-    table = _table("bytes that a rank sends in an op, on average (MB; payload only), counted three ways")
-    _columns(table, ("op", "tokens", "routing", "unique remote", "unique with self", "selections"))
-    _columns(table, ("same node", "cross node", "busiest rank, one direction"), left=0)
+    table = titled("bytes that a rank sends in an op, on average (MB; payload only), counted three ways")
+    columns(table, ("op", "tokens", "routing", "unique remote", "unique with self", "selections"))
+    columns(table, ("same node", "cross node", "busiest rank, one direction"), left=0)
     for case in cases:
         names = ("unique_remote", "unique_with_self", "selections", "same_node", "cross_node", "busiest")
-        table.add_row(*_names(case), *_figures([case["bytes"][name] / 1e6 for name in names], 3))
+        table.add_row(*_names(case), *figures([case["bytes"][name] / 1e6 for name in names], 3))
     return table
 
 
 def _ranks(cases: Sequence[Json]) -> Table:
-    table = _table("per rank: unique remote rows, total = same node + cross node")
-    _columns(table, ("op", "tokens", "routing", "rank", "p50 us", "p90", "p99", "sends MB", "same", "cross"))
-    _columns(table, ("GB/s", "receives MB", "same", "cross", "GB/s"), left=0)
+    table = titled("per rank: unique remote rows, total = same node + cross node")
+    columns(table, ("op", "tokens", "routing", "rank", "p50 us", "p90", "p99", "sends MB", "same", "cross"))
+    columns(table, ("GB/s", "receives MB", "same", "cross", "GB/s"), left=0)
     for case in cases:
         for rank in case["ranks"]:
-            cells: list[str] = _figures([rank["us"][name] for name in ("p50", "p90", "p99")], 2)
+            cells: list[str] = figures([rank["us"][name] for name in ("p50", "p90", "p99")], 2)
             for way in ("send", "receive"):
                 moved = [rank[way][name] / 1e6 for name in ("unique_remote", "same_node", "cross_node")]
-                cells += [*_figures(moved, 3), f"{rank[f'{way}_gbps']:.1f}"]
+                cells += [*figures(moved, 3), f"{rank[f'{way}_gbps']:.1f}"]
             table.add_row(*_names(case), str(rank["rank"]), *cells)
     return table
 
 
 def _eager(rows: Sequence[Json]) -> Table:
-    table = _table("called from Python one by one, average over ranks; host time until the call returns")
-    _columns(table, ("", "tokens", "routing", "pair us", "dispatch host us", "combine host us", "x.add_(1) host us"))
-    _columns(table, ("dispatch / add_", "combine / add_"), left=0)
+    table = titled("called from Python one by one, average over ranks; host time until the call returns")
+    columns(table, ("", "tokens", "routing", "pair us", "dispatch host us", "combine host us", "x.add_(1) host us"))
+    columns(table, ("dispatch / add_", "combine / add_"), left=0)
     for row in rows:
         times = [row[name]["avg"] for name in ("pair_us", "dispatch_host_us", "combine_host_us", "small_op_us")]
         ratios = [row[name]["avg"] for name in ("dispatch_in_small_ops", "combine_in_small_ops")]
-        table.add_row(*_names(row), *_figures(times + ratios, 2))
+        table.add_row(*_names(row), *figures(times + ratios, 2))
     return table
 
 
@@ -155,15 +155,20 @@ def _foot(result: Json) -> Iterator[str]:
             f"turn ({rotation['token_bytes'] / 2**20:.1f} and {rotation['row_bytes'] / 2**20:.1f} MiB in use, L2 "
             f"{rotation['l2_bytes'] / 2**20:.0f} MiB){hint}; each check of combine: {columns} columns"
         )
+    if result["config"]["halves"]:
+        yield (
+            f"halves (_send, _receive): {result['config']['halves']} sends in a recording, then as many receives in "
+            "the next, when all has come; a receive moves nothing over the link"
+        )
     yield "one routing per recording, drawn anew; results verified against the reference before and after timing"
     yield "kernels: " + ", ".join(result["stems"])
 
 
-def _table(title: str) -> Table:
+def titled(title: str) -> Table:
     return Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1))
 
 
-def _columns(table: Table, names: Sequence[str], left: int = 3) -> None:
+def columns(table: Table, names: Sequence[str], left: int = 3) -> None:
     for index, name in enumerate(names):
         table.add_column(name, justify="left" if index < left else "right", no_wrap=index < left)
 
@@ -172,5 +177,5 @@ def _names(case: Json) -> tuple[str, str, str]:
     return case["op"], str(case["tokens"]), case["routing"]
 
 
-def _figures(values: Sequence[float], digits: int) -> list[str]:
+def figures(values: Sequence[float], digits: int) -> list[str]:
     return [f"{value:,.{digits}f}" for value in values]

@@ -94,20 +94,33 @@ def time_replays(world: RankWorld, recording: Recording, replays: int) -> list[f
     Raises:
         BenchError: memory was allocated meanwhile.
     """
-    marks = Marks(world.device, replays + 1)
+    (times,) = time_in_turn(world, (recording,), replays)
+    return times
+
+
+def time_in_turn(world: RankWorld, recordings: Sequence[Recording], replays: int) -> list[list[float]]:
+    """The same of several recordings, replayed one after the other, again and again: one list for each.
+
+    Raises:
+        BenchError: memory was allocated meanwhile.
+    """
+    count = len(recordings)
+    marks = Marks(world.device, replays * count + 1)
     meet(world)
     before = _allocations(world.device)
     for _ in range(WARMUPS[world.device.type]):
-        recording.replay()
+        for recording in recordings:
+            recording.replay()
     marks.mark(0)
-    for index in range(replays):
-        recording.replay()
+    for index in range(replays * count):
+        recordings[index % count].replay()
         marks.mark(index + 1)
     after = _allocations(world.device)
     meet(world)
     if after != before:
         raise BenchError(f"{after - before} device allocations in the timed region; there must be none")
-    return marks.microseconds()
+    times = marks.microseconds()
+    return [times[place::count] for place in range(count)]
 
 
 class OpClock:
@@ -129,9 +142,14 @@ class OpClock:
 
         The barrier's are its median on this rank, in a recording of as many barriers and nothing else.
         """
+        (times,), barrier_us = self.time_in_turn((recording,))
+        return times, barrier_us
+
+    def time_in_turn(self, recordings: Sequence[Recording]) -> tuple[list[list[float]], float]:
+        """The same of recordings that are replayed one after the other: one list for each, and the barrier."""
         barrier_us = median(time_replays(self._world, self._alone, self._replays)) / self._ops
-        times = time_replays(self._world, recording, self._replays)
-        return [us / self._ops - barrier_us for us in times], barrier_us
+        times = time_in_turn(self._world, recordings, self._replays)
+        return [[us / self._ops - barrier_us for us in own] for own in times], barrier_us
 
 
 def _allocations(device: torch.device) -> int:

@@ -73,6 +73,11 @@ class Traffic:
     send: Bytes
     receive: Bytes
 
+    def unpacked(self) -> Traffic:
+        """A receiving half: what has come is read from this rank's memory, and nothing crosses a link."""
+        come = self.receive
+        return Traffic(Bytes(0, 0, 0, 0, 0), Bytes(0, come.unique_with_self, come.selections, 0, 0))
+
     def swapped(self) -> Traffic:
         """Combine sends back what dispatch brought."""
         return Traffic(self.receive, self.send)
@@ -102,7 +107,13 @@ def dispatch_traffic(moved: Matrices, row_bytes: int, nodes: Sequence[int]) -> l
 def traffic_of(
     op: str, moved: Matrices, dispatch_row_bytes: int, combine_row_bytes: int, nodes: Sequence[int]
 ) -> list[Traffic]:
-    """Each rank's bytes in an op of `moegen.bench.ll`: a dispatch, a combine, or the pair."""
+    """Each rank's bytes in an op of `moegen.bench.ll`: a dispatch, a combine, the pair, or a half. A sending half
+    moves over the link what the whole op moves, a receiving half nothing.
+    """
+    if op.endswith("_receive"):
+        whole = op.removesuffix("_receive")
+        return [one.unpacked() for one in traffic_of(whole, moved, dispatch_row_bytes, combine_row_bytes, nodes)]
+    op = op.removesuffix("_send")
     there = dispatch_traffic(moved, dispatch_row_bytes, nodes)
     if op == "dispatch":
         return there

@@ -19,10 +19,15 @@ MAX_COLUMNS = 256
 
 
 class Verifier:
-    """Compares one rank's results of one routing."""
+    """Compares one rank's results of one routing.
 
-    def __init__(self, rank: int, buffers: Buffers, batch: Batch, num_experts: int) -> None:
+    Args:
+        in_halves: combine is made in halves, which round once more.
+    """
+
+    def __init__(self, rank: int, buffers: Buffers, batch: Batch, num_experts: int, *, in_halves: bool = False) -> None:
         self._rank = rank
+        self._in_halves = in_halves
         self._buffers = buffers
         self._batch = batch
         self._num_experts = num_experts
@@ -75,7 +80,9 @@ class Verifier:
             outputs.append(table[self._buffers.table_rows(rank, y_index)[:, :used]])
         ids = [own if rank == self._rank else own[:0] for rank, own in enumerate(self._batch.ids)]
         weights = [own[: len(mine)] for own, mine in zip(self._batch.weights, ids, strict=True)]
-        result = reference.combine(outputs, self._expected, ids, weights, self._num_experts)[self._rank]
+        result = reference.combine(outputs, self._expected, ids, weights, self._num_experts, in_halves=self._in_halves)[
+            self._rank
+        ]
         share = ((combined[:, columns].cpu().double() - result.exact).abs() / result.bound).max().item()
         self._require(share <= 1.0, f"combine: an error of {share:.3g} times the bound")
         self.worst = max(self.worst, share)

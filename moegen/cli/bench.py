@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from moegen.bench.config import LowLatencyConfig
+    from moegen.bench.tune import TuneConfig
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -18,6 +20,7 @@ _DEFAULT_PRESET = "deepseek-v3"
 _GPU_COUNTS = (50, 100, 100)
 _HOST_COUNTS = (2, 3, 2)
 """Ops in a recording, replays, calls in a loop."""
+_TUNE_REPLAYS = 40
 
 
 @app.callback()
@@ -40,6 +43,9 @@ def ll(
     routing: Annotated[str, typer.Option(help="uniform, zipf, hot (one rank gets everything).")] = "uniform,zipf,hot",
     max_tokens: Annotated[int, typer.Option(min=0, help="Capacity per rank; 0: each case's tokens.")] = 0,
     quantize: Annotated[str, typer.Option(help="fp8, fp8_pow2 or fp8_ue8m0: dispatch sends FP8.")] = "",
+    halves: Annotated[
+        int, typer.Option(min=0, help="Also time sends and receives apart: this many in a row, 2 to 16; 0: do not.")
+    ] = 0,
     ops: Annotated[int, typer.Option(min=0, help="Ops in a graph; 0: 50, on a CPU 2.")] = 0,
     replays: Annotated[int, typer.Option(min=0, help="Timed replays of a graph; 0: 100, on a CPU 3.")] = 0,
     calls: Annotated[int, typer.Option(min=0, help="Calls in an eager loop; 0: 100, on a CPU 2.")] = 0,
@@ -53,7 +59,7 @@ def ll(
 
     config = _config(
         ranks, device, world, (preset, hidden, experts, topk), common.numbers(tokens), routing, max_tokens,
-        (ops, replays, calls), seed, quantize,
+        (ops, replays, calls), seed, quantize, halves,
     )  # fmt: skip
     result = launch.run(measure, config)
     if result is None:
@@ -61,6 +67,93 @@ def ll(
     report.show(result, common.console())
     for path in report.save(result, out):
         typer.echo(f"wrote {path}")
+
+
+@app.command()
+def tune(
+    ranks: Annotated[int, typer.Option(min=0, help="Ranks; 0: one per GPU, else 2.")] = 0,
+    device: Annotated[str, typer.Option(help="cuda or cpu; empty: cuda if there is a GPU.")] = "",
+    world: Annotated[
+        str, typer.Option(help="processes (one per rank and GPU) or local (virtual ranks); empty: what fits.")
+    ] = "",
+    tokens: Annotated[str, typer.Option(help="Capacities, all of them used.")] = "1,8,16,32,64,128,256,512,1024",
+    preset: Annotated[str, typer.Option(help=f"A published model; default {_DEFAULT_PRESET}.")] = "",
+    hidden: Annotated[int, typer.Option(help="Instead of a preset: elements of a token,")] = 0,
+    experts: Annotated[int, typer.Option(help="experts,")] = 0,
+    topk: Annotated[int, typer.Option(help="and selections per token.")] = 0,
+    routing: Annotated[str, typer.Option(help="One of uniform, zipf, hot.")] = "uniform",
+    dtypes: Annotated[str, typer.Option(help="Of dispatch: bf16, fp8. Combine is measured with bf16.")] = "bf16,fp8",
+    wires: Annotated[str, typer.Option(help="Candidates; empty: all.")] = "",
+    warp_groups: Annotated[str, typer.Option(help="Candidates, GROUPSxWARPS.")] = "1x4,1x8,1x16",
+    num_sms: Annotated[str, typer.Option(help="Candidates: blocks at most; 0: as many as are useful.")] = "0",
+    ops: Annotated[int, typer.Option(min=0, help="Ops in a graph; 0: 50, on a CPU 2.")] = 0,
+    replays: Annotated[int, typer.Option(min=0, help="Timed replays of a graph; 0: 40, on a CPU 3.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random inputs.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="The table to write; without: the package's, if every rank had its own GPU.")
+    ] = None,
+    list_stems: Annotated[
+        bool, typer.Option("--list-stems", help="Measure nothing; print the kernels, for `moegen build STEM... --out`.")
+    ] = False,
+) -> None:
+    """Find the fastest wires and warps on this machine and write the table that chooses them."""
+    from moegen.bench import choose, launch
+    from moegen.bench.tune import measure
+    from moegen.cli import common
+
+    words = (dtypes, wires, warp_groups)
+    config = _tune_config(
+        ranks, device, world, (preset, hidden, experts, topk), common.numbers(tokens), routing, words,
+        common.numbers(num_sms), (ops, replays), seed,
+    )  # fmt: skip
+    if list_stems:
+        typer.echo("\n".join(config.stems))
+        return
+    result = launch.run(measure, config)
+    if result is None:
+        return
+    for table in choose.tables(result):
+        common.console().print(table)
+        typer.echo()
+    _write_table(result, out, config)
+
+
+def _write_table(result: dict[str, Any], out: Path | None, config: TuneConfig) -> None:
+    from moegen import tuning
+    from moegen.bench import choose
+
+    if out is None and (config.virtual or config.device != "cuda"):
+        typer.echo("no table was written: ranks that share a device measure no link; name a file with --out")
+        return
+    path = out or tuning.path_of(result["arch"])
+    before = tuning.parse(path.read_text()) if path.is_file() else tuning.table(result["arch"])
+    path.write_text(tuning.text_of(choose.updated(before, result)))
+    typer.echo(f"wrote {path}; kernels of generated/ may have changed: run `moegen generate --resources`")
+
+
+def _tune_config(
+    ranks: int,
+    device: str,
+    world: str,
+    shape: tuple[str, int, int, int],
+    tokens: list[int],
+    routing: str,
+    words: tuple[str, str, str],
+    num_sms: list[int],
+    counts: tuple[int, int],
+    seed: int,
+) -> TuneConfig:
+    from moegen import tuning
+    from moegen.bench.tune import TuneConfig
+    from moegen.cli import common
+
+    base = _config(ranks, device, world, shape, tokens, routing, 0, (counts[0], counts[1], 1), seed, "", 0)
+    dtypes, wires, warp_groups = (tuple(common.words(given)) for given in words)
+    if not counts[1] and base.device == "cuda":
+        base = replace(base, replays=_TUNE_REPLAYS)
+    return TuneConfig(
+        **vars(base), dtypes=dtypes, wires=wires or tuning.WIRES, warp_groups=warp_groups, num_sms=tuple(num_sms)
+    )
 
 
 def _config(
@@ -74,8 +167,10 @@ def _config(
     counts: tuple[int, int, int],
     seed: int,
     quantize: str,
+    halves: int,
 ) -> LowLatencyConfig:
     from moegen.bench.config import GPU_LINK, HOST_LINK, LowLatencyConfig
+    from moegen.cli import common
 
     device, ranks, processes = _places(device, ranks, world)
     name, hidden, experts, topk = _shape(*shape)
@@ -93,13 +188,14 @@ def _config(
         num_topk=topk,
         tokens=tuple(tokens),
         max_tokens=max_tokens,
-        routings=tuple(word.strip() for word in routing.split(",") if word.strip()),
+        routings=tuple(common.words(routing)),
         ops=ops,
         replays=replays,
         calls=calls,
         link=GPU_LINK if on_gpu else HOST_LINK,
         seed=seed,
         quantize=quantize,
+        halves=halves,
     )
 
 

@@ -34,7 +34,12 @@ def targets(words: str) -> list[Target]:
     return list(dict.fromkeys(Target.parse(word) for word in words.split(",") if word.strip()))
 
 
-def numbers(words: str) -> list[int]:
+def words(text: str) -> list[str]:
+    """The words of a list like `bf16,fp8`."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str) -> list[int]:
     """The numbers of a list like `2,4,8`.
 
     Raises:
@@ -43,9 +48,9 @@ def numbers(words: str) -> list[int]:
     from moegen.errors import InputError
 
     try:
-        return [int(word) for word in words.split(",") if word.strip()]
+        return [int(word) for word in words(text)]
     except ValueError:
-        raise InputError(f"numbers are written like 2,4,8; got {words!r}") from None
+        raise InputError(f"numbers are written like 2,4,8; got {text!r}") from None
 
 
 def parse(stem: str) -> Spec:

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from moegen import tuning
 from moegen.errors import InputError
 from moegen.kernels.presets import preset
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
-from moegen.select import FEW_TOKENS, INLINE_MAX_TOKENS, select
+from moegen.select import select
 
 MAX_CATALOG = 50
 
@@ -43,7 +44,7 @@ def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = No
 
 def all_capacities() -> list[int]:
     """Capacities, one on each side of every limit at which `select` changes its mind."""
-    return [limit + more for limit in sorted({*FEW_TOKENS.values(), INLINE_MAX_TOKENS}) for more in (0, 1)]
+    return [limit + more for limit in tuning.table().limits for more in (0, 1)]
 
 
 def catalog() -> list[Spec]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PHASES = {
     "kPeerReady": "the release of its receive buffer",
-    "kCounts": "the token counts",
+    "kRoutes": "the experts that its tokens select",
     "kRow": "a token row",
     "kWeights": "the top-k weights of a token",
     "kPartial": "a partial sum",
@@ -44,10 +44,11 @@ PIECE_WORDS = {"inline": 3, "row": 4}
 """32-bit payload words in each 16 bytes of a staged record: `inline` spends the fourth on the epoch."""
 
 PIECE_BYTES = 16
-COUNT_PIECE_WORDS = 3
-POSITION_BITS = 20
-"""A header word holds an expert id above these bits and below them the token's place among its source's rows for
-that expert, so a rank may send at most 2**20 tokens."""
+IDS_OF_PIECE = 6
+"""16-bit expert ids in 16 bytes of routes, which carry their epoch."""
+
+WEIGHT_PIECE_WORDS = 3
+"""Late weights in 16 bytes, which carry their epoch."""
 
 HALVES = 2
 """Receive buffers per op: an epoch writes into the one that the epoch before last used, so that a sender need not wait
@@ -69,7 +70,8 @@ QUANTIZED = {"fp8": "fp8", "fp8_pow2": "fp8pow2", "fp8_ue8m0": "fp8ue8m0"}
 MAX_SHARED_BYTES = 48 * 1024
 """Static shared memory of a block on every GPU."""
 
-MAX_TOKENS_PER_RANK = 1 << POSITION_BITS
+MAX_TOKENS_PER_RANK = 1 << 20
+"""With MAX_EXPERTS, rows of the output are counted in 31 bits."""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -159,11 +161,6 @@ class LowLatencySpec(Spec):
         return ceil_div(self.num_experts, self.num_ranks)
 
     @property
-    def count_pieces(self) -> int:
-        """Pieces of one source's counts: its rows, then its tokens per local expert."""
-        return ceil_div(1 + self.max_local_experts, COUNT_PIECE_WORDS)
-
-    @property
     def masked(self) -> bool:
         """Whether a rank that does not come is marked and left out; else that is an error."""
         return self.peers == "masked"
@@ -172,14 +169,10 @@ class LowLatencySpec(Spec):
     def phases(self) -> tuple[str, ...]:
         return tuple(PHASES)
 
-    @property
-    def position_bits(self) -> int:
-        return POSITION_BITS
-
 
 _PLACES = (
     Param("uint64_t", "consumed_offset", "[rank] u32: the last epoch that the peer has read"),
-    Param("uint64_t", "rows_offset", "[half][source][max_tokens] records"),
+    Param("uint64_t", "rows_offset", "[half][source][max_tokens] records, each at its token's number"),
     Param("uint64_t", "tags_offset", "[half][source][max_tokens] u64: epoch of the row there"),
 )
 _COMMON_32 = (
@@ -200,11 +193,6 @@ def _common(spec: LowLatencySpec) -> tuple[Param, ...]:
     )
 
 
-def header_pieces(num_topk: int, scale_words: int, wire: str) -> int:
-    """Pieces of a record's header: token, then per selection its expert and place, then its weight; then scales."""
-    return ceil_div(1 + 2 * num_topk + scale_words, PIECE_WORDS[wire])
-
-
 def scale_words(hidden: int, dtype: str) -> int:
     """32-bit words of scales that travel with a row."""
     per_word = SCALES_PER_WORD[dtype]
@@ -216,8 +204,14 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
     """Sends each token once to every rank that holds one of its experts and fans it out there, expert by expert."""
 
     @property
-    def header_pieces(self) -> int:
-        return header_pieces(self.num_topk, self.scale_words, self.wire)
+    def route_pieces(self) -> int:
+        """Pieces that tell what one token selects."""
+        return ceil_div(self.num_topk, IDS_OF_PIECE)
+
+    @property
+    def head_pieces(self) -> int:
+        """Pieces ahead of a row: its selections' weights, then its scales."""
+        return ceil_div(self.num_topk, self.piece_words) + ceil_div(self.scale_words, self.piece_words)
 
     def validate(self) -> None:
         super().validate()
@@ -229,19 +223,19 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
 
     @property
     def shared_bytes(self) -> int:
-        """Upper bound of a block's shared memory: per team what goes out and what comes in; counts."""
-        ranks, experts, topk = self.num_ranks, self.num_experts, self.num_topk
-        header = self.header_pieces * self.piece_words * 4
+        """Upper bound of a block's shared memory: per team a head that goes and one that comes with its targets, and
+        tokens per expert; those of the first block once more, and tokens per rank.
+        """
         groups = self.hidden // FP8_GROUP if self.scale_words else 0
-        outgoing = header + ranks * (8 + 8) + groups * 4 + topk * 2 + 16
-        incoming = header + topk * 16 + 16
-        counts = 2 * (experts + ranks) + ranks * (1 + self.max_local_experts)
-        verdicts = ranks * 4 + self.teams * 4 + 16 if self.masked else 0
-        return self.teams * (outgoing + incoming) + counts * 4 + verdicts + 64
+        head = (self.head_pieces * self.piece_words + groups) * 4
+        incoming = head + self.num_topk * 16 + self.route_pieces * IDS_OF_PIECE * 2 + 16
+        tally = 4 * (self.max_local_experts + 1)
+        verdicts = 4 * (self.num_ranks + self.teams) + 16 if self.masked else 0
+        return self.teams * (head + incoming + tally) + tally + 2 * 4 * self.num_ranks + verdicts + 64
 
     @property
     def record_bytes(self) -> int:
-        return (self.header_pieces + self.row_pieces) * PIECE_BYTES
+        return (self.head_pieces + self.row_pieces) * PIECE_BYTES
 
     @cached_property
     def params(self) -> ParamStruct:
@@ -268,10 +262,11 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
                 Param("const int32_t*", "num_tokens", "one number: tokens of this call; null: `tokens`"),
                 Param("int32_t*", "tokens_sent", "one number: the tokens of this call"),
                 Param("uint64_t", "x_stride", "bytes from one token of x to the next"),
-                Param("uint64_t", "counts_offset", "[half][source][count pieces]"),
+                Param("uint64_t", "routes_offset", "[half][source][1 + max_tokens * route pieces]"),
                 *_common(self),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_COMMON_32,
+                Param("uint32_t", "tellers", "first blocks, which tell the routes"),
                 Param("uint32_t", "wide_ids", "1: topk_idx is int64"),
             )
         )
@@ -319,7 +314,7 @@ class Regions:
     """Where one op's parts lie in every rank's symmetric memory: byte offsets."""
 
     consumed: int
-    counts: int
+    routes: int
     rows: int
     tags: int
     weights: int
@@ -332,31 +327,36 @@ REGION_ALIGNMENT = 256
 def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start: int) -> Regions:
     """Lays an op's regions out from byte `start` on: two halves of each, for even and odd epochs."""
     rows = HALVES * spec.num_ranks * max_tokens
-    dispatch = isinstance(spec, LowLatencyDispatch)
     sizes = (
         spec.num_ranks * 4,
-        HALVES * spec.num_ranks * spec.count_pieces * PIECE_BYTES if dispatch else 0,
+        _routes_bytes(spec, max_tokens) if isinstance(spec, LowLatencyDispatch) else 0,
         rows * spec.record_bytes,
         rows * 8 if spec.wire == "row" else 0,
         # Reserved for either combine, so that weights may come at combine on any call.
-        0 if dispatch else rows * ceil_div(spec.num_topk, COUNT_PIECE_WORDS) * PIECE_BYTES,
+        0 if isinstance(spec, LowLatencyDispatch) else rows * ceil_div(spec.num_topk, WEIGHT_PIECE_WORDS) * PIECE_BYTES,
     )
     ends = list(accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=start))
     return Regions(*ends)
 
 
+def _routes_bytes(spec: LowLatencyDispatch, max_tokens: int) -> int:
+    return HALVES * spec.num_ranks * (1 + max_tokens * spec.route_pieces) * PIECE_BYTES
+
+
 @dataclass(frozen=True)
 class Roles:
-    """Which blocks of a launch do what; block 0 of a dispatch also tells the counts.
+    """Which blocks of a launch do what; block 0 of a dispatch also tells the peers and the user how much comes.
 
     Attributes:
         blocks: of the launch.
+        tellers: first blocks, which tell the routes.
         senders, receivers: (first block, number of blocks).
     """
 
     blocks: int
     senders: tuple[int, int]
     receivers: tuple[int, int]
+    tellers: int = 0
 
 
 SEND_SHARE = {"dispatch": (1, 3), "combine": (1, 2)}
@@ -367,25 +367,25 @@ def roles(spec: LowLatencySpec, max_tokens: int, resident_blocks: int) -> Roles:
     """Blocks to launch, never more than can run at the same time: one per row that may be sent or come, if there are so
     many; else a block's teams share them.
     """
+    sends, receives = spec.phase != "receive", spec.phase != "send"
+    if resident_blocks == 1:
+        return Roles(1, (0, int(sends)), (0, int(receives)), int(sends))
     ranks = spec.num_ranks
-    dispatch = spec.op == "dispatch"
-    tells = 1 if dispatch else 0
-    out, own, come = (
-        (max_tokens, 0, ranks * max_tokens) if dispatch else ((ranks - 1) * max_tokens, max_tokens, max_tokens)
-    )
-    out = max(out, 1)
-    room = resident_blocks - tells
-    if spec.phase == "receive":
-        blocks = min(resident_blocks, come)
-        return Roles(blocks, (0, 0), (0, blocks))
-    if spec.phase == "send":
-        send = max(1, min(room, out + own))
-        first = min(tells, resident_blocks - 1)
-        return Roles(first + send, (first, send), (0, 0))
-    if room < 2:
-        return Roles(resident_blocks, (0, 1), (resident_blocks - 1, 1))
-    if out + come > room:
+    if spec.op == "dispatch":
+        out, come = max_tokens, ranks * max_tokens
+        tell = min(ceil_div(max_tokens, spec.block_threads), max(1, resident_blocks // 8)) if sends else 1
+    else:
+        out, come = max(1, (ranks - 1) * max_tokens) + (0 if receives else max_tokens), max_tokens
+        tell = 0
+    room = resident_blocks - tell
+    if not receives:
+        out, come = min(out, room), 0
+    elif not sends:
+        out, come = 0, min(come, room)
+    elif room == 1:
+        return Roles(2, (0, 1), (1, 1), 1)
+    elif out + come > room:
         share, of = SEND_SHARE[spec.op]
         out = max(1, min(out, room * share // of), room - come)
         come = room - out
-    return Roles(tells + out + come, (tells, out), (tells + out, come))
+    return Roles(tell + out + come, (tell, out), (tell + out, come), tell)

@@ -88,6 +88,11 @@ class Spec:
         if not holds:
             self.reject(why)
 
+    @classmethod
+    def words(cls, name: str) -> tuple[str, ...]:
+        """The words that a field may be."""
+        return next(cast("tuple[str, ...]", f.metadata["one_of"]) for f in fields(cls) if f.name == name)
+
     @property
     def said(self) -> list[Any]:
         """The fields that the stem tells: all but those that have their usual value."""

@@ -160,7 +160,7 @@ class LowLatency:
         varying: tuple[str, ...] = _COMBINE_VARYING
         weights = ""
         if isinstance(spec, LowLatencyDispatch):
-            fixed["counts_offset"] = at.counts
+            fixed["routes_offset"] = at.routes
             varying = (*_DISPATCH_VARYING, "scales") if spec.scale_words else _DISPATCH_VARYING
         else:
             fixed["weights_offset"] = at.weights
@@ -171,8 +171,12 @@ class LowLatency:
             fixed["active"] = self.active.data_ptr()
             fixed["verdicts"] = self._verdicts[2 * slot + (not dispatch)].data_ptr()
             varying = (*varying, *_MASKED_VARYING[spec.op])
-        who = roles(spec, self.problem.max_tokens, kernel.blocks(world.ranks_per_device, num_sms))
+        tuned_sms = selection.dispatch_sms if dispatch else selection.combine_sms
+        blocks = kernel.blocks(world.ranks_per_device, tuned_sms if num_sms is None else num_sms)
+        who = roles(spec, self.problem.max_tokens, blocks)
         fixed["senders"], fixed["receivers"] = who.senders, who.receivers
+        if isinstance(spec, LowLatencyDispatch):
+            fixed["tellers"] = who.tellers
         self._bound[(slot, spec.op, spec.phase, weights)] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
 
     def _set_epoch(self, epoch: int, selection: Selection) -> None:

@@ -10,15 +10,20 @@ import json
 import os
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from moegen import reference
+from moegen import reference, tuning
+from moegen.bench.case import OPS
 from moegen.bench.config import HOST_LINK, LowLatencyConfig
 from moegen.bench.failure import BenchError
+from moegen.bench.halves import HALVES
 from moegen.bench.inputs import Batch, Buffers
+from moegen.bench.timing import WARMUPS, Recording, time_in_turn
 from moegen.bench.verify import Verifier
 from moegen.handle import Dispatched, Handle, NumbersLayout
 from moegen.runtime.worlds import LocalWorld
@@ -69,10 +74,56 @@ def test_fp8(tmp_path: Path) -> None:
     assert dispatch["bytes"]["selections"] * 256 == combine["bytes"]["selections"] * (128 + 4)
 
 
+def test_halves(tmp_path: Path) -> None:
+    result = bench(tmp_path, "--ranks", "3", "--tokens", "5", "--routing", "zipf", "--halves", "3")
+    cases = {case["op"]: case for case in result["cases"]}  # type: ignore[attr-defined]
+    assert list(cases)[len(OPS) :] == [name for names in HALVES.values() for name in names if name]
+    for name, case in cases.items():
+        (phase,) = {"send", "receive"} & set(name.split("_")) or {"whole"}
+        assert all(phase in stem.split("_") for stem in case["stems"])
+        assert case["verified"]["worst_error_over_bound"] <= 1
+    assert cases["combine_weighted_send"]["stems"][0].endswith("atcombine")
+    assert cases["dispatch_send"]["bytes"]["busiest"] > 0 == cases["dispatch_receive"]["bytes"]["busiest"]
+
+
+def test_tune_writes_a_table_of_what_it_verified(tmp_path: Path) -> None:
+    out = tmp_path / "ll_host.json"
+    shape = ("--hidden", "256", "--experts", "7", "--topk", "3", "--device", "cpu", "--warp-groups", "2x1")
+    more = ("--tokens", "1,5", "--dtypes", "bf16", "--ops", "2", "--replays", "2")
+    done = moegen("bench", "tune", *shape, *more, "--out", str(out))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert "combine, bf16, hidden 256" in done.stdout and "*" in done.stdout
+    table = tuning.parse(out.read_text())
+    made = [entry for entry in table.entries if entry.row_bytes == 512]
+    assert table.arch == "host" and [entry.op for entry in made] == ["dispatch", "combine"]
+    for entry in made:
+        assert [row.tokens for row in entry.measured] == [1, 5]
+        assert {choice.wire for choice in entry.rules[0].choices} == set(tuning.WIRES)
+    done = moegen("bench", "tune", *shape, *more, "--list-stems")
+    assert done.returncode == 0 and done.stdout.split()[0] == "bench_barrier_r2"
+
+
 @pytest.mark.dist
 def test_processes(tmp_path: Path) -> None:
-    result = bench(tmp_path, "--ranks", "2", "--tokens", "2", "--routing", "uniform", "--world", "processes")
+    more = ("--routing", "uniform", "--world", "processes", "--halves", "2")
+    result = bench(tmp_path, "--ranks", "2", "--tokens", "2", *more)
     assert result["world"]["kind"] == "processes"  # type: ignore[index]
+    assert "combine_receive" in {case["op"] for case in result["cases"]}  # type: ignore[attr-defined]
+
+
+def test_recordings_in_turn_have_a_time_each() -> None:
+    order: list[str] = []
+    recordings = [Recording([partial(order.append, "quick")]), Recording([partial(order.append, "slow"), slow])]
+    quick_us, slow_us = time_in_turn(LocalWorld(1).ranks[0], recordings, replays=3)
+    assert order == ["quick", "slow"] * (WARMUPS["cpu"] + 3)
+    assert len(quick_us) == len(slow_us) == 3 and min(slow_us) >= SLOW_SECONDS * 1e6 > min(quick_us)
+
+
+SLOW_SECONDS = 0.005
+
+
+def slow() -> None:
+    time.sleep(SLOW_SECONDS)
 
 
 def test_what_cannot_run_fails() -> None:

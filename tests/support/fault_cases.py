@@ -89,46 +89,56 @@ def assert_reported(error: PeerTimeoutError, layer: Layer, site: str, index: int
     layer.destroy()
 
 
+def routes_of_peer(layer: Layer) -> int:
+    """Where rank 1's routes lie in rank 0's memory, in the half of the first epoch."""
+    pieces = 1 + SHAPE.max_tokens * layer.ranks[0].selection.dispatch.route_pieces
+    return dispatch_regions(layer).routes + ABSENT * pieces * 16
+
+
+def announce_a_token(layer: Layer) -> None:
+    """Rank 1 tells that it has one token."""
+    poke(layer, routes_of_peer(layer), [1, 0, 0, FIRST_EPOCH])
+
+
 def announce_one_row(layer: Layer) -> None:
-    """Rank 1's counts: one row to rank 0, for its first expert."""
-    epoch = FIRST_EPOCH
-    pieces = layer.ranks[0].selection.dispatch.count_pieces
-    words = [1, 1, 0, epoch] + [0, 0, 0, epoch] * (pieces - 1)
-    poke(layer, dispatch_regions(layer).counts + ABSENT * pieces * 16, words)
+    """Rank 1's one token selects rank 0's first expert, and nothing else."""
+    announce_a_token(layer)
+    poke(layer, routes_of_peer(layer) + 16, [0xFFFF0000, 0xFFFFFFFF, 0xFFFFFFFF, FIRST_EPOCH])
 
 
-def test_fault_while_waiting_for_counts(device: str) -> None:
+def test_fault_while_waiting_for_a_number_of_tokens(device: str) -> None:
     layer = make(device)
     with pytest.raises(PeerTimeoutError) as caught:
         dispatch_alone(layer, [[0, 1]])
-    assert_reported(caught.value, layer, "kCounts", -1)
+    assert_reported(caught.value, layer, "kRoutes", -1)
 
 
-def test_fault_while_waiting_for_a_row(device: str) -> None:
+def test_fault_while_waiting_for_a_route(device: str) -> None:
     layer = make(device)
+    announce_a_token(layer)
+    with pytest.raises(PeerTimeoutError) as caught:
+        dispatch_alone(layer, [[0, 1]])
+    assert_reported(caught.value, layer, "kRoutes", 0)
+
+
+@pytest.mark.parametrize("wire", ["inline", "row"])
+def test_fault_while_waiting_for_a_row(device: str, wire: str) -> None:
+    layer = make(device, wire)
     announce_one_row(layer)
     with pytest.raises(PeerTimeoutError) as caught:
         dispatch_alone(layer, [])
     assert_reported(caught.value, layer, "kRow", 0)
 
 
-def test_fault_while_waiting_for_an_inline_header(device: str) -> None:
-    layer = make(device, "inline")
-    announce_one_row(layer)
-    with pytest.raises(PeerTimeoutError) as caught:
-        dispatch_alone(layer, [])
-    assert_reported(caught.value, layer, "kRow", 0)
-
-
-def test_fault_while_waiting_for_an_inline_payload(device: str) -> None:
+@pytest.mark.parametrize("missing", ["head", "last piece"])
+def test_fault_while_waiting_for_a_piece_of_an_inline_row(device: str, missing: str) -> None:
     layer = make(device, "inline")
     announce_one_row(layer)
     spec = layer.ranks[0].selection.dispatch
-    header = dispatch_regions(layer).rows + ABSENT * SHAPE.max_tokens * spec.record_bytes
-    none = 0xFFFFFFFF
-    words = [0, 0, none, 0, 0]  # token 0; expert 0 at place 0, no second selection; weights
-    words += [0] * (spec.header_pieces * 3 - len(words))
-    poke(layer, header, [w for at in range(0, len(words), 3) for w in (*words[at : at + 3], FIRST_EPOCH)])
+    record = dispatch_regions(layer).rows + ABSENT * SHAPE.max_tokens * spec.record_bytes
+    first = spec.head_pieces if missing == "head" else 0
+    pieces = spec.row_pieces if missing == "head" else spec.head_pieces + spec.row_pieces - 1
+    poke(layer, record + first * 16, [0, 0, 0, FIRST_EPOCH] * pieces)
     with pytest.raises(PeerTimeoutError) as caught:
         dispatch_alone(layer, [])
     assert_reported(caught.value, layer, "kRow", 0)
@@ -192,7 +202,7 @@ def test_nothing_is_written_to_a_peer_that_is_not_ready(device: str, wire: str) 
     dispatch_together(layer, [[[0, 3]], [[1, 2]]])
     poke(layer, dispatch_regions(layer).consumed + 4 * ABSENT, [0xFFFFFFF0])
     peer = layer.ranks[ABSENT]._alive().memory.local
-    start = dispatch_regions(layer).counts
+    start = dispatch_regions(layer).routes
     before = peer[start:].clone()
     with pytest.raises(PeerTimeoutError):
         dispatch_alone(layer, [[0, 3], [2, 3]])
@@ -201,7 +211,7 @@ def test_nothing_is_written_to_a_peer_that_is_not_ready(device: str, wire: str) 
 
 
 def test_every_wait_site_has_a_fault_test() -> None:
-    tested = {"kCounts", "kRow", "kPeerReady", "kWeights", "kPartial"}
+    tested = {"kRoutes", "kRow", "kPeerReady", "kWeights", "kPartial"}
     assert tested == set(PHASES)
 
 

@@ -333,20 +333,28 @@ def poke(layer: Layer, offset: int, words: list[int]) -> None:
         torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize(("wire", "header"), [("row", False), ("inline", False), ("inline", True)])
-def test_row_that_was_announced_and_does_not_come(device: str, wire: str, header: bool) -> None:
-    """Also with its header there, and no payload: counts stay as announced, and combine adds nothing up for it."""
+def announce(layer: Layer, routes: list[list[int]], tokens: int) -> None:
+    """Rank 1 says how many tokens it has, and what the first of them select."""
+    pieces = layer.ranks[0].selection.dispatch.route_pieces
+    start = pair_regions(layer).routes + (1 + layer.shape.max_tokens * pieces) * 16
+    poke(layer, start, [tokens, 0, 0, FIRST_EPOCH])
+    for token, words in enumerate(routes):
+        poke(layer, start + (1 + token * pieces) * 16, [*words, FIRST_EPOCH])
+
+
+SELECTS_EXPERT_0 = [0xFFFF0000, 0xFFFFFFFF, 0xFFFFFFFF]
+"""A route: 16 bits each."""
+
+
+@pytest.mark.parametrize(("wire", "head"), [("row", False), ("inline", False), ("inline", True)])
+def test_row_that_was_announced_and_does_not_come(device: str, wire: str, head: bool) -> None:
+    """Also with its head there, and no payload: counts stay as announced, and combine adds nothing up for it."""
     layer = make(device, shape=PAIR, wire=wire)
-    at, spec = pair_regions(layer), layer.ranks[0].selection.dispatch
-    poke(layer, at.counts + spec.count_pieces * 16, [1, 1, 0, FIRST_EPOCH] * 1)
-    for piece in range(1, spec.count_pieces):
-        poke(layer, at.counts + (spec.count_pieces + piece) * 16, [0, 0, 0, FIRST_EPOCH])
-    if header:
-        none = 0xFFFFFFFF
-        words = [0, 0, none, 0, 0]  # token 0; expert 0 at place 0, no second selection; weights
-        words += [0] * (spec.header_pieces * 3 - len(words))
-        words = [w for i in range(0, len(words), 3) for w in (*words[i : i + 3], FIRST_EPOCH)]
-        poke(layer, at.rows + PAIR.max_tokens * spec.record_bytes, words)
+    announce(layer, [SELECTS_EXPERT_0], 1)
+    if head:
+        spec = layer.ranks[0].selection.dispatch
+        record = pair_regions(layer).rows + PAIR.max_tokens * spec.record_bytes
+        poke(layer, record, [0, 0, 0, FIRST_EPOCH] * spec.head_pieces)
     rank = layer.ranks[0]
     x = torch.ones(2, PAIR.hidden, dtype=torch.bfloat16, device=device)
     ids = torch.tensor([[0, 1], [0, 3]], device=device)
@@ -375,24 +383,21 @@ def test_row_that_was_announced_and_does_not_come(device: str, wire: str, header
     layer.destroy()
 
 
-def test_counts_of_which_a_part_came(device: str) -> None:
-    """A source whose counts are not all there has sent nothing."""
-    shape = Shape(2, 16, 2, 64, 8)
-    layer = make(device, shape=shape)
-    spec = layer.ranks[0].selection.dispatch
-    assert spec.count_pieces > 1
-    at = regions(spec, shape.max_tokens, 0).counts
-    poke(layer, at + spec.count_pieces * 16, [5, 5, 0, FIRST_EPOCH])
+def test_routes_of_which_a_part_came(device: str) -> None:
+    """A source whose routes are not all there has sent nothing."""
+    layer = make(device, shape=PAIR)
+    announce(layer, [SELECTS_EXPERT_0], 2)
 
-    def work(world: RankWorld) -> list[int]:
+    def work(world: RankWorld) -> tuple[list[int], list[int]]:
         if world.rank != 0:
-            return []
-        x = torch.ones(1, shape.hidden, dtype=torch.bfloat16, device=device)
-        received = layer.ranks[0].dispatch(x, torch.tensor([[0, 1]], device=device))
-        layer.ranks[0].synchronize()
-        return received.counts.tolist()
+            return [], []
+        rank = layer.ranks[0]
+        x = torch.ones(1, PAIR.hidden, dtype=torch.bfloat16, device=device)
+        received = rank.dispatch(x, torch.tensor([[0, 1]], device=device))
+        rank.synchronize()
+        return received.counts.tolist(), rank.active_ranks.tolist()
 
-    assert layer.world.run(work)[0] == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert layer.world.run(work)[0] == ([1, 1], [1, 0])
     layer.destroy()
 
 
@@ -411,7 +416,7 @@ def test_nothing_is_written_to_a_rank_that_is_not_ready(device: str) -> None:
 
     layer.world.run(together)
     poke(layer, pair_regions(layer).consumed + 4, [0xFFFFFFF0])  # as if rank 1 were some epochs behind
-    start = pair_regions(layer).counts
+    start = pair_regions(layer).routes
     peer = layer.ranks[1]._alive().memory.local
     before = peer[start:].clone()
     layer.world.run(alone)

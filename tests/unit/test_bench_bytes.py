@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moegen.bench.config import GPU_LINK, LowLatencyConfig
+from moegen.bench.halves import HALVES
 from moegen.bench.inputs import plan_rotation
 from moegen.bench.machine import short_name
 from moegen.bench.report import file_stem
@@ -65,6 +66,22 @@ def test_combine_swaps_and_a_pair_adds() -> None:
         assert (2 * a.send.selections, 2 * a.receive.unique_remote) == (b.receive.selections, b.send.unique_remote)
         assert c.send.unique_remote == a.send.unique_remote + b.send.unique_remote
     assert traffic_of("combine_weighted", moved, ROW // 2, ROW, NODES) == back
+
+
+def test_a_half_sends_what_the_op_sends_and_receives_nothing_over_the_link() -> None:
+    moved = matrices(ROUTING, EXPERTS)
+    for op in ("dispatch", "combine"):
+        whole, send, receive = (traffic_of(name, moved, ROW // 2, ROW, NODES) for name in names_of(op))
+        assert send == whole
+        assert byte_summary(receive) == dict.fromkeys(byte_summary(whole), 0)
+        for a, b in zip(whole, receive, strict=True):
+            assert b.receive.unique_with_self == a.receive.unique_with_self > b.receive.unique_remote == 0
+    weighted = traffic_of("combine_weighted_send", moved, ROW // 2, ROW, NODES)
+    assert weighted == traffic_of("combine", moved, ROW // 2, ROW, NODES)
+
+
+def names_of(op: str) -> tuple[str, ...]:
+    return (op, *HALVES[op])
 
 
 def test_one_rank_sends_nothing_over_the_link() -> None:
@@ -139,7 +156,8 @@ def config(**changes: object) -> LowLatencyConfig:
 
 
 def test_a_configuration_that_cannot_be_is_refused() -> None:
-    for wrong in ({"routings": ("nope",)}, {"tokens": ()}, {"tokens": (0,)}, {"max_tokens": 1}, {"replays": 0}):
+    counts = ({"tokens": ()}, {"tokens": (0,)}, {"max_tokens": 1}, {"replays": 0}, {"halves": 1}, {"halves": 17})
+    for wrong in ({"routings": ("nope",)}, *counts):
         with pytest.raises(InputError):
             config(**wrong)
 

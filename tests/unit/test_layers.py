@@ -17,6 +17,7 @@ PACKAGE = ROOT / "moegen"
 LAYERS = (
     ("errors", "env"),
     ("kernels",),
+    ("tuning",),
     ("codegen", "select"),
     ("compile",),
     ("runtime", "handle", "checks"),

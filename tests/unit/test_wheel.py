@@ -79,7 +79,8 @@ def test_the_wheel_is_pure_and_whole(wheel: Path) -> None:
         files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
         assert files and files <= {name.removeprefix("moegen/") for name in names}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "moegen").rglob("*.py")}
-    assert modules | {"moegen/py.typed"} <= set(names)
+    tables = {path.relative_to(ROOT).as_posix() for path in (ROOT / "moegen" / "tuning").glob("*.json")}
+    assert tables and modules | tables | {"moegen/py.typed"} <= set(names)
     assert not [name for name in names if not name.startswith(("moegen/", "moegen-"))]
 
 

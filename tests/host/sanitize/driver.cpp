@@ -22,7 +22,7 @@
 
 // Where one op's parts lie in symmetric memory.
 struct Regions {
-    uint64_t consumed, counts, rows, tags, weights, end;
+    uint64_t consumed, routes, rows, tags, weights, end;
 };
 
 // A dispatch and a combine kernel, a copy for each rank. `late`: weights are given to combine. `masked`: ranks may be
@@ -162,7 +162,7 @@ void Ranks::dispatch_with(Rank& rank, Round& round) {
         p.selected_ranks = round.selected_ranks.data();
         p.selected_weights = round.selected_weights.data();
     }
-    p.counts_offset = variant_.dispatch_at.counts;
+    p.routes_offset = variant_.dispatch_at.routes;
     p.x = reinterpret_cast<const uint8_t*>(round.x.data());
     p.x_stride = kHidden * sizeof(Bf16);
     p.topk_idx = round.wide ? static_cast<const void*>(round.wide_ids.data()) : round.ids.data();
@@ -180,6 +180,7 @@ void Ranks::dispatch_with(Rank& rank, Round& round) {
     p.token_ranks = round.token_ranks.data();
     p.tokens_sent = &round.tokens_sent;
     p.row_tokens = round.row_tokens.data();
+    p.tellers = 1;
     p.senders = {1, kBlocksPerRole};
     p.receivers = {1 + kBlocksPerRole, kBlocksPerRole};
     launch(rank, variant_.dispatch[rank.number], p, 1 + 2 * kBlocksPerRole);

@@ -50,12 +50,12 @@ def entering(order: str) -> Edit:
     return Edit(LAUNCH, pattern, rf"__atomic_fetch_add(\1, 1, {order})")
 
 
-TAG = r"(?:tag_at\(|outgoing\.tags)"
+TAG = r"tag_at\("
 
 ORDERS = {
     "tag_store": relaxed_store(TAG),
     "tag_load": Edit(KERNEL, r"load_acquire_sys\(tag\)", "host::load_word(tag, __ATOMIC_RELAXED, {})"),
-    "tag_barrier": Edit(KERNEL, rf"team_sync\(\);(?=(?:(?!team_sync).){{,140}}store_release_sys\({TAG})", ""),
+    "tag_barrier": Edit(KERNEL, rf"team_sync\(\);(?=(?:(?!team_sync).){{,320}}store_release_sys\({TAG})", ""),
     "consumed_store": relaxed_store(r"consumed_at\("),
     "consumed_load": Edit(KERNEL, r"load_acquire_sys\(word\)", "load_relaxed_sys(word)"),
     "entering": entering("__ATOMIC_RELAXED"),
