@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Virtual ranks that run the low-latency kernels back to back, as an executable for sanitizers:
 //     driver VARIANT SEED ROUNDS [absent]
-// The ranks meet nowhere but in the kernels. With `absent` the last one stays away, and the others have to report it, or
-// to mark it and to go on where ranks may be missing.
+// The ranks meet nowhere but in the kernels. With `absent` the last one stays away, and the others have to report it
+// or, where ranks may be missing, to mark it and go on.
 // Exit status 0: every result is right; 1: one is not; 2: a launch failed; else the sanitizer's own.
 #include <algorithm>
 #include <atomic>
