@@ -150,6 +150,7 @@ __device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kTea
 // send the three vectors of the first three of them. kRowVectors and above: this lane has no vector.
 __device__ __forceinline__ uint32_t vector_at(uint32_t step) {
     const uint32_t piece = piece_at(step);
+    // Not piece / 4 * 3 + piece % 4: NVRTC 13.5 lost the second term with 64 registers a thread (2x16 warps, FP8).
     return piece % 4 == 3 ? kRowVectors : piece - piece / 4;
 }
 

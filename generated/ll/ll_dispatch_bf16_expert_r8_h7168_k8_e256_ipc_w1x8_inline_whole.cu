@@ -168,6 +168,7 @@ __device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kTea
 // send the three vectors of the first three of them. kRowVectors and above: this lane has no vector.
 __device__ __forceinline__ uint32_t vector_at(uint32_t step) {
     const uint32_t piece = piece_at(step);
+    // Not piece / 4 * 3 + piece % 4: NVRTC 13.5 lost the second term with 64 registers a thread (2x16 warps, FP8).
     return piece % 4 == 3 ? kRowVectors : piece - piece / 4;
 }
 
@@ -229,15 +230,6 @@ __device__ __forceinline__ Row ask_for_row(const uint4* from) {
         row.vectors[step] = piece_at(step) < kRowPieces ? load_whole_relaxed_sys(from + piece_at(step)) : uint4{};
     }
     return row;
-}
-
-__device__ __forceinline__ bool is_here(const Row& row, const Watch& watch) {
-    bool here = true;
-#pragma unroll
-    for (uint32_t step = 0; step < kSteps; ++step) {
-        here &= piece_at(step) >= kRowPieces || row.vectors[step].w == watch.epoch;
-    }
-    return here;
 }
 
 // One lane of each warp polls for the last piece that it is sent; most others are here before.

@@ -104,8 +104,8 @@ def test_teams_that_do_not_fit_into_shared_memory() -> None:
     from moegen.select import select
 
     with pytest.raises(errors.SpecError, match="fewer groups"):
-        select(Problem(64, 1024, 32, 8, 2, warp_groups="32x1"))
-    assert select(Problem(64, 1024, 32, 8, 2)).dispatch.shared_bytes <= MAX_SHARED_BYTES
+        select(Problem(1, 1024, 32, 8, 2, warp_groups="32x1"))
+    assert select(Problem(1, 1024, 32, 8, 2)).dispatch.shared_bytes <= MAX_SHARED_BYTES
 
 
 def test_the_host_runs_no_more_blocks_than_it_can() -> None:

@@ -66,6 +66,22 @@ def test_fp8_dispatch_equals_quantised_reference(device: str, shape: Shape, kind
     layer.destroy()
 
 
+@pytest.mark.slow
+def test_fp8_by_two_teams_of_sixteen_warps(device: str) -> None:
+    """64 registers a thread, where NVRTC 13.5 once compiled the order of an inline row's pieces wrongly."""
+    shape = Shape(2, 16, 4, 7168, 4)
+    layer = Layer(shape, device, quantize="fp8", wire="inline", warp_groups="2x16")
+    routing = random_routing(shape, (4, 3), 1)
+
+    def work(world: RankWorld) -> moegen.Dispatched:
+        received = layer.ranks[world.rank].dispatch(*inputs(routing, world))
+        layer.ranks[world.rank].synchronize()
+        return received
+
+    check_tokens(shape, routing, "fp8", layer.world.run(work))
+    layer.destroy()
+
+
 def test_fp8_then_combine(device: str) -> None:
     """The experts' outputs are bf16 whatever was dispatched."""
     layer = Layer(SHAPE, device, quantize="fp8")

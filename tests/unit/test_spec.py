@@ -48,7 +48,8 @@ change = pytest.mark.parametrize(("spec", "field", "other"), CHANGES, ids=lambda
 
 
 def test_every_registered_class_has_a_sample() -> None:
-    assert {type(spec) for spec in SAMPLES} == set(Spec.registry.values())
+    shipped = {cls for cls in Spec.registry.values() if cls.family != "bench"}  # registered when first imported
+    assert {type(spec) for spec in SAMPLES} == shipped
 
 
 def test_fields_that_can_change_are_covered() -> None:

@@ -150,7 +150,7 @@ def test_warps_fit_the_row() -> None:
 def test_one_team_where_several_do_not_fit_into_shared_memory() -> None:
     several = dataclasses.replace(TABLE, entries=(*TABLE.entries[3:], *teams("bf16"), *teams("fp8")))
     assert str(select(Problem(2, 64, 4, 1024, 8), several).dispatch.warp_groups) == "32x1"
-    assert str(select(Problem(64, 1024, 32, 256, 8), several).dispatch.warp_groups) == "1x1"
+    assert str(select(Problem(1, 1024, 32, 256, 8), several).dispatch.warp_groups) == "1x1"
 
 
 def teams(dtype: str) -> tuple[Entry, ...]:
@@ -167,6 +167,11 @@ def first_choices(times: dict[int, dict[Choice, float]]) -> list[tuple[int | Non
 def test_the_fastest_is_chosen_and_every_wire_ranked() -> None:
     (rule,) = rules({8: {I8: 9.0, I16: 8.0, R8: 11.0, R16: 12.0}})
     assert rule == Rule(None, (I16, R8))
+
+
+def test_a_time_below_that_of_the_barrier_is_the_fastest() -> None:
+    (rule,) = rules({8: {I8: -9.0, I16: 8.0}})
+    assert rule == Rule(None, (I8,))
 
 
 def test_a_rule_ends_at_the_last_capacity_that_was_measured_for_it() -> None:
