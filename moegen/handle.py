@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
@@ -102,10 +102,12 @@ class Dispatched:
         return self.handle.memory.as_strided((experts, rows), (rows, 1), self.layout.row_tokens)
 
     def for_tokens(self, num_tokens: int) -> Dispatched:
-        """The same memory for another call."""
-        if num_tokens == self.handle.num_tokens:
+        """The same memory for another call. Made by hand: `dataclasses.replace` took a fifth of a call's host time."""
+        old = self.handle
+        if num_tokens == old.num_tokens:
             return self
-        return replace(self, handle=replace(self.handle, num_tokens=num_tokens))
+        handle = Handle(old.owner, num_tokens, old.memory, old.addresses, old.stream)
+        return Dispatched(self.tokens, self.scales, handle, self.layout, self.given)
 
 
 class DispatchOptions(TypedDict, total=False):

@@ -361,12 +361,13 @@ __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] con
         float weight = 0;
         const bool wanted = selection.slot >= 0 && weight_of(p, watch, source, token, k, weight);
         const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
+        const bool complete = all_wanted == __ballot_sync(kFullWarp, selection.slot >= 0);
         if (wanted) {
             const uint32_t index = __popc(all_wanted & ((1u << k) - 1));
             terms.rows[index] = reinterpret_cast<const uint4*>(p.y) + uint64_t(selection.slot) * kRowVectors;
             terms.weights[index] = weight;
         }
-        if (k == 0) terms.count = __popc(all_wanted);
+        if (k == 0) terms.count = complete ? __popc(all_wanted) : 0;  // no sum of only some of its terms
     }
     team_sync();
 }
@@ -426,6 +427,10 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
         if (index < rows) {
             selection = load_selection(p, index);
             origin = uint32_t(p.row_origin[index]);
+        }
+        if (terms[team_id()].count == 0) {  // weights did not come: the owner must not take this for its sum
+            team_sync();
+            continue;
         }
         send_partial(p, watch, source, token, terms[team_id()]);
     }

@@ -387,7 +387,7 @@ __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] con
             terms.rows[index] = reinterpret_cast<const uint4*>(p.y) + uint64_t(selection.slot) * kRowVectors;
             terms.weights[index] = weight;
         }
-        if (k == 0) terms.count = complete ? __popc(all_wanted) : 0;  // no sum of some of its terms
+        if (k == 0) terms.count = complete ? __popc(all_wanted) : 0;  // no sum of only some of its terms
     }
     team_sync();
 }

@@ -345,7 +345,7 @@ def _routes_bytes(spec: LowLatencyDispatch, max_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Roles:
-    """Which blocks of a launch do what; block 0 of a dispatch also tells the peers and the user how much comes.
+    """Which blocks of a launch do what; block 0 of a dispatch also tells the user how much has come.
 
     Attributes:
         blocks: of the launch.

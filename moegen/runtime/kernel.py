@@ -114,7 +114,9 @@ class CudaKernel(LoadedKernel):
         self._threads = spec.block_threads
 
     def blocks(self, ranks_per_device: int, num_sms: int | None) -> int:
-        share = max(1, self._resident // ranks_per_device)
+        share = self._resident
+        if ranks_per_device > 1:  # a quarter is left for what others run while the ranks wait for each other
+            share = max(1, share * 3 // (4 * ranks_per_device))
         return share if num_sms is None else min(share, num_sms)
 
     def launcher(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> Callable[[], None]:

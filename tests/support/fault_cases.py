@@ -162,6 +162,25 @@ def test_fault_while_waiting_for_weights(device: str) -> None:
     assert_reported(caught.value, layer, "kWeights", 0)
 
 
+def test_a_late_rank_gets_no_sum_of_some_of_its_terms(device: str) -> None:
+    """Its peer has waited for its weights in vain, and sends nothing that looks like a sum."""
+    layer = make(device, "inline")
+    received = dispatch_together(layer, [[], [[0, 3]]])
+    with pytest.raises(PeerTimeoutError):
+        combine_alone(layer, received[0], 0, late=True)
+
+    def work(world: moegen.runtime.worlds.RankWorld) -> None:
+        if world.rank == ABSENT:
+            rank, mine = layer.ranks[ABSENT], received[ABSENT]
+            rank.combine(mine.tokens, mine.handle, torch.ones(1, SHAPE.topk, device=device))
+            rank.synchronize()
+
+    with pytest.raises(PeerTimeoutError) as caught:
+        layer.world.run(work)
+    assert caught.value.phase == PHASES["kPartial"]
+    layer.destroy()
+
+
 @pytest.mark.parametrize("wire", ["inline", "row"])
 def test_fault_while_waiting_for_a_partial_sum(device: str, wire: str) -> None:
     layer = make(device, wire)
