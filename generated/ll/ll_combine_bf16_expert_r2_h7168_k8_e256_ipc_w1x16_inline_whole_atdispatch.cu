@@ -120,7 +120,7 @@ __device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t ne
 
 // Nothing is written to a peer before it has read what this half of its buffers held two epochs ago; that it said in
 // the epoch in between. A peer that neither sends nor receives rows may be epochs ahead. One warp waits, while the
-// others start on the plan; after the caller's next barrier `opened` tells whether this block may go on: not if a peer
+// others ask for what they need; after the caller's next barrier `opened` tells whether this block may go on: not if a peer
 // did not come, now or in an earlier launch, for then what it would read may not be there.
 __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, bool& opened) {
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
@@ -231,16 +231,18 @@ __device__ __forceinline__ void await_row(const uint4* from, const Watch& watch,
     __syncwarp();
 }
 
-// Waits for the pieces that were not here when they were asked for.
-__device__ __forceinline__ void complete_row(const uint4* from, const Watch& watch, Awaited what, Row& row) {
+// Waits for the pieces that were not here when they were asked for; whether all of this thread's have come.
+__device__ __forceinline__ bool complete_row(const uint4* from, const Watch& watch, Awaited what, Row& row) {
+    bool came = true;
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         uint4& piece = row.vectors[step];
         if (piece_at(step) < kRowPieces && piece.w != watch.epoch) {
-            receive_piece(from + piece_at(step), watch, what, piece);
+            came &= receive_piece(from + piece_at(step), watch, what, piece);
         }
         piece = to_vector(piece);
     }
+    return came;
 }
 
 __device__ __forceinline__ Row as_pieces(const Row& row, uint32_t epoch) {

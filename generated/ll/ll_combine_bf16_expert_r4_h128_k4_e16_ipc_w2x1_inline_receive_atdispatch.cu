@@ -163,16 +163,18 @@ __device__ __forceinline__ void await_row(const uint4* from, const Watch& watch,
     __syncwarp();
 }
 
-// Waits for the pieces that were not here when they were asked for.
-__device__ __forceinline__ void complete_row(const uint4* from, const Watch& watch, Awaited what, Row& row) {
+// Waits for the pieces that were not here when they were asked for; whether all of this thread's have come.
+__device__ __forceinline__ bool complete_row(const uint4* from, const Watch& watch, Awaited what, Row& row) {
+    bool came = true;
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         uint4& piece = row.vectors[step];
         if (piece_at(step) < kRowPieces && piece.w != watch.epoch) {
-            receive_piece(from + piece_at(step), watch, what, piece);
+            came &= receive_piece(from + piece_at(step), watch, what, piece);
         }
         piece = to_vector(piece);
     }
+    return came;
 }
 
 // Eight numbers of a row, as the fp32 in which they are summed.

@@ -132,9 +132,9 @@ __device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, 
 }
 
 // Nothing is written to a peer before it has read what this half of its buffers held two epochs ago, and nothing to one
-// that is missing. One warp waits, while the others start on the plan; after the caller's next barrier `opened` has a
-// bit for each rank that this block may write to, itself included. A launch says first of all what this rank has read:
-// ranks that are active again, after epochs in which they were told nothing, wait for that word of this launch.
+// that is missing. One warp waits, while the others ask for what they need; after the caller's next barrier `opened`
+// has a bit for each rank that this block may write to, itself included. A launch says first of all what this rank has
+// read: ranks that are active again, after epochs in which they were told nothing, wait for that word of this launch.
 __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, uint64_t& opened) {
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
     const uint32_t needed = epoch_before(epoch_before(watch.epoch));

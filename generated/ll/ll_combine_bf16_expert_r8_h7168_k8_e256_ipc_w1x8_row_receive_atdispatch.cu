@@ -132,7 +132,7 @@ __device__ __forceinline__ Row ask_for_row(const uint4* from) {
     return row;
 }
 
-__device__ __forceinline__ void complete_row(const uint4*, const Watch&, Awaited, Row&) {}
+__device__ __forceinline__ bool complete_row(const uint4*, const Watch&, Awaited, Row&) { return true; }
 
 __device__ __forceinline__ uint64_t* tag_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
                                             uint32_t row) {

@@ -120,7 +120,7 @@ __device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t ne
 
 // Nothing is written to a peer before it has read what this half of its buffers held two epochs ago; that it said in
 // the epoch in between. A peer that neither sends nor receives rows may be epochs ahead. One warp waits, while the
-// others start on the plan; after the caller's next barrier `opened` tells whether this block may go on: not if a peer
+// others ask for what they need; after the caller's next barrier `opened` tells whether this block may go on: not if a peer
 // did not come, now or in an earlier launch, for then what it would read may not be there.
 __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, bool& opened) {
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
@@ -180,7 +180,7 @@ __device__ __forceinline__ Row ask_for_row(const uint4* from) {
     return row;
 }
 
-__device__ __forceinline__ void complete_row(const uint4*, const Watch&, Awaited, Row&) {}
+__device__ __forceinline__ bool complete_row(const uint4*, const Watch&, Awaited, Row&) { return true; }
 
 __device__ __forceinline__ uint64_t* tag_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
                                             uint32_t row) {

@@ -142,9 +142,9 @@ __device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, 
 }
 
 // Nothing is written to a peer before it has read what this half of its buffers held two epochs ago, and nothing to one
-// that is missing. One warp waits, while the others start on the plan; after the caller's next barrier `opened` has a
-// bit for each rank that this block may write to, itself included. A launch says first of all what this rank has read:
-// ranks that are active again, after epochs in which they were told nothing, wait for that word of this launch.
+// that is missing. One warp waits, while the others ask for what they need; after the caller's next barrier `opened`
+// has a bit for each rank that this block may write to, itself included. A launch says first of all what this rank has
+// read: ranks that are active again, after epochs in which they were told nothing, wait for that word of this launch.
 __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, uint64_t& opened) {
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
     const uint32_t needed = epoch_before(epoch_before(watch.epoch));
@@ -599,13 +599,18 @@ __device__ __forceinline__ Row row_of(const Token& token, const Head&) {
     return row;
 }
 
+// A token's k-th id as the user gave it.
+__device__ __forceinline__ int64_t id_of(const Params& p, uint32_t index, uint32_t k) {
+    const uint64_t at = uint64_t(index) * kTopk + k;
+    return p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
+                      : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
+}
+
 // Bit r: rank r holds an expert of the token. Every warp looks for itself.
 __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t index, uint32_t tokens) {
     uint64_t rank = 0;
     if (index < tokens && lane_id() < kTopk) {
-        const uint64_t at = uint64_t(index) * kTopk + lane_id();
-        const int64_t expert = p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
-                                          : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
+        const int64_t expert = id_of(p, index, lane_id());
         if (expert >= 0 && expert < int64_t(kExperts)) rank = uint64_t(1) << rank_of_expert(uint32_t(expert));
     }
     return __reduce_or_sync(kFullWarp, uint32_t(rank));
@@ -615,8 +620,7 @@ __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t ind
 __device__ __forceinline__ void record_selection(const Params& p, uint32_t index, float weight) {
     if (team_thread() >= kTopk) return;
     const uint64_t at = uint64_t(index) * kTopk + team_thread();
-    const int64_t expert =
-        p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at] : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
+    const int64_t expert = id_of(p, index, team_thread());
     const bool selected = expert >= 0 && expert < int64_t(kExperts);
     p.selected_ranks[at] = selected ? int32_t(rank_of_expert(uint32_t(expert))) : -1;
     p.selected_weights[at] = weight;

@@ -177,16 +177,18 @@ __device__ __forceinline__ void await_row(const uint4* from, const Watch& watch,
     __syncwarp();
 }
 
-// Waits for the pieces that were not here when they were asked for.
-__device__ __forceinline__ void complete_row(const uint4* from, const Watch& watch, Awaited what, Row& row) {
+// Waits for the pieces that were not here when they were asked for; whether all of this thread's have come.
+__device__ __forceinline__ bool complete_row(const uint4* from, const Watch& watch, Awaited what, Row& row) {
+    bool came = true;
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         uint4& piece = row.vectors[step];
         if (piece_at(step) < kRowPieces && piece.w != watch.epoch) {
-            receive_piece(from + piece_at(step), watch, what, piece);
+            came &= receive_piece(from + piece_at(step), watch, what, piece);
         }
         piece = to_vector(piece);
     }
+    return came;
 }
 
 constexpr uint32_t kLocalExperts = 4;  // of every rank
@@ -420,15 +422,18 @@ __device__ __forceinline__ void place_head(const Params& p, Origin origin, const
     }
 }
 
-__device__ __forceinline__ void receive_head(const Watch& watch, Awaited what, const uint4* record, Head& head) {
+// Whether all of this thread's pieces have come.
+__device__ __forceinline__ bool receive_head(const Watch& watch, Awaited what, const uint4* record, Head& head) {
+    bool came = true;
 #pragma unroll 1
     for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeadPieces; at += kTeamThreads) {
         uint4 piece = {};
-        receive_piece(record + at, watch, what, piece);
+        came &= receive_piece(record + at, watch, what, piece);
         const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
         for (uint32_t word = 0; word < kPieceWords; ++word) head.words[at * kPieceWords + word] = words[word];
     }
+    return came;
 }
 
 // Waits for another rank's row.

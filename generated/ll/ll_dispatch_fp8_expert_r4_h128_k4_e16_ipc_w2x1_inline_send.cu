@@ -127,7 +127,7 @@ __device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t ne
 
 // Nothing is written to a peer before it has read what this half of its buffers held two epochs ago; that it said in
 // the epoch in between. A peer that neither sends nor receives rows may be epochs ahead. One warp waits, while the
-// others start on the plan; after the caller's next barrier `opened` tells whether this block may go on: not if a peer
+// others ask for what they need; after the caller's next barrier `opened` tells whether this block may go on: not if a peer
 // did not come, now or in an earlier launch, for then what it would read may not be there.
 __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, bool& opened) {
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
@@ -426,13 +426,18 @@ __device__ __forceinline__ Row row_of(const Token& token, Head& head) {
     return row;
 }
 
+// A token's k-th id as the user gave it.
+__device__ __forceinline__ int64_t id_of(const Params& p, uint32_t index, uint32_t k) {
+    const uint64_t at = uint64_t(index) * kTopk + k;
+    return p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
+                      : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
+}
+
 // Bit r: rank r holds an expert of the token. Every warp looks for itself.
 __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t index, uint32_t tokens) {
     uint64_t rank = 0;
     if (index < tokens && lane_id() < kTopk) {
-        const uint64_t at = uint64_t(index) * kTopk + lane_id();
-        const int64_t expert = p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
-                                          : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
+        const int64_t expert = id_of(p, index, lane_id());
         if (expert >= 0 && expert < int64_t(kExperts)) rank = uint64_t(1) << rank_of_expert(uint32_t(expert));
     }
     return __reduce_or_sync(kFullWarp, uint32_t(rank));

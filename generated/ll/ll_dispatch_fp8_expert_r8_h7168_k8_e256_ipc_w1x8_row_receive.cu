@@ -146,7 +146,7 @@ __device__ __forceinline__ Row ask_for_row(const uint4* from) {
     return row;
 }
 
-__device__ __forceinline__ void complete_row(const uint4*, const Watch&, Awaited, Row&) {}
+__device__ __forceinline__ bool complete_row(const uint4*, const Watch&, Awaited, Row&) { return true; }
 
 __device__ __forceinline__ uint64_t* tag_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
                                             uint32_t row) {
@@ -390,15 +390,18 @@ __device__ __forceinline__ void place_head(const Params& p, Origin origin, const
     }
 }
 
-__device__ __forceinline__ void receive_head(const Watch& watch, Awaited what, const uint4* record, Head& head) {
+// Whether all of this thread's pieces have come.
+__device__ __forceinline__ bool receive_head(const Watch& watch, Awaited what, const uint4* record, Head& head) {
+    bool came = true;
 #pragma unroll 1
     for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeadPieces; at += kTeamThreads) {
         uint4 piece = {};
-        receive_piece(record + at, watch, what, piece);
+        came &= receive_piece(record + at, watch, what, piece);
         const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
         for (uint32_t word = 0; word < kPieceWords; ++word) head.words[at * kPieceWords + word] = words[word];
     }
+    return came;
 }
 
 // Waits for another rank's row.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What launches leave for each other and for the host: epochs, and the report of what went wrong.
+// What all launches have in common: what they leave for each other and for the host, and how they wait.
 #pragma once
 
 #include <moegen/ptx.cuh>
@@ -39,6 +39,23 @@ struct Awaited {
 
 // An expired wait is looked for every 64th poll: the timer and the abort word cost a memory access each.
 constexpr uint32_t kPollsPerCheck = 64;
+
+// True once `poll()`, which holds no references, gives `expected`. Else the caller goes on as if nothing had arrived, so
+// that every barrier is still reached. When to give up, `Watch` and keep_polling() say: signal.cuh or masked_signal.cuh.
+template <class Watch, class Poll>
+__device__ __forceinline__ bool wait_for(const Watch& watch, Awaited what, uint32_t expected, Poll poll) {
+    return poll() == expected || keep_polling(poll, watch, what, expected);
+}
+
+// Waits for 16 bytes that carry the launch's epoch; nothing else in them is valid if they do not come.
+template <class Watch>
+__device__ __forceinline__ bool wait_for_whole(const Watch& watch, Awaited what, const uint4* from, uint4& whole) {
+    whole = load_whole_relaxed_sys(from);
+    if (whole.w == watch.epoch) return true;
+    if (!keep_polling([=] { return load_whole_relaxed_sys(from).w; }, watch, what, watch.epoch)) return false;
+    whole = load_whole_relaxed_sys(from);
+    return true;
+}
 
 // Called by one thread of each block once all of the block have read the epoch: the last block moves on to the next.
 __device__ __forceinline__ void leave_epoch_to_the_next_launch(Control* control, uint32_t epoch) {

@@ -26,7 +26,7 @@ __device__ __forceinline__ uint64_t deadline_ns(const Watch& watch, uint32_t pha
     return watch.started_ns + watch.timeout_ns + phase * (watch.timeout_ns / 4);
 }
 
-// Polls until `poll()` gives `expected`, or its peer is not active (any more), or is marked here. The clock is read
+// Polls until `poll()` gives `expected`; false if its peer is not active (any more), or is marked here. The clock is read
 // before the poll: what came while this thread was not running is seen. What this rank sends itself is not timed: it
 // comes as soon as its own waits end.
 template <class Poll>
@@ -43,21 +43,6 @@ __device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, 
         }
         poll_pause();
     }
-}
-
-// True once `poll()`, which holds no references, gives `expected`; at once if it does. False if the peer is marked.
-template <class Poll>
-__device__ __forceinline__ bool wait_for(const Watch& watch, Awaited what, uint32_t expected, Poll poll) {
-    return poll() == expected || keep_polling(poll, watch, what, expected);
-}
-
-// Waits for 16 bytes that carry the launch's epoch; nothing else in them is valid if they do not come.
-__device__ __forceinline__ bool wait_for_whole(const Watch& watch, Awaited what, const uint4* from, uint4& whole) {
-    whole = load_whole_relaxed_sys(from);
-    if (whole.w == watch.epoch) return true;
-    if (!keep_polling([=] { return load_whole_relaxed_sys(from).w; }, watch, what, watch.epoch)) return false;
-    whole = load_whole_relaxed_sys(from);
-    return true;
 }
 
 // Whether the blocks of this launch say that something has come: as the first of them saw it, which this call may be.

@@ -122,11 +122,6 @@ __device__ __forceinline__ uint4 load_input(const uint4* address) {
     return value;
 }
 
-// Asks for the line of an input that will be loaded soon.
-__device__ __forceinline__ void prefetch_input(const void* address) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 // ---- numbers ------------------------------------------------------------------------------------
 
 // Two floats rounded to nearest even, `low` in the lower half.

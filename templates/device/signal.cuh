@@ -29,7 +29,7 @@ __device__ __noinline__ void report_expired(Watch watch, Awaited what, uint32_t 
     store_release_sys(&failure->valid, 1);
 }
 
-// Polls until `poll()` gives `expected`. Phases that wait for more have a little more time, so that the report names
+// Polls until `poll()` gives `expected`; false if that did not happen in time, or another wait gave up. Phases that wait for more have a little more time, so that the report names
 // the first cause. Out of line: there are many waits, and what most of them wait for is there already. Instructions are
 // fetched once per launch, and every jump to another line of them takes its time.
 template <class Poll>
@@ -47,22 +47,6 @@ __device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, 
         }
         poll_pause();
     }
-}
-
-// True once `poll()`, which holds no references, gives `expected`. False if that did not happen in time, or another
-// wait gave up: the caller then goes on as if nothing had arrived, so that every barrier is still reached.
-template <class Poll>
-__device__ __forceinline__ bool wait_for(const Watch& watch, Awaited what, uint32_t expected, Poll poll) {
-    return poll() == expected || keep_polling(poll, watch, what, expected);
-}
-
-// Waits for 16 bytes that carry the launch's epoch; nothing else in them is valid if they do not come.
-__device__ __forceinline__ bool wait_for_whole(const Watch& watch, Awaited what, const uint4* from, uint4& whole) {
-    whole = load_whole_relaxed_sys(from);
-    if (whole.w == watch.epoch) return true;
-    if (!keep_polling([=] { return load_whole_relaxed_sys(from).w; }, watch, what, watch.epoch)) return false;
-    whole = load_whole_relaxed_sys(from);
-    return true;
 }
 
 }  // namespace moegen

@@ -119,8 +119,6 @@ __device__ __forceinline__ uint4 load_input(const uint4* address, host::Place pl
     return *address;
 }
 
-__device__ __forceinline__ void prefetch_input(const void*) {}
-
 // ---- bulk copies (TMA), their barriers and the proxy fence ----------------------------------------
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
