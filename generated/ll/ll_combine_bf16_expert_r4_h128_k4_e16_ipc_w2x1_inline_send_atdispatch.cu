@@ -113,8 +113,8 @@ __device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t ne
 
 // Nothing is written to a peer before it has read what this half of its buffers held two epochs ago; that it said in
 // the epoch in between. A peer that neither sends nor receives rows may be epochs ahead. One warp waits, while the
-// others ask for what they need; after the caller's next barrier `opened` tells whether this block may go on: not if a peer
-// did not come, now or in an earlier launch, for then what it would read may not be there.
+// others ask for what they need; after the caller's next barrier `opened` tells whether this block may go on: not if a
+// peer did not come, now or in an earlier launch, for then what it would read may not be there.
 __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, bool& opened) {
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
     const uint32_t needed = epoch_before(epoch_before(watch.epoch));

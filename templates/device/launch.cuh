@@ -40,8 +40,9 @@ struct Awaited {
 // An expired wait is looked for every 64th poll: the timer and the abort word cost a memory access each.
 constexpr uint32_t kPollsPerCheck = 64;
 
-// True once `poll()`, which holds no references, gives `expected`. Else the caller goes on as if nothing had arrived, so
-// that every barrier is still reached. When to give up, `Watch` and keep_polling() say: signal.cuh or masked_signal.cuh.
+// True once `poll()`, which holds no references, gives `expected`. Else the caller goes on as if nothing had arrived,
+// so that every barrier is still reached. When to give up, `Watch` and keep_polling() say: signal.cuh or
+// masked_signal.cuh.
 template <class Watch, class Poll>
 __device__ __forceinline__ bool wait_for(const Watch& watch, Awaited what, uint32_t expected, Poll poll) {
     return poll() == expected || keep_polling(poll, watch, what, expected);

@@ -26,9 +26,9 @@ __device__ __forceinline__ uint64_t deadline_ns(const Watch& watch, uint32_t pha
     return watch.started_ns + watch.timeout_ns + phase * (watch.timeout_ns / 4);
 }
 
-// Polls until `poll()` gives `expected`; false if its peer is not active (any more), or is marked here. The clock is read
-// before the poll: what came while this thread was not running is seen. What this rank sends itself is not timed: it
-// comes as soon as its own waits end.
+// Polls until `poll()` gives `expected`; false if its peer is not active (any more), or is marked here. The clock is
+// read before the poll: what came while this thread was not running is seen. What this rank sends itself is not timed:
+// it comes as soon as its own waits end.
 template <class Poll>
 __device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, uint32_t expected) {
 #pragma unroll 1

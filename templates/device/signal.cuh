@@ -29,9 +29,10 @@ __device__ __noinline__ void report_expired(Watch watch, Awaited what, uint32_t 
     store_release_sys(&failure->valid, 1);
 }
 
-// Polls until `poll()` gives `expected`; false if that did not happen in time, or another wait gave up. Phases that wait for more have a little more time, so that the report names
-// the first cause. Out of line: there are many waits, and what most of them wait for is there already. Instructions are
-// fetched once per launch, and every jump to another line of them takes its time.
+// Polls until `poll()` gives `expected`; false if that did not happen in time, or another wait gave up. Phases that
+// wait for more have a little more time, so that the report names the first cause. Out of line: there are many waits,
+// and what most of them wait for is there already. Instructions are fetched once per launch, and every jump to another
+// line of them takes its time.
 template <class Poll>
 __device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, uint32_t expected) {
     uint64_t deadline_ns = 0;
