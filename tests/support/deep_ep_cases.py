@@ -109,39 +109,45 @@ def check_dispatch(case: Case, rank: int, received: Any, count: torch.Tensor, ha
     return given
 
 
-def round_trip(case: Case, mode: str, device: str) -> None:
-    world = moegen.LocalWorld(case.ranks, device)
+def round_trip_of_rank(buffer: deep_ep.Buffer, world: RankWorld, case: Case, mode: str, *, given: bool = True) -> None:
+    """Dispatch and combine of one rank in `mode`; `given`: the output, and the handle's buffer for the input."""
+    x, ids, weights = (part.to(world.device) for part in inputs(case, world.rank))
+    stats = torch.zeros(case.experts // case.ranks, dtype=torch.int32, device=world.device)
+    asked = {"async_finish": mode == "async", "return_recv_hook": mode == "hook"}
+    world.barrier()  # what torch does for the inputs, and to check, must not queue up behind a kernel that waits
+    received, count, handle, event, hook = buffer.low_latency_dispatch(
+        x, ids, MAX_TOKENS, case.experts, cumulative_local_expert_recv_stats=stats, **case.options, **asked
+    )
+    settle(event, hook, mode)
+    layer = _own(handle).owner
+    layer.synchronize()
+    world.barrier()
+    y = check_dispatch(case, world.rank, received, count, handle).bfloat16()
+    assert torch.equal(stats, count)
+    if given:
+        y = buffer.get_next_low_latency_combine_buffer(handle).copy_(y)
+    out = torch.empty_like(x) if given else None
+    layer.synchronize()
+    world.barrier()
+    combined, event, hook = buffer.low_latency_combine(x=y, topk_idx=ids, topk_weights=weights, handle=handle,
+        zero_copy=given, out=out, **asked)  # fmt: skip
+    settle(event, hook, mode)
+    layer.synchronize()  # a rank that did not come is named before its numbers are missed
+    assert combined is out or not given
+    kept = (weights * (ids >= 0)).sum(dim=1, keepdim=True)
+    want = x.float() * kept
+    slack = 2**-3 if case.options["use_fp8"] else 2**-6
+    assert ((combined.float() - want).abs() <= slack * want.abs() + 0.05 * kept).all()
+    world.barrier()
 
+
+def round_trip(case: Case, mode: str, device: str) -> None:
     def work(rank: RankWorld) -> None:
         buffer = deep_ep.Buffer(rank, num_rdma_bytes=1 << 20, low_latency_mode=True, num_qps_per_rank=8)
-        x, ids, weights = (part.to(rank.device) for part in inputs(case, rank.rank))
-        stats = torch.zeros(case.experts // case.ranks, dtype=torch.int32, device=rank.device)
-        asked = {"async_finish": mode == "async", "return_recv_hook": mode == "hook"}
-        received, count, handle, event, hook = buffer.low_latency_dispatch(
-            x, ids, MAX_TOKENS, case.experts, cumulative_local_expert_recv_stats=stats, **case.options, **asked
-        )
-        settle(event, hook, mode)
-        given = check_dispatch(case, rank.rank, received, count, handle)
-        assert torch.equal(stats, count)
-        y = buffer.get_next_low_latency_combine_buffer(handle)
-        y.copy_(given)
-        out = torch.empty_like(x)
-        layer = _own(handle).owner
-        layer.synchronize()
-        rank.barrier()  # what torch does to check must not queue up behind another rank's combine, which waits for it
-        combined, event, hook = buffer.low_latency_combine(x=y, topk_idx=ids, topk_weights=weights, handle=handle,
-            zero_copy=True, out=out, **asked)  # fmt: skip
-        settle(event, hook, mode)
-        layer.synchronize()  # a rank that did not come is named before its numbers are missed
-        assert combined is out
-        kept = (weights * (ids >= 0)).sum(dim=1, keepdim=True)
-        want = x.float() * kept
-        slack = 2**-3 if case.options["use_fp8"] else 2**-6
-        assert ((combined.float() - want).abs() <= slack * want.abs() + 0.05 * kept).all()
-        rank.barrier()
+        round_trip_of_rank(buffer, rank, case, mode)
         buffer.destroy()
 
-    world.run(work)
+    moegen.LocalWorld(case.ranks, device).run(work)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
