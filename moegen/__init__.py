@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from moegen.expert_parallel import ExpertParallel as ExpertParallel
     from moegen.handle import Dispatched as Dispatched
     from moegen.handle import Handle as Handle
+    from moegen.high_throughput import HighThroughput as HighThroughput
+    from moegen.rows import DispatchedRows as DispatchedRows
+    from moegen.rows import RowsHandle as RowsHandle
     from moegen.runtime.worlds import GroupWorld as GroupWorld
     from moegen.runtime.worlds import LocalWorld as LocalWorld
 
@@ -22,13 +25,27 @@ _HOMES = {
     "ExpertParallel": "moegen.expert_parallel",
     "Dispatched": "moegen.handle",
     "Handle": "moegen.handle",
+    "HighThroughput": "moegen.high_throughput",
+    "DispatchedRows": "moegen.rows",
+    "RowsHandle": "moegen.rows",
     "LocalWorld": "moegen.runtime.worlds",
     "GroupWorld": "moegen.runtime.worlds",
     "errors": "moegen.errors",
     "reference": "moegen.reference",
 }
 
-__all__ = ["Dispatched", "ExpertParallel", "GroupWorld", "Handle", "LocalWorld", "errors", "reference"]
+__all__ = [
+    "Dispatched",
+    "DispatchedRows",
+    "ExpertParallel",
+    "GroupWorld",
+    "Handle",
+    "HighThroughput",
+    "LocalWorld",
+    "RowsHandle",
+    "errors",
+    "reference",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,12 @@ from moegen.kernels.ll import MAX_TOKENS_PER_RANK, QUANTIZED, LowLatencyDispatch
 from moegen.kernels.problem import Problem
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from moegen.expert_parallel import ExpertParallel
+    from moegen.high_throughput import HighThroughput
+
+    Owner: TypeAlias = ExpertParallel | HighThroughput
 
 _ROW_ALIGNMENT = 16
 _DTYPES = {torch.bfloat16: "bf16"}
@@ -75,9 +80,9 @@ def problem(
     )
 
 
-def tokens(owner: ExpertParallel, x: torch.Tensor) -> torch.Tensor:
+def tokens(owner: Owner, x: torch.Tensor) -> torch.Tensor:
     problem = owner.problem
-    _tensor(owner, "x", x, (owner.dtype,))
+    require_tensor(owner, "x", x, (owner.dtype,))
     if x.dim() != 2 or x.shape[1] != problem.hidden:
         raise InputError(f"x is [tokens, {problem.hidden}]; got {list(x.shape)}")
     if x.shape[0] > problem.max_tokens:
@@ -93,10 +98,10 @@ def tokens(owner: ExpertParallel, x: torch.Tensor) -> torch.Tensor:
     return x if x.data_ptr() % _ROW_ALIGNMENT == 0 else x.clone()
 
 
-def topk_idx(owner: ExpertParallel, ids: torch.Tensor, num_tokens: int, used: torch.Tensor | None) -> torch.Tensor:
+def topk_idx(owner: Owner, ids: torch.Tensor, num_tokens: int, used: torch.Tensor | None) -> torch.Tensor:
     problem = owner.problem
-    _tensor(owner, "topk_idx", ids, (torch.int64, torch.int32))
-    _shape("topk_idx", ids, (num_tokens, problem.num_topk))
+    require_tensor(owner, "topk_idx", ids, (torch.int64, torch.int32))
+    require_shape("topk_idx", ids, (num_tokens, problem.num_topk))
     seen = ids if used is None or ids.device.type != "cpu" else ids[: max(0, int(used))]
     if seen.device.type == "cpu" and seen.numel():
         low, high = (int(bound) for bound in torch.aminmax(seen))
@@ -107,35 +112,45 @@ def topk_idx(owner: ExpertParallel, ids: torch.Tensor, num_tokens: int, used: to
     return ids.contiguous()
 
 
-def topk_weights(owner: ExpertParallel, weights: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+def topk_weights(owner: Owner, weights: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
     if weights is None:
         return None
-    _tensor(owner, "topk_weights", weights, (torch.float32,))
-    _shape("topk_weights", weights, (num_tokens, owner.problem.num_topk))
+    require_tensor(owner, "topk_weights", weights, (torch.float32,))
+    require_shape("topk_weights", weights, (num_tokens, owner.problem.num_topk))
     return weights.contiguous()
 
 
-def num_tokens(owner: ExpertParallel, count: torch.Tensor | None) -> None:
+def num_tokens(owner: Owner, count: torch.Tensor | None) -> None:
     if count is not None:
-        _tensor(owner, "num_tokens", count, (torch.int32,))
+        require_tensor(owner, "num_tokens", count, (torch.int32,))
         if count.numel() != 1:
             raise InputError(f"num_tokens is one int32 on the device; got {list(count.shape)}")
 
 
 def expert_outputs(owner: ExpertParallel, y: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    _tensor(owner, "y", y, (owner.dtype,))
-    _shape("y", y, shape)
-    y = y.contiguous()
-    return y if y.data_ptr() % _ROW_ALIGNMENT == 0 else y.clone()
+    require_tensor(owner, "y", y, (owner.dtype,))
+    require_shape("y", y, shape)
+    return readable(y)
+
+
+def readable(tensor: torch.Tensor) -> torch.Tensor:
+    """What a kernel reads by 16 bytes: the tensor itself, or a copy of it."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % _ROW_ALIGNMENT == 0 else tensor.clone()
 
 
 def out(owner: ExpertParallel, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tensor is None:
         return
-    _tensor(owner, "out", tensor, (dtype,))
-    _shape("out", tensor, shape)
+    require_tensor(owner, "out", tensor, (dtype,))
+    require_shape("out", tensor, shape)
+    require_writable("out", tensor)
+
+
+def require_writable(name: str, tensor: torch.Tensor) -> None:
+    """What a kernel writes by 16 bytes."""
     if not tensor.is_contiguous() or tensor.data_ptr() % _ROW_ALIGNMENT != 0:
-        raise InputError(f"out is contiguous and {_ROW_ALIGNMENT}-byte aligned; got strides {tensor.stride()}")
+        raise InputError(f"{name} is contiguous and {_ROW_ALIGNMENT}-byte aligned; got strides {tensor.stride()}")
 
 
 def reused(owner: ExpertParallel, given: Dispatched) -> None:
@@ -166,13 +181,13 @@ def scales(
         return
     if storage is None:
         raise InputError("this object sends tokens as they are: there are no scales; make it with quantize='fp8'")
-    _tensor(owner, "scales", tensor, (dtype,))
-    _shape("scales", tensor, (storage[0], storage[2], storage[1]))
+    require_tensor(owner, "scales", tensor, (dtype,))
+    require_shape("scales", tensor, (storage[0], storage[2], storage[1]))
     if not tensor.transpose(1, 2).is_contiguous():
         raise InputError(f"the rows of scales lie side by side (stride 1); got strides {tensor.stride()}")
 
 
-def total_counts(owner: ExpertParallel, totals: torch.Tensor | None) -> None:
+def total_counts(owner: Owner, totals: torch.Tensor | None) -> None:
     if totals is not None:
         _numbers(owner, "total_counts", totals, (len(owner.local_experts),))
 
@@ -209,7 +224,7 @@ def handle(owner: ExpertParallel, given: Handle) -> None:
         raise HandleError("nothing was dispatched into this memory; take the handle of what dispatch returned")
 
 
-def _tensor(owner: ExpertParallel, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def require_tensor(owner: Owner, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{name} is a torch tensor; got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
@@ -219,15 +234,15 @@ def _tensor(owner: ExpertParallel, name: str, tensor: torch.Tensor, dtypes: tupl
 
 
 def _numbers(
-    owner: ExpertParallel, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int32
+    owner: Owner, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int32
 ) -> None:
     """A tensor of numbers that a kernel writes."""
-    _tensor(owner, name, tensor, (dtype,))
-    _shape(name, tensor, shape)
+    require_tensor(owner, name, tensor, (dtype,))
+    require_shape(name, tensor, shape)
     if not tensor.is_contiguous():
         raise InputError(f"{name} is contiguous; got strides {tensor.stride()}")
 
 
-def _shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise InputError(f"{name} is {list(shape)}; got {list(tensor.shape)}")

@@ -17,6 +17,7 @@ from moegen.runtime.low_latency import FIRST_EPOCH, Hook, LowLatency
 from moegen.runtime.membership import Membership
 from moegen.runtime.streams import CommStream, Event, current_stream, record
 from moegen.runtime.worlds import RankWorld, as_rank_world
+from moegen.select import select
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -118,7 +119,9 @@ class ExpertParallel(Membership):
         self.dtype = dtype
         self.device = self.world.device
         self._active = checks.active_ranks(self, active_ranks)
-        self.selection, self.kernels = load_on_all_ranks(self.world, self.problem, (timeout, first_epoch, slots))
+        self.selection, self.kernels = load_on_all_ranks(
+            self.world, self.problem, (timeout, first_epoch, slots), select
+        )
         self._comm_stream = CommStream(self.device)
         failure: Exception | None = None
         try:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from moegen import tuning
 from moegen.errors import SpecError
+from moegen.kernels.ht import HighThroughputCombine, HighThroughputDispatch
 from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import DTYPE_BYTES, MAX_BLOCK_WARPS, WARP_SIZE, WarpGroups
@@ -51,6 +52,41 @@ class Selection:
         # Receiving a combine has nothing to do with where its weights came from.
         receives = tuple(spec.in_phase("receive") for spec in whole[:2])
         return (*whole, *sends, *receives)
+
+
+@dataclass(frozen=True)
+class RowSelection:
+    """The kernels of layouts `token` and `packed`.
+
+    Attributes:
+        dispatch: the whole op in one launch; in its phases "plan" and "rows" it is made in two, or by an old plan.
+    """
+
+    dispatch: HighThroughputDispatch
+    combine: HighThroughputCombine
+
+    @property
+    def specs(self) -> tuple[HighThroughputDispatch | HighThroughputCombine, ...]:
+        return (self.dispatch, self.dispatch.in_phase("plan"), self.dispatch.in_phase("rows"), self.combine)
+
+
+HOST_NUM_WARPS = 2
+GPU_NUM_WARPS = {"dispatch": 32, "combine": 16}
+"""Of a block, one to a multiprocessor. A thread of combine holds sums, and has registers for that with half as many."""
+
+
+def select_rows(problem: Problem) -> RowSelection:
+    """The kernels for `problem`, whose layout is `token` or `packed`.
+
+    Raises:
+        SpecError: as `select`.
+    """
+    shape = (problem.layout, problem.num_ranks, problem.hidden, problem.num_topk, problem.num_experts, problem.path)
+    warps = dict.fromkeys(GPU_NUM_WARPS, HOST_NUM_WARPS) if problem.on_host else GPU_NUM_WARPS
+    return RowSelection(
+        HighThroughputDispatch(problem.dtype, *shape, warps["dispatch"], "whole"),
+        HighThroughputCombine("bf16", *shape, warps["combine"]),
+    )
 
 
 def select(problem: Problem, table: Table | None = None) -> Selection:

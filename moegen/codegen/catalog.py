@@ -8,10 +8,11 @@ from typing import Any
 
 from moegen import tuning
 from moegen.errors import InputError
+from moegen.kernels.ht import LAYOUTS
 from moegen.kernels.presets import preset
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
-from moegen.select import select
+from moegen.select import RowSelection, select, select_rows
 
 MAX_CATALOG = 50
 
@@ -27,6 +28,17 @@ _CATALOG: tuple[tuple[str, int, dict[str, Any], tuple[int, ...]], ...] = (
 )
 """Preset, number of ranks, what else the Problem says, capacities."""
 
+_ROWS_CATALOG: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("deepseek-v3", 8, {"layout": "token"}),
+    ("deepseek-v3", 8, {"layout": "packed", "dtype": "e4m3"}),
+    ("tiny", 4, {"layout": "packed", "on_host": True}),
+)
+"""The same of family `ht`, whose kernels do not depend on the capacity. Of its first line, all; of the others, the
+whole ops.
+"""
+
+FAMILIES = ("ll", "ht")
+
 
 def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = None, target: str = "sm90") -> list[Spec]:
     """Every kernel that a preset may launch with these numbers of ranks, on one target.
@@ -35,11 +47,17 @@ def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = No
         InputError: no such preset or family.
         SpecError: a number of ranks that the preset cannot be split over.
     """
-    if family not in (None, "ll"):
-        raise InputError(f"no family {family!r}; there is: ll")
+    if family not in (None, *FAMILIES):
+        raise InputError(f"no family {family!r}; there are: {', '.join(FAMILIES)}")
     on_host = target == "host"
-    specs = (spec for r in ranks for spec in _specs(preset_name, r, all_capacities(), on_host=on_host))
-    return list(dict.fromkeys(specs))
+    specs: dict[Spec, None] = {}
+    for r in ranks:
+        if family != "ht":
+            specs.update(dict.fromkeys(_specs(preset_name, r, all_capacities(), on_host=on_host)))
+        if family != "ll":
+            for layout in LAYOUTS:
+                specs.update(dict.fromkeys(_rows(preset_name, r, layout=layout, on_host=on_host).specs))
+    return list(specs)
 
 
 def all_capacities() -> list[int]:
@@ -52,6 +70,9 @@ def catalog() -> list[Spec]:
     specs: dict[Spec, None] = {}
     for name, num_ranks, options, capacities in _CATALOG:
         specs.update(dict.fromkeys(_specs(name, num_ranks, capacities, **options)))
+    for number, (name, num_ranks, options) in enumerate(_ROWS_CATALOG):
+        selection = _rows(name, num_ranks, **options)
+        specs.update(dict.fromkeys(selection.specs if number == 0 else (selection.dispatch, selection.combine)))
     if len(specs) > MAX_CATALOG:
         raise AssertionError(f"{len(specs)} kernels are too many to read; the catalog holds at most {MAX_CATALOG}")
     return list(specs)
@@ -62,3 +83,9 @@ def _specs(name: str, num_ranks: int, capacities: Sequence[int], **options: Any)
     for capacity in capacities:
         problem = Problem(num_ranks, layer.num_experts, layer.num_topk, layer.hidden, capacity, **options)
         yield from select(problem).specs
+
+
+def _rows(name: str, num_ranks: int, **options: Any) -> RowSelection:
+    layer = preset(name)
+    problem = Problem(num_ranks, layer.num_experts, layer.num_topk, layer.hidden, max_tokens=1, **options)
+    return select_rows(problem)

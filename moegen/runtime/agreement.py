@@ -3,17 +3,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
 from moegen.codegen.render import render
 from moegen.errors import WorldError
 from moegen.kernels.problem import Problem
+from moegen.kernels.spec import Spec
 from moegen.runtime.kernel import LoadedKernel, load
 from moegen.runtime.worlds import RankWorld
-from moegen.select import Selection, select
+
+
+class Selected(Protocol):
+    """The kernels that serve a Problem."""
+
+    @property
+    def specs(self) -> Sequence[Spec]: ...
+
+
+S = TypeVar("S", bound=Selected)
 
 
 def load_on_all_ranks(
-    world: RankWorld, problem: Problem, settings: tuple[object, ...]
-) -> tuple[Selection, tuple[LoadedKernel, ...]]:
+    world: RankWorld, problem: Problem, settings: tuple[object, ...], select: Callable[[Problem], S]
+) -> tuple[S, tuple[LoadedKernel, ...]]:
     """Loads every kernel that calls may need, on all ranks before any may launch, and compares what they load.
 
     A rank that compiles while others run looks like a hang to them.

@@ -6,12 +6,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 
 from moegen.errors import DestroyedError, MoegenError, PeerTimeoutError, SlotError
-from moegen.runtime.low_latency import LowLatency, OpenHalf
+from moegen.runtime.memory import SymmetricMemory
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,11 +19,22 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Lifecycle:
-    """The part of `ExpertParallel` that raises what kernels report, and ends."""
+class Launches(Protocol):
+    """What of an object's launches matters here."""
+
+    memory: SymmetricMemory
+
+    def raise_what_happened(self) -> None: ...
+
+
+Ops = TypeVar("Ops", bound=Launches)
+
+
+class Lifecycle(Generic[Ops]):
+    """The part of what users hold that raises what kernels report, and ends."""
 
     device: torch.device
-    _ops: LowLatency | None = None
+    _ops: Ops | None = None
     _poison: MoegenError | None = None
 
     def check(self) -> None:
@@ -67,9 +78,9 @@ class Lifecycle:
     ) -> None:
         self.destroy()
 
-    def _alive(self) -> LowLatency:
+    def _alive(self) -> Ops:
         if self._ops is None:
-            raise DestroyedError("this ExpertParallel was destroyed; make a new one")
+            raise DestroyedError(f"this {type(self).__name__} was destroyed; make a new one")
         return self._ops
 
     def _synchronize_device(self) -> None:
@@ -90,9 +101,3 @@ class Lifecycle:
         if self.device.type == "cpu":
             self.check()
         return result
-
-    def _receive(self, half: OpenHalf) -> None:
-        """The hook that users get: a failure poisons the object, and on a CPU is raised at once."""
-        ops = self._alive()
-        self.check()
-        self._launch(ops.receive, half)

@@ -8,10 +8,11 @@ import torch
 from moegen.errors import InputError
 from moegen.kernels.problem import Problem
 from moegen.runtime.lifecycle import Lifecycle
+from moegen.runtime.low_latency import LowLatency, OpenHalf
 from moegen.runtime.worlds import RankWorld
 
 
-class Membership(Lifecycle):
+class Membership(Lifecycle[LowLatency]):
     """The part of `ExpertParallel` that says so."""
 
     world: RankWorld
@@ -51,3 +52,9 @@ class Membership(Lifecycle):
         if self._active is None:
             raise InputError("this object was made for ranks that are all there; make it with active_ranks=True")
         return self._active
+
+    def _receive(self, half: OpenHalf) -> None:
+        """The hook that users get: a failure poisons the object, and on a CPU is raised at once."""
+        ops = self._alive()
+        self.check()
+        self._launch(ops.receive, half)

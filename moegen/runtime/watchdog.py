@@ -6,10 +6,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 
-from moegen.errors import InvalidRoutingError, PeerTimeoutError
+from moegen.errors import CapacityError, InvalidRoutingError, PeerTimeoutError
 from moegen.runtime.memory import HostWords
 
-_FIELDS = ("valid", "phase", "rank", "peer", "index", "epoch", "expected", "seen", "invalid_token")
+_FIELDS = ("valid", "phase", "rank", "peer", "index", "epoch", "expected", "seen", "invalid_token", "rows_needed")
 _FAILURE_BYTES = 4 * len(_FIELDS)
 
 
@@ -37,7 +37,7 @@ class Watchdog:
 
         Raises:
             PeerTimeoutError: on this and every later call.
-            InvalidRoutingError: once; the words are then cleared.
+            InvalidRoutingError, CapacityError: once; the words are then cleared.
         """
         if self._all == self._nothing:
             return
@@ -47,12 +47,28 @@ class Watchdog:
                 raise self._expired(stem, words)
         for kernel, stem in enumerate(self._stems):
             self._raise_invalid(kernel, stem)
+            self._raise_overfull(kernel, stem)
+
+    def _taken(self, kernel: int, word: str) -> int:
+        """A word, which is cleared."""
+        at = kernel * len(_FIELDS) + _FIELDS.index(word)
+        value = int(self._words.words[at])
+        if value:
+            self._words.words[at] = 0
+        return value
+
+    def _raise_overfull(self, kernel: int, stem: str) -> None:
+        rows = self._taken(kernel, "rows_needed")
+        if rows:
+            raise CapacityError(
+                f"{stem}: {rows} or more rows came to a call that had room for fewer, and were left out; give it "
+                f"max_rows={rows} or more, or none"
+            )
 
     def _raise_invalid(self, kernel: int, stem: str) -> None:
-        token = self._failure(kernel)["invalid_token"] - 1
+        token = self._taken(kernel, "invalid_token") - 1
         if token < 0:
             return
-        self._words.words[(kernel + 1) * len(_FIELDS) - 1] = 0
         raise InvalidRoutingError(
             f"{stem}: token {token} selected an expert that does not exist; ids are 0..num_experts-1, or -1 "
             f"for no selection. That selection was left out of this and possibly other calls."

@@ -23,6 +23,7 @@ struct Failure {
     uint32_t expected;
     uint32_t seen;
     uint32_t invalid_token;  // 1 + a token that selected an expert that does not exist; 0: none did
+    uint32_t rows_needed;    // more rows came than there was room for: room for at least so many; 0: all had room
 };
 
 // Epochs run from 2 to 2**32 - 1 and begin again: 0, which fresh memory holds, is never current, and even and odd ones

@@ -20,8 +20,8 @@ LAYERS = (
     ("tuning",),
     ("codegen", "select"),
     ("compile",),
-    ("runtime", "handle", "checks"),
-    ("expert_parallel",),
+    ("runtime", "handle", "rows", "checks", "row_checks"),
+    ("expert_parallel", "high_throughput"),
     ("functional",),
     ("cli", "bench", "demo", "compat", "__main__"),
 )

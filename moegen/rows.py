@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DispatchedRows` and `RowsHandle`: what dispatch of layouts `token` and `packed` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RowsHandle:
+    """A routing, for combine and for further dispatches by it. Opaque; owns its memory and pins no buffer, so any
+    number may live.
+
+    Attributes:
+        owner: the object that made it; only that object takes it.
+        num_tokens: rows of the token tensor that was dispatched.
+        rows: rows of `DispatchedRows.tokens`: of what combine takes.
+        memory: the device memory behind `addresses`.
+        addresses: of token_ranks, tokens_sent, first_rows, row_tokens, row_slots, row_weights, own_rows, in that order.
+        stream: the CUDA stream that its memory was allocated on, as a number; 0 on the CPU.
+        numbers: the parts of that memory which the result shows (`moegen.runtime.row_memory.Numbers`).
+        host_counts: see `DispatchedRows`.
+    """
+
+    owner: object
+    num_tokens: int
+    rows: int
+    memory: torch.Tensor
+    addresses: tuple[int, ...]
+    stream: int
+    numbers: Any
+    host_counts: list[int] | None
+
+    def __repr__(self) -> str:
+        return f"RowsHandle(num_tokens={self.num_tokens}, rows={self.rows})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a moegen handle belongs to its process and its object; it cannot be pickled or copied")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class DispatchedRows:
+    """The tokens that came to this rank, layout `token` or `packed`.
+
+    Attributes:
+        tokens: [rows, hidden], bfloat16 or float8_e4m3fn. Layout `token`: a row for each token that selects an expert
+            of this rank, by source rank and then by the source's token. Layout `packed`: a row for each of this rank's
+            experts that it selects; expert e's are tokens[expert_starts[e]:][:counts[e]], in that order. Rows that
+            nothing came for are undefined.
+        scales: of FP8 tokens, [rows, hidden / 128] float32 or, packed UE8M0, [rows, hidden / 512] int32. Else None.
+        topk_idx: int64 [rows, topk], layout `token`: the expert of each selection, counted among this rank's; -1 where
+            another rank holds it, and in rows that nothing came for. Else None.
+        topk_weights: float32, [rows, topk] in layout `token`, 0 where topk_idx is -1; [rows] in layout `packed`: the
+            weight of the row's selection (of a token that selects an expert twice, their sum).
+        counts: int32 [local experts], on the device: rows that select each expert.
+        expert_starts: int32 [local experts + 1], layout `packed`: first row of each expert, a multiple of the
+            alignment, and in the end how many rows are used. Else None.
+        source_starts: int32 [ranks + 1]: how many (token, rank) rows came from lower ranks, and in the end from all. In
+            layout `token` those of source r are tokens[source_starts[r]:source_starts[r + 1]].
+        row_tokens: int32 [ranks * max_tokens_per_rank]: which of its source's tokens each of those rows is.
+        host_counts: `counts` as a list, in mode "exact"; else None.
+        handle: give it to combine, or to another dispatch with the same routing.
+    """
+
+    tokens: torch.Tensor
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    counts: torch.Tensor
+    expert_starts: torch.Tensor | None
+    source_starts: torch.Tensor
+    row_tokens: torch.Tensor
+    host_counts: list[int] | None
+    handle: RowsHandle

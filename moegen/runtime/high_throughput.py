@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Family `ht` at run time: its symmetric buffer and its launches, for one rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from moegen.kernels.ht import (
+    CHUNK,
+    PHASES,
+    HighThroughputCombine,
+    HighThroughputDispatch,
+    Regions,
+    regions,
+    roles,
+)
+from moegen.kernels.ll import ceil_div
+from moegen.kernels.problem import Problem
+from moegen.rows import RowsHandle
+from moegen.runtime.bound import BoundKernel
+from moegen.runtime.kernel import LoadedKernel
+from moegen.runtime.low_latency import FIRST_EPOCH
+from moegen.runtime.memory import SymmetricMemory
+from moegen.runtime.row_memory import OF_HANDLE, Numbers, RowMemory, Rows
+from moegen.runtime.streams import StreamOrder, current_stream, record
+from moegen.runtime.watchdog import Watchdog
+from moegen.runtime.worlds import RankWorld
+from moegen.select import RowSelection
+
+log = logging.getLogger(__name__)
+
+_CONTROL_WORDS = 32
+"""32-bit words per op: struct Control, on a 128-byte line of its own; the last line holds the abort word."""
+
+_DISPATCH_VARYING = (
+    "x",
+    "x_scales",
+    "topk_idx",
+    "topk_weights",
+    "out",
+    "out_scales",
+    "out_topk_idx",
+    "out_weights",
+    "counts",
+    "total_counts",
+    "first_slots",
+    *OF_HANDLE,
+    "num_tokens",
+    "x_stride",
+    "scale_row_stride",
+    "scale_word_stride",
+    "tokens",
+    "capacity",
+    "wide_ids",
+    "timeout_ns",
+)
+_COMBINE_VARYING = (
+    "y",
+    "y_weights",
+    "bias",
+    "second_bias",
+    "out",
+    "out_weights",
+    *OF_HANDLE,
+    "tokens",
+    "timeout_ns",
+)
+
+
+class HighThroughputOps:
+    """One rank's dispatch and combine. Collective to make; the kernels are loaded already."""
+
+    def __init__(
+        self,
+        world: RankWorld,
+        problem: Problem,
+        selection: RowSelection,
+        kernels: Sequence[LoadedKernel],
+        *,
+        alignment: int,
+        timeout: float,
+        num_sms: int | None,
+        first_epoch: int = FIRST_EPOCH,
+    ) -> None:
+        self.problem = problem
+        self._timeout = timeout
+        self.row_memory = RowMemory(
+            problem, selection.dispatch, len(problem.local_experts(world.rank)), alignment, world.device
+        )
+        dispatch = regions(selection.dispatch, problem.max_tokens, 0)
+        combine = regions(selection.combine, problem.max_tokens, dispatch.end)
+        self.buffer_bytes = combine.end
+        log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
+        self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
+        self._control = torch.zeros(3, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        chunks = ceil_div(problem.max_tokens, CHUNK)
+        counters = selection.dispatch.num_counters
+        self._chunk_counts = torch.zeros(chunks, counters, dtype=torch.int32, device=world.device)
+        self._chunk_epochs = torch.zeros(chunks, dtype=torch.int32, device=world.device)
+        pinned = world.device.type == "cuda"
+        self._watchdog = Watchdog([kernel.spec.stem for kernel in kernels], PHASES, timeout, pinned=pinned)
+        self._order = StreamOrder(world.device)
+        self._bound: dict[str, BoundKernel] = {}
+        for number, kernel in enumerate(kernels):
+            at = combine if isinstance(kernel.spec, HighThroughputCombine) else dispatch
+            self._bind(world, kernel, at, self._watchdog.address(number), alignment, num_sms)
+        before = 0xFFFFFFFF if first_epoch == FIRST_EPOCH else first_epoch - 1
+        self._control[:2, 0] = _signed(first_epoch)
+        words = self.memory.local.view(torch.int32)
+        for at in (dispatch, combine):
+            words[at.consumed // 4 : at.consumed // 4 + problem.num_ranks] = _signed(before)
+
+    def _bind(
+        self,
+        world: RankWorld,
+        kernel: LoadedKernel,
+        at: Regions,
+        failure: int,
+        alignment: int,
+        num_sms: int | None,
+    ) -> None:
+        spec = kernel.spec
+        assert isinstance(spec, (HighThroughputDispatch, HighThroughputCombine))
+        who = roles(spec.op, kernel.blocks(world.ranks_per_device, num_sms))
+        dispatch = isinstance(spec, HighThroughputDispatch)
+        fixed: dict[str, int | Sequence[int]] = {
+            "peers": self.memory.peers,
+            "rank": world.rank,
+            "max_tokens": self.problem.max_tokens,
+            "control": self._control[0 if dispatch else 1].data_ptr(),
+            "aborted": self._control[2].data_ptr(),
+            "failure": failure,
+            "consumed_offset": at.consumed,
+            "rows_offset": at.rows,
+            "tags_offset": at.tags,
+            "senders": who.senders,
+            "receivers": who.receivers,
+        }
+        if isinstance(spec, HighThroughputDispatch):
+            fixed |= {
+                "counts_offset": at.counts,
+                "entries_offset": at.entries,
+                "chunk_counts": self._chunk_counts.data_ptr(),
+                "chunk_epochs": self._chunk_epochs.data_ptr(),
+                "alignment": alignment,
+            }
+        varying = _DISPATCH_VARYING if dispatch else _COMBINE_VARYING
+        name = spec.phase if isinstance(spec, HighThroughputDispatch) else "combine"
+        self._bound[name] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
+
+    def dispatch(
+        self,
+        phase: str,
+        x: torch.Tensor,
+        x_scales: torch.Tensor | None,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        num_tokens: torch.Tensor | None,
+        numbers: Numbers | None,
+        addresses: tuple[int, ...],
+        rows: Rows | None,
+        total_counts: torch.Tensor | None,
+        timeout: float | None,
+    ) -> None:
+        """Launches one phase; arguments are checked already. `numbers`: None when moving rows by an earlier plan;
+        `rows`: None when only planning.
+        """
+        self._order.follow("dispatch")
+        scales = None if rows is None else rows.scales
+        self._bound[phase](
+            x.data_ptr(),
+            _address(x_scales),
+            _address(topk_idx),
+            _address(topk_weights),
+            *((0,) * 4 if rows is None else map(_address, (rows.tokens, scales, rows.topk_idx, rows.topk_weights))),
+            0 if numbers is None else numbers.counts.data_ptr(),
+            _address(total_counts),
+            0 if numbers is None else numbers.first_slots.data_ptr(),
+            *addresses,
+            _address(num_tokens),
+            x.stride(0) * x.element_size(),
+            *((0, 0) if scales is None else scales.stride()),
+            x.shape[0],
+            0 if rows is None else rows.tokens.shape[0],
+            topk_idx is not None and topk_idx.dtype == torch.int64,
+            self._nanoseconds(timeout),
+        )
+
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: RowsHandle,
+        y_weights: torch.Tensor | None,
+        bias: Sequence[torch.Tensor],
+        out: torch.Tensor,
+        out_weights: torch.Tensor | None,
+        timeout: float | None,
+    ) -> None:
+        """Launches combine; arguments are checked already."""
+        if handle.stream != current_stream(y.device):  # the handle may be dropped before this stream has read it
+            record(y.device, (handle.memory,))
+        self._order.follow("combine")
+        first, second = (*bias, None, None)[:2]
+        self._bound["combine"](
+            y.data_ptr(),
+            _address(y_weights),
+            _address(first),
+            _address(second),
+            out.data_ptr(),
+            _address(out_weights),
+            *handle.addresses,
+            handle.num_tokens,
+            self._nanoseconds(timeout),
+        )
+
+    def _nanoseconds(self, timeout: float | None) -> int:
+        """Of this call's timeout; a report of an expired wait names the last call's."""
+        self._watchdog.timeout = seconds = self._timeout if timeout is None else timeout
+        return int(seconds * 1e9)
+
+    def raise_what_happened(self) -> None:
+        self._watchdog.raise_what_happened()
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory that a dispatch of layouts `token` and `packed` fills: the user's rows, and one block of numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from moegen.kernels.ht import HighThroughputDispatch
+from moegen.kernels.ll import ceil_div
+from moegen.kernels.problem import Problem
+
+_WORD_BYTES = 4
+OF_HANDLE = ("token_ranks", "tokens_sent", "first_rows", "row_tokens", "row_slots", "row_weights", "own_rows")
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """One dispatch's numbers, in one allocation of 32-bit words.
+
+    Attributes:
+        addresses: of OF_HANDLE.
+    """
+
+    memory: torch.Tensor
+    counts: torch.Tensor
+    first_slots: torch.Tensor
+    first_rows: torch.Tensor
+    row_tokens: torch.Tensor
+    addresses: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The user's tensors; None is what this layout or call does not have."""
+
+    tokens: torch.Tensor
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+
+
+class RowMemory:
+    """Makes that memory; knows where everything lies in it."""
+
+    def __init__(
+        self, problem: Problem, spec: HighThroughputDispatch, local_experts: int, alignment: int, device: torch.device
+    ) -> None:
+        self._spec = spec
+        self._device = device
+        self._topk = problem.num_topk
+        self._hidden = problem.hidden
+        self._local_experts = local_experts
+        rows = problem.num_ranks * problem.max_tokens
+        sizes = {
+            "token_ranks": 2 * problem.max_tokens,  # 64-bit masks come first
+            "tokens_sent": 1,
+            "first_rows": problem.num_ranks + 1,
+            "row_tokens": rows,
+            "row_slots": rows * problem.num_topk,
+            "row_weights": rows * problem.num_topk,
+            "own_rows": problem.max_tokens,
+            "counts": local_experts,
+            "first_slots": local_experts + 1,
+        }
+        self._sizes = sizes
+        self._at = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+        self._words = sum(sizes.values())
+        self.capacity = rows
+        """Rows that can come at most."""
+        if spec.packed:
+            most = rows * min(problem.num_topk, local_experts) + (alignment - 1) * local_experts
+            self.capacity = ceil_div(most, alignment) * alignment
+        self.dtype = torch.bfloat16 if spec.dtype == "bf16" else torch.float8_e4m3fn
+        self.scales_dtype = torch.int32 if spec.format.scales_per_word > 1 else torch.float32
+
+    def numbers(self) -> Numbers:
+        memory = torch.empty(self._words, dtype=torch.int32, device=self._device)
+        base = memory.data_ptr()
+
+        def part(name: str) -> torch.Tensor:
+            return memory.as_strided((self._sizes[name],), (1,), self._at[name])
+
+        return Numbers(
+            memory,
+            part("counts"),
+            part("first_slots"),
+            part("first_rows"),
+            part("row_tokens"),
+            tuple(base + _WORD_BYTES * self._at[name] for name in OF_HANDLE),
+        )
+
+    def rows(
+        self, number: int, *, selections: bool, tokens: torch.Tensor | None = None, scales: torch.Tensor | None = None
+    ) -> Rows:
+        """Tensors for `number` rows; `selections`: also for what each selects. What is given is used as it is."""
+        packed = self._spec.packed
+        device = self._device
+        if tokens is None:
+            tokens = torch.empty(number, self._hidden, dtype=self.dtype, device=device)
+        if scales is None and self._spec.scale_words:
+            scales = torch.empty(number, self._spec.scale_words, dtype=self.scales_dtype, device=device)
+        ids = torch.empty(number, self._topk, dtype=torch.int64, device=device) if selections and not packed else None
+        shape = (number,) if packed else (number, self._topk)
+        weights = torch.empty(shape, dtype=torch.float32, device=device) if selections else None
+        return Rows(tokens, scales, ids, weights)
