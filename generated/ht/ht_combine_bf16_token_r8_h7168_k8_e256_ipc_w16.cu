@@ -70,8 +70,6 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
     return sum < kRanks ? sum : sum - kRanks;
 }
 
-constexpr uint32_t kAhead = 4;  // vectors that a lane asks for before it uses the first
-
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
@@ -140,6 +138,32 @@ __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch
     return __all_sync(kFullWarp, arrived) != 0;  // and what lane 0 acquired, all have
 }
 
+constexpr uint32_t kAhead = 4;  // vectors of a part that each lane has
+constexpr uint32_t kPartVectors = kAhead * kWarpSize;
+
+// Of the vectors from `first` on, each lane has every 32nd.
+struct Part {
+    uint4 vectors[kAhead];
+};
+
+__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
+    Part part = {};
+#pragma unroll
+    for (uint32_t step = 0; step < kAhead; ++step) {
+        const uint32_t at = first + step * kWarpSize + lane_id();
+        if (at < kRowVectors) part.vectors[step] = row[at];
+    }
+    return part;
+}
+
+__device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Part& part) {
+#pragma unroll
+    for (uint32_t step = 0; step < kAhead; ++step) {
+        const uint32_t at = first + step * kWarpSize + lane_id();
+        if (at < kRowVectors) row[at] = part.vectors[step];
+    }
+}
+
 // Eight numbers of a row, as the fp32 in which they are summed.
 struct Sums {
     float values[8];
@@ -159,11 +183,9 @@ __device__ __forceinline__ uint4 rounded(const Sums& sums) {
                       round_to_bf16x2(sums.values[4], sums.values[5]), round_to_bf16x2(sums.values[6], sums.values[7]));
 }
 
-// Where the weights travel with a row, and how they are summed: K words behind it.
-__device__ __forceinline__ const float* weights_behind(const uint4* record) {
-    return reinterpret_cast<const float*>(record + kRowVectors);
-}
+constexpr uint32_t kMaxTerms = kRanks + 2;  // of the ranks, and biases
 
+// Weights that are summed like the rows travel behind them: K words.
 __device__ __forceinline__ float* weights_behind(uint4* record) {
     return reinterpret_cast<float*>(record + kRowVectors);
 }
@@ -172,50 +194,53 @@ __device__ __forceinline__ const uint4* y_at(const Params& p, uint32_t row) {
     return reinterpret_cast<const uint4*>(p.y) + uint64_t(row) * kRowVectors;
 }
 
-// Part of a row: vectors number first + step * 32.
-struct Part {
-    uint4 vectors[kAhead];
+// The rows that add up to one sum, in the order in which they are added.
+struct Terms {
+    const uint4* rows[kMaxTerms];
+    float weights[kMaxTerms];
 };
 
-__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
-    Part part = {};
+__device__ __forceinline__ void add(Sums (&sums)[kAhead], const Part& part, float weight) {
 #pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        if (first + step * kWarpSize < kRowVectors) part.vectors[step] = row[first + step * kWarpSize];
+    for (uint32_t step = 0; step < kAhead; ++step) add(sums[step], part.vectors[step], weight);
+}
+
+// A warp adds the rows up in fp32, rounds once and stores; of a part, the next row is on its way while one is added.
+__device__ __forceinline__ void store_sum(const Terms& terms, uint32_t number, uint4* to) {
+    Part next = number != 0 ? load_part(terms.rows[0], 0) : Part{};
+#pragma unroll 1
+    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
+        Sums sums[kAhead] = {};
+#pragma unroll 1
+        for (uint32_t term = 0; term < number; ++term) {
+            const Part part = next;
+            const bool last = term + 1 == number;
+            if (!last || first + kPartVectors < kRowVectors) {
+                next = load_part(terms.rows[last ? 0 : term + 1], last ? first + kPartVectors : first);
+            }
+            add(sums, part, terms.weights[term]);
+        }
+        Part sum;
+#pragma unroll
+        for (uint32_t step = 0; step < kAhead; ++step) sum.vectors[step] = rounded(sums[step]);
+        store_part(to, first, sum);
     }
-    return part;
 }
 
-__device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Part& part) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        if (first + step * kWarpSize < kRowVectors) row[first + step * kWarpSize] = part.vectors[step];
+__device__ __forceinline__ void copy_row(const uint4* from, uint4* to) {
+    Part next = load_part(from, 0);
+#pragma unroll 1
+    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
+        const Part part = next;
+        if (first + kPartVectors < kRowVectors) next = load_part(from, first + kPartVectors);
+        store_part(to, first, part);
     }
-}
-
-struct PartSums {
-    Sums sums[kAhead];
-};
-
-__device__ __forceinline__ void add(PartSums& to, const Part& part, float weight) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) add(to.sums[step], part.vectors[step], weight);
-}
-
-__device__ __forceinline__ Part rounded(const PartSums& from) {
-    Part part;
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) part.vectors[step] = rounded(from.sums[step]);
-    return part;
 }
 
 __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch, uint32_t row, uint32_t owner) {
     const uint32_t token = uint32_t(p.row_tokens[row]);
     uint4* record = record_at(p, owner, p.rank, token);
-#pragma unroll 1
-    for (uint32_t first = lane_id(); first < kRowVectors; first += kAhead * kWarpSize) {
-        store_part(record, first, load_part(y_at(p, row), first));
-    }
+    copy_row(y_at(p, row), record);
     if (p.y_weights != nullptr && lane_id() < kTopk) {
         weights_behind(record)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
     }
@@ -260,28 +285,42 @@ __device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uin
     p.out_weights[uint64_t(token) * kTopk + lane_id()] = sum;
 }
 
-// This rank's own partial sum never leaves fp32.
+__device__ __forceinline__ uint32_t list_row(Terms& terms, uint32_t number, const uint4* row) {
+    if (lane_id() == 0) {
+        terms.rows[number] = row;
+        terms.weights[number] = 1.0f;
+    }
+    return number + 1;
+}
+
+// What makes up a token, in the order of the ranks; this rank's own part is never rounded.
+__device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, uint64_t ranks, uint32_t own_row,
+                                               Terms& terms) {
+    __syncwarp();  // the terms before are used
+    uint32_t number = 0;
+    for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
+        const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
+        if (rank != p.rank) {
+            number = list_row(terms, number, record_at(p, p.rank, rank, token));
+            continue;
+        }
+        number = list_row(terms, number, y_at(p, own_row));
+    }
+    const uint64_t at = uint64_t(token) * kRowVectors;
+    if (p.bias != nullptr) number = list_row(terms, number, reinterpret_cast<const uint4*>(p.bias) + at);
+    if (p.second_bias != nullptr) number = list_row(terms, number, reinterpret_cast<const uint4*>(p.second_bias) + at);
+    __syncwarp();
+    return number;
+}
+
 __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch, uint32_t token) {
+    __shared__ Terms lists[kWarps];
     const uint64_t ranks = p.token_ranks[token];
     const uint64_t own = uint64_t(1) << p.rank;
     const uint32_t own_row = (ranks & own) != 0 ? uint32_t(p.own_rows[token]) : 0;
+    const uint32_t number = list_terms(p, token, ranks, own_row, lists[warp_id()]);
     if (!wait_for_partials(p, watch, token, ranks & ~own)) return;
-    const uint64_t at = uint64_t(token) * kRowVectors;
-#pragma unroll 1
-    for (uint32_t first = lane_id(); first < kRowVectors; first += kAhead * kWarpSize) {
-        PartSums sums = {};
-#pragma unroll 1
-        for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-            const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
-            const uint4* from = rank == p.rank ? y_at(p, own_row) : record_at(p, p.rank, rank, token);
-            add(sums, load_part(from, first), 1.0f);
-        }
-        if (p.bias != nullptr) add(sums, load_part(reinterpret_cast<const uint4*>(p.bias) + at, first), 1.0f);
-        if (p.second_bias != nullptr) {
-            add(sums, load_part(reinterpret_cast<const uint4*>(p.second_bias) + at, first), 1.0f);
-        }
-        store_part(reinterpret_cast<uint4*>(p.out) + at, first, rounded(sums));
-    }
+    store_sum(lists[warp_id()], number, reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors);
     sum_weights(p, token, ranks, own_row);
 }
 

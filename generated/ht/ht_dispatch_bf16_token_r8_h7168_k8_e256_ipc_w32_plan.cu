@@ -343,6 +343,10 @@ struct Arrivals {
     uint32_t slots[kRanks][kLocalExperts];  // rows that select each expert; in layout packed then the first of them
 };
 
+__device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t source) {
+    return arrivals.first_row[source + 1] - arrivals.first_row[source];
+}
+
 __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch, Arrivals& arrivals) {
     for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
         const uint32_t source = index / kCountPieces;
@@ -391,19 +395,29 @@ struct Arrival {
     float weight;
 };
 
+static_assert(kEntryPieces <= kWarpSize);  // a lane has one piece of an entry
+
+// Asks for an entry long before it is used; a row that does not exist has none.
+__device__ __forceinline__ uint4 ask_for_entry(const Params& p, const Arrivals& arrivals, uint32_t source,
+                                               uint32_t index) {
+    if (lane_id() >= kEntryPieces || index >= rows_of(arrivals, source)) return uint4{};
+    return load_whole_relaxed_sys(entry_at(p, p.rank, source, index) + lane_id());
+}
+
 // Reads where a row goes and leaves it for combine; false if that did not come.
 __device__ __forceinline__ bool await_entry(const Params& p, const Watch& watch, const Arrivals& arrivals,
-                                            uint32_t source, uint32_t index, Arrival& arrival) {
+                                            uint32_t source, uint32_t index, uint4 piece, Arrival& arrival) {
     __shared__ uint32_t entries[kWarps][kEntryWords];
     uint32_t* entry = entries[warp_id()];
     bool came = true;
-    for (uint32_t piece = lane_id(); piece < kEntryPieces; piece += kWarpSize) {
-        uint4 whole;
-        const uint4* from = entry_at(p, p.rank, source, index) + piece;
-        came &= wait_for_whole(watch, Awaited{kEntry, source, int32_t(index)}, from, whole);
-        entry[piece * kPieceWords] = whole.x;
-        entry[piece * kPieceWords + 1] = whole.y;
-        entry[piece * kPieceWords + 2] = whole.z;
+    if (lane_id() < kEntryPieces) {
+        if (piece.w != watch.epoch) {
+            const uint4* from = entry_at(p, p.rank, source, index) + lane_id();
+            came = wait_for_whole(watch, Awaited{kEntry, source, int32_t(index)}, from, piece);
+        }
+        entry[lane_id() * kPieceWords] = piece.x;
+        entry[lane_id() * kPieceWords + 1] = piece.y;
+        entry[lane_id() * kPieceWords + 2] = piece.z;
     }
     if (__all_sync(kFullWarp, came) == 0) return false;
     __syncwarp();
@@ -428,21 +442,28 @@ __device__ __forceinline__ bool await_entry(const Params& p, const Watch& watch,
 }
 
 // Rows are dealt out source by source in turn, so that what is here already is placed while others are on their way.
+__device__ __forceinline__ uint32_t source_of(const Params& p, uint32_t turn) {
+    return rank_after(p.rank, turn % kRanks);
+}
+
 __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch) {
     __shared__ Arrivals arrivals;
     await_counts(p, watch, arrivals);
     if (blockIdx.x == p.receivers.first) tell_user(p, arrivals);
     uint32_t most = 0;
-    for (uint32_t source = 0; source < kRanks; ++source) {
-        most = max(most, arrivals.first_row[source + 1] - arrivals.first_row[source]);
-    }
+    for (uint32_t source = 0; source < kRanks; ++source) most = max(most, rows_of(arrivals, source));
+    uint32_t turn = turn_of_warp(p.receivers);
+    uint4 asked = ask_for_entry(p, arrivals, source_of(p, turn), turn / kRanks);
 #pragma unroll 1
-    for (uint32_t turn = turn_of_warp(p.receivers); turn < most * kRanks; turn += warps_of(p.receivers)) {
-        const uint32_t source = rank_after(p.rank, turn % kRanks);
+    while (turn < most * kRanks) {
+        const uint32_t source = source_of(p, turn);
         const uint32_t index = turn / kRanks;
-        if (index >= arrivals.first_row[source + 1] - arrivals.first_row[source]) continue;
+        turn += warps_of(p.receivers);
+        const uint4 piece = asked;
+        asked = ask_for_entry(p, arrivals, source_of(p, turn), turn / kRanks);
+        if (index >= rows_of(arrivals, source)) continue;
         Arrival arrival;
-        if (!await_entry(p, watch, arrivals, source, index, arrival)) continue;
+        if (!await_entry(p, watch, arrivals, source, index, piece, arrival)) continue;
     }
 }
 

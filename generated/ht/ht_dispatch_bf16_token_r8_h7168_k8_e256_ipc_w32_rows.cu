@@ -85,7 +85,6 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
     return sum < kRanks ? sum : sum - kRanks;
 }
 
-constexpr uint32_t kAhead = 8;  // vectors that a lane asks for before it stores the first
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
 
 __device__ __forceinline__ Watch start_watch(const Params& p) {
@@ -156,39 +155,47 @@ __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch
     return __all_sync(kFullWarp, arrived) != 0;  // and what lane 0 acquired, all have
 }
 
-// Part of a row in a warp's registers: vectors number first + step * 32 + lane.
+constexpr uint32_t kAhead = 4;  // vectors of a part that each lane has
+constexpr uint32_t kPartVectors = kAhead * kWarpSize;
+
+// Of the vectors from `first` on, each lane has every 32nd.
 struct Part {
     uint4 vectors[kAhead];
 };
 
-__device__ __forceinline__ Part load_part(const Params& p, uint32_t token, uint32_t first) {
-    const uint4* from = reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
+__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
     Part part = {};
 #pragma unroll
     for (uint32_t step = 0; step < kAhead; ++step) {
         const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) part.vectors[step] = load_input(from + at);
+        if (at < kRowVectors) part.vectors[step] = row[at];
     }
     return part;
 }
 
-__device__ __forceinline__ void store_part(uint4* record, uint32_t first, const Part& part) {
+__device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Part& part) {
 #pragma unroll
     for (uint32_t step = 0; step < kAhead; ++step) {
         const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at >= kRowVectors) continue;
-        record[at] = part.vectors[step];
+        if (at < kRowVectors) row[at] = part.vectors[step];
     }
+}
+
+__device__ __forceinline__ const uint4* token_at(const Params& p, uint32_t token) {
+    return reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
 }
 
 // The row's tags, released after all of it, announce it.
 __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, uint32_t token, uint64_t ranks) {
+    Part next = load_part(token_at(p, token), 0);
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kAhead * kWarpSize) {
-        const Part part = load_part(p, token, first);
+    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
+        const Part part = next;
+        if (first + kPartVectors < kRowVectors) next = load_part(token_at(p, token), first + kPartVectors);
 #pragma unroll 1
         for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-            store_part(record_at(p, uint32_t(__ffsll(int64_t(rest))) - 1, p.rank, token), first, part);
+            uint4* record = record_at(p, uint32_t(__ffsll(int64_t(rest))) - 1, p.rank, token);
+            store_part(record, first, part);
         }
     }
     __syncwarp();
@@ -210,6 +217,10 @@ __device__ __forceinline__ void send_rows(const Params& p, const Watch& watch, u
 struct Arrivals {
     uint32_t first_row[kRanks + 1];
 };
+
+__device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t source) {
+    return arrivals.first_row[source + 1] - arrivals.first_row[source];
+}
 
 __device__ __forceinline__ void recall_counts(const Params& p, Arrivals& arrivals) {
     for (uint32_t source = threadIdx.x; source <= kRanks; source += kBlockThreads) {
@@ -263,41 +274,37 @@ __device__ __forceinline__ void place_row(const Params& p, const Watch& watch, c
     tell_selections(p, arrival);
     const uint4* from = record_at(p, p.rank, arrival.source, arrival.token);
     if (!kOwnRowsAreStaged && arrival.source == p.rank) {
-        from = reinterpret_cast<const uint4*>(p.x + arrival.token * p.x_stride);
+        from = token_at(p, arrival.token);
     } else if (!wait_for_row(p, watch, Awaited{kRow, arrival.source, int32_t(arrival.token)})) {
         return;
     }
     uint4* out = reinterpret_cast<uint4*>(p.out);
+    Part next = load_part(from, 0);
 #pragma unroll 1
-    for (uint32_t first = lane_id(); first < kRowVectors; first += kAhead * kWarpSize) {
-        uint4 vectors[kAhead] = {};
-#pragma unroll
-        for (uint32_t step = 0; step < kAhead; ++step) {
-            if (first + step * kWarpSize < kRowVectors) vectors[step] = from[first + step * kWarpSize];
-        }
-            {
-                uint4* to = out + uint64_t(arrival.row) * kRowVectors;
-#pragma unroll
-                for (uint32_t step = 0; step < kAhead; ++step) {
-                    if (first + step * kWarpSize < kRowVectors) to[first + step * kWarpSize] = vectors[step];
-                }
-            }
-        }
+    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
+        const Part part = next;
+        if (first + kPartVectors < kRowVectors) next = load_part(from, first + kPartVectors);
+        store_part(out + uint64_t(arrival.row) * kRowVectors, first, part);
     }
+}
 
 // Rows are dealt out source by source in turn, so that what is here already is placed while others are on their way.
+__device__ __forceinline__ uint32_t source_of(const Params& p, uint32_t turn) {
+    return rank_after(p.rank, turn % kRanks);
+}
+
 __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch) {
     __shared__ Arrivals arrivals;
     recall_counts(p, arrivals);
     uint32_t most = 0;
-    for (uint32_t source = 0; source < kRanks; ++source) {
-        most = max(most, arrivals.first_row[source + 1] - arrivals.first_row[source]);
-    }
+    for (uint32_t source = 0; source < kRanks; ++source) most = max(most, rows_of(arrivals, source));
+    uint32_t turn = turn_of_warp(p.receivers);
 #pragma unroll 1
-    for (uint32_t turn = turn_of_warp(p.receivers); turn < most * kRanks; turn += warps_of(p.receivers)) {
-        const uint32_t source = rank_after(p.rank, turn % kRanks);
+    while (turn < most * kRanks) {
+        const uint32_t source = source_of(p, turn);
         const uint32_t index = turn / kRanks;
-        if (index >= arrivals.first_row[source + 1] - arrivals.first_row[source]) continue;
+        turn += warps_of(p.receivers);
+        if (index >= rows_of(arrivals, source)) continue;
         const Arrival arrival = recall_entry(p, arrivals, source, index);
         place_row(p, watch, arrival);
     }

@@ -85,7 +85,6 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
     return sum < kRanks ? sum : sum - kRanks;
 }
 
-constexpr uint32_t kAhead = 8;  // vectors that a lane asks for before it stores the first
 constexpr uint32_t kScaleWords = 56;  // of a row; they follow it
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
 
@@ -155,6 +154,32 @@ __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch
         arrived = wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(tag); });
     }
     return __all_sync(kFullWarp, arrived) != 0;  // and what lane 0 acquired, all have
+}
+
+constexpr uint32_t kAhead = 4;  // vectors of a part that each lane has
+constexpr uint32_t kPartVectors = kAhead * kWarpSize;
+
+// Of the vectors from `first` on, each lane has every 32nd.
+struct Part {
+    uint4 vectors[kAhead];
+};
+
+__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
+    Part part = {};
+#pragma unroll
+    for (uint32_t step = 0; step < kAhead; ++step) {
+        const uint32_t at = first + step * kWarpSize + lane_id();
+        if (at < kRowVectors) part.vectors[step] = row[at];
+    }
+    return part;
+}
+
+__device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Part& part) {
+#pragma unroll
+    for (uint32_t step = 0; step < kAhead; ++step) {
+        const uint32_t at = first + step * kWarpSize + lane_id();
+        if (at < kRowVectors) row[at] = part.vectors[step];
+    }
 }
 
 constexpr uint32_t kExperts = 256;
@@ -378,39 +403,21 @@ __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t tok
     return __reduce_or_sync(kFullWarp, uint32_t(rank));
 }
 
-// Part of a row in a warp's registers: vectors number first + step * 32 + lane.
-struct Part {
-    uint4 vectors[kAhead];
-};
-
-__device__ __forceinline__ Part load_part(const Params& p, uint32_t token, uint32_t first) {
-    const uint4* from = reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
-    Part part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) part.vectors[step] = load_input(from + at);
-    }
-    return part;
-}
-
-__device__ __forceinline__ void store_part(uint4* record, uint32_t first, const Part& part) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at >= kRowVectors) continue;
-        record[at] = part.vectors[step];
-    }
+__device__ __forceinline__ const uint4* token_at(const Params& p, uint32_t token) {
+    return reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
 }
 
 // The row's tags, released after all of it, announce it.
 __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, uint32_t token, uint64_t ranks) {
+    Part next = load_part(token_at(p, token), 0);
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kAhead * kWarpSize) {
-        const Part part = load_part(p, token, first);
+    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
+        const Part part = next;
+        if (first + kPartVectors < kRowVectors) next = load_part(token_at(p, token), first + kPartVectors);
 #pragma unroll 1
         for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-            store_part(record_at(p, uint32_t(__ffsll(int64_t(rest))) - 1, p.rank, token), first, part);
+            uint4* record = record_at(p, uint32_t(__ffsll(int64_t(rest))) - 1, p.rank, token);
+            store_part(record, first, part);
         }
     }
     const uint32_t* scales = p.x_scales + uint64_t(token) * kScaleWords;
@@ -441,6 +448,10 @@ struct Arrivals {
     uint32_t first_row[kRanks + 1];
     uint32_t slots[kRanks][kLocalExperts];  // rows that select each expert; in layout packed then the first of them
 };
+
+__device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t source) {
+    return arrivals.first_row[source + 1] - arrivals.first_row[source];
+}
 
 __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch, Arrivals& arrivals) {
     for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
@@ -528,19 +539,29 @@ struct Arrival {
     float weight;
 };
 
+static_assert(kEntryPieces <= kWarpSize);  // a lane has one piece of an entry
+
+// Asks for an entry long before it is used; a row that does not exist has none.
+__device__ __forceinline__ uint4 ask_for_entry(const Params& p, const Arrivals& arrivals, uint32_t source,
+                                               uint32_t index) {
+    if (lane_id() >= kEntryPieces || index >= rows_of(arrivals, source)) return uint4{};
+    return load_whole_relaxed_sys(entry_at(p, p.rank, source, index) + lane_id());
+}
+
 // Reads where a row goes and leaves it for combine; false if that did not come.
 __device__ __forceinline__ bool await_entry(const Params& p, const Watch& watch, const Arrivals& arrivals,
-                                            uint32_t source, uint32_t index, Arrival& arrival) {
+                                            uint32_t source, uint32_t index, uint4 piece, Arrival& arrival) {
     __shared__ uint32_t entries[kWarps][kEntryWords];
     uint32_t* entry = entries[warp_id()];
     bool came = true;
-    for (uint32_t piece = lane_id(); piece < kEntryPieces; piece += kWarpSize) {
-        uint4 whole;
-        const uint4* from = entry_at(p, p.rank, source, index) + piece;
-        came &= wait_for_whole(watch, Awaited{kEntry, source, int32_t(index)}, from, whole);
-        entry[piece * kPieceWords] = whole.x;
-        entry[piece * kPieceWords + 1] = whole.y;
-        entry[piece * kPieceWords + 2] = whole.z;
+    if (lane_id() < kEntryPieces) {
+        if (piece.w != watch.epoch) {
+            const uint4* from = entry_at(p, p.rank, source, index) + lane_id();
+            came = wait_for_whole(watch, Awaited{kEntry, source, int32_t(index)}, from, piece);
+        }
+        entry[lane_id() * kPieceWords] = piece.x;
+        entry[lane_id() * kPieceWords + 1] = piece.y;
+        entry[lane_id() * kPieceWords + 2] = piece.z;
     }
     if (__all_sync(kFullWarp, came) == 0) return false;
     __syncwarp();
@@ -596,55 +617,56 @@ __device__ __forceinline__ void place_row(const Params& p, const Watch& watch, c
     const uint32_t number = list_targets(p, arrival, targets);
     const uint4* from = record_at(p, p.rank, arrival.source, arrival.token);
     if (!kOwnRowsAreStaged && arrival.source == p.rank) {
-        from = reinterpret_cast<const uint4*>(p.x + arrival.token * p.x_stride);
+        from = token_at(p, arrival.token);
     } else if (!wait_for_row(p, watch, Awaited{kRow, arrival.source, int32_t(arrival.token)})) {
         return;
     }
     uint4* out = reinterpret_cast<uint4*>(p.out);
+    Part next = load_part(from, 0);
 #pragma unroll 1
-    for (uint32_t first = lane_id(); first < kRowVectors; first += kAhead * kWarpSize) {
-        uint4 vectors[kAhead] = {};
-#pragma unroll
-        for (uint32_t step = 0; step < kAhead; ++step) {
-            if (first + step * kWarpSize < kRowVectors) vectors[step] = from[first + step * kWarpSize];
-        }
+    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
+        const Part part = next;
+        if (first + kPartVectors < kRowVectors) next = load_part(from, first + kPartVectors);
 #pragma unroll 1
         for (uint32_t target = 0; target < number; ++target) {
-            uint4* to = out + uint64_t(targets.slots[target]) * kRowVectors;
-#pragma unroll
-                for (uint32_t step = 0; step < kAhead; ++step) {
-                    if (first + step * kWarpSize < kRowVectors) to[first + step * kWarpSize] = vectors[step];
-                }
-            }
+            store_part(out + uint64_t(targets.slots[target]) * kRowVectors, first, part);
         }
-        const uint32_t* scales = arrival.source == p.rank ? p.x_scales + uint64_t(arrival.token) * kScaleWords
-                                                          : reinterpret_cast<const uint32_t*>(from + kRowVectors);
-        for (uint32_t word = lane_id(); word < kScaleWords; word += kWarpSize) {
-            const uint32_t scale = scales[word];
-            for (uint32_t target = 0; target < number; ++target) {
-                p.out_scales[targets.slots[target] * p.scale_row_stride + word * p.scale_word_stride] = scale;
-            }
-        }
-        __syncwarp();  // the next row's list overwrites this one
     }
+    const uint32_t* scales = arrival.source == p.rank ? p.x_scales + uint64_t(arrival.token) * kScaleWords
+                                                      : reinterpret_cast<const uint32_t*>(from + kRowVectors);
+    for (uint32_t word = lane_id(); word < kScaleWords; word += kWarpSize) {
+        const uint32_t scale = scales[word];
+        for (uint32_t target = 0; target < number; ++target) {
+            p.out_scales[targets.slots[target] * p.scale_row_stride + word * p.scale_word_stride] = scale;
+        }
+    }
+    __syncwarp();  // the next row's list overwrites this one
+}
 
 // Rows are dealt out source by source in turn, so that what is here already is placed while others are on their way.
+__device__ __forceinline__ uint32_t source_of(const Params& p, uint32_t turn) {
+    return rank_after(p.rank, turn % kRanks);
+}
+
 __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch) {
     __shared__ Arrivals arrivals;
     await_counts(p, watch, arrivals);
     if (blockIdx.x == p.receivers.first) tell_user(p, arrivals);
     lay_out_experts(p, arrivals);
     uint32_t most = 0;
-    for (uint32_t source = 0; source < kRanks; ++source) {
-        most = max(most, arrivals.first_row[source + 1] - arrivals.first_row[source]);
-    }
+    for (uint32_t source = 0; source < kRanks; ++source) most = max(most, rows_of(arrivals, source));
+    uint32_t turn = turn_of_warp(p.receivers);
+    uint4 asked = ask_for_entry(p, arrivals, source_of(p, turn), turn / kRanks);
 #pragma unroll 1
-    for (uint32_t turn = turn_of_warp(p.receivers); turn < most * kRanks; turn += warps_of(p.receivers)) {
-        const uint32_t source = rank_after(p.rank, turn % kRanks);
+    while (turn < most * kRanks) {
+        const uint32_t source = source_of(p, turn);
         const uint32_t index = turn / kRanks;
-        if (index >= arrivals.first_row[source + 1] - arrivals.first_row[source]) continue;
+        turn += warps_of(p.receivers);
+        const uint4 piece = asked;
+        asked = ask_for_entry(p, arrivals, source_of(p, turn), turn / kRanks);
+        if (index >= rows_of(arrivals, source)) continue;
         Arrival arrival;
-        if (!await_entry(p, watch, arrivals, source, index, arrival)) continue;
+        if (!await_entry(p, watch, arrivals, source, index, piece, arrival)) continue;
         place_row(p, watch, arrival);
     }
 }

@@ -45,8 +45,8 @@ PIECE_WORDS = 3
 CHUNK = 64
 """Tokens that one block plans at a time: two words of bits per counter."""
 
-AHEAD = {"dispatch": 8, "combine": 4}
-"""Sums take eight registers for each vector's one of four."""
+AHEAD = 4
+"""16-byte vectors of a part: two parts, and in combine the sums of one, have room in registers."""
 
 PHASE_WORDS = ("whole", "plan", "rows")
 """What one launch of dispatch does: all of it, only tell every rank which rows come where, or only move rows by a plan
@@ -153,8 +153,8 @@ class HighThroughputSpec(Spec):
 
     @property
     def vectors_ahead(self) -> int:
-        """16-byte vectors that a lane has under way at once, at most AHEAD of this op."""
-        return max(1, min(AHEAD[self.op], ceil_div(self.row_bytes // PIECE_BYTES, WARP_SIZE)))
+        """16-byte vectors of a row that a lane has under way at once, of what is sent: AHEAD, or less in short rows."""
+        return max(1, min(AHEAD, ceil_div(self.row_bytes // PIECE_BYTES, WARP_SIZE)))
 
     @property
     def packed(self) -> bool:
@@ -300,7 +300,7 @@ class HighThroughputCombine(HighThroughputSpec, family="ht", op="combine"):
 
     @property
     def shared_bytes(self) -> int:
-        return self.num_warps * self.num_topk * 12 + 256
+        return 2 * self.num_warps * (self.num_ranks + self.num_topk + 2) * 12 + 256
 
     @cached_property
     def params(self) -> ParamStruct:
