@@ -200,30 +200,59 @@ struct Terms {
     float weights[kMaxTerms];
 };
 
-__device__ __forceinline__ void add(Sums (&sums)[kAhead], const Part& part, float weight) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) add(sums[step], part.vectors[step], weight);
+// Where a warp is in adding up rows part by part: a term of the part that begins with vector `first`.
+struct Place {
+    uint32_t term;
+    uint32_t first;
+};
+
+__device__ __forceinline__ Place after(Place place, uint32_t number) {
+    return place.term + 1 < number ? Place{place.term + 1, place.first} : Place{0, place.first + kPartVectors};
 }
 
-// A warp adds the rows up in fp32, rounds once and stores; of a part, the next row is on its way while one is added.
-__device__ __forceinline__ void store_sum(const Terms& terms, uint32_t number, uint4* to) {
-    Part next = number != 0 ? load_part(terms.rows[0], 0) : Part{};
-#pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
-        Sums sums[kAhead] = {};
-#pragma unroll 1
-        for (uint32_t term = 0; term < number; ++term) {
-            const Part part = next;
-            const bool last = term + 1 == number;
-            if (!last || first + kPartVectors < kRowVectors) {
-                next = load_part(terms.rows[last ? 0 : term + 1], last ? first + kPartVectors : first);
-            }
-            add(sums, part, terms.weights[term]);
-        }
-        Part sum;
+__device__ __forceinline__ Part load_term(const Terms& terms, Place place) {
+    return place.first < kRowVectors ? load_part(terms.rows[place.term], place.first) : Part{};
+}
+
+// Adds a part to the sum of its place; behind the last term rounds once, stores, and begins with zero again.
+__device__ __forceinline__ void add_term(const Terms& terms, uint32_t number, Place place, const Part& part,
+                                         Sums (&sums)[kAhead], uint4* to) {
+    if (place.first >= kRowVectors) return;
+    const float weight = terms.weights[place.term];
 #pragma unroll
-        for (uint32_t step = 0; step < kAhead; ++step) sum.vectors[step] = rounded(sums[step]);
-        store_part(to, first, sum);
+    for (uint32_t step = 0; step < kAhead; ++step) add(sums[step], part.vectors[step], weight);
+    if (place.term + 1 != number) return;
+    Part sum;
+#pragma unroll
+    for (uint32_t step = 0; step < kAhead; ++step) {
+        sum.vectors[step] = rounded(sums[step]);
+        sums[step] = {};
+    }
+    store_part(to, place.first, sum);
+}
+
+__device__ __forceinline__ void store_zeros(uint4* to) {
+    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) store_part(to, first, Part{});
+}
+
+// A warp adds the rows up in fp32. While two parts are added, the next two are on their way.
+__device__ __forceinline__ void store_sum(const Terms& terms, uint32_t number, uint4* to) {
+    if (number == 0) return store_zeros(to);
+    Sums sums[kAhead] = {};
+    Place place{0, 0};
+    Part one = load_term(terms, place);
+    Part two = load_term(terms, after(place, number));
+#pragma unroll 1
+    while (place.first < kRowVectors) {
+        const Place second = after(place, number);
+        const Place third = after(second, number);
+        const Part now = one;
+        const Part then = two;
+        one = load_term(terms, third);
+        two = load_term(terms, after(third, number));
+        add_term(terms, number, place, now, sums, to);
+        add_term(terms, number, second, then, sums, to);
+        place = third;
     }
 }
 

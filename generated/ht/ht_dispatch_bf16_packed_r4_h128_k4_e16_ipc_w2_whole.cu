@@ -214,6 +214,7 @@ struct Chunk {
     uint32_t counted[kCounters][kChunk / 32];  // which tokens of the chunk each counter counts
     uint32_t before[kCounters];                // how many earlier tokens it counts
     int16_t ids[kChunk][kTopk];
+    float weights[kChunk][kTopk];
 };
 
 __device__ __forceinline__ uint32_t chunks_of(uint32_t tokens) { return max(1u, (tokens + kChunk - 1) / kChunk); }
@@ -245,6 +246,8 @@ __device__ __forceinline__ void read_chunk(const Params& p, uint32_t number, uin
         const int64_t id = exists ? id_of(p, number * kChunk + token, k) : -1;
         const bool selects = id >= 0 && id < int64_t(kExperts);
         chunk.ids[token][k] = selects ? int16_t(id) : int16_t(-1);
+        const bool weighs = exists && p.topk_weights != nullptr;
+        chunk.weights[token][k] = weighs ? p.topk_weights[uint64_t(number * kChunk + token) * kTopk + k] : 1.0f;
         if (!selects && id != -1) store_relaxed_sys(&p.failure->invalid_token, number * kChunk + token + 1);
         if (!selects) continue;
         const uint32_t bit = 1u << token % 32;
@@ -293,21 +296,26 @@ __device__ __forceinline__ bool add_counts(const Params& p, const Watch& watch, 
         came &= wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(epoch); });
     }
     if (__syncthreads_and(came) == 0) return false;
-    for (uint32_t counter = threadIdx.x; counter < kCounters; counter += kBlockThreads) {
+    // Neighbouring threads read neighbouring counters; kSharers of them share one, and each asks for many chunks at
+    // once.
+    constexpr uint32_t kSharers = kBlockThreads > kCounters ? kBlockThreads / kCounters : 1;
+#pragma unroll 1
+    for (uint32_t at = threadIdx.x; at < kCounters * kSharers; at += kBlockThreads) {
+        const uint32_t counter = at % kCounters;
         uint32_t sum = 0;
-#pragma unroll 4
-        for (uint32_t earlier = from; earlier < number; ++earlier) {
+#pragma unroll 8
+        for (uint32_t earlier = from + at / kCounters; earlier < number; earlier += kSharers) {
             sum += p.chunk_counts[uint64_t(earlier) * kCounters + counter];
         }
-        chunk.before[counter] += sum;
+        atomicAdd(&chunk.before[counter], sum);
     }
     __syncthreads();
     return true;
 }
 
 // A word of what `rank` is told of a token: see kEntryPieces.
-__device__ __forceinline__ uint32_t entry_word(const Params& p, const Chunk& chunk, uint32_t first, uint32_t token,
-                                               uint32_t rank, uint32_t word) {
+__device__ __forceinline__ uint32_t entry_word(const Chunk& chunk, uint32_t first, uint32_t token, uint32_t rank,
+                                               uint32_t word) {
     if (word == 0) return first + token;
     if (word <= kTopk) {
         const int32_t id = chunk.ids[token][word - 1];
@@ -315,8 +323,7 @@ __device__ __forceinline__ uint32_t entry_word(const Params& p, const Chunk& chu
         const uint32_t earlier = chunk.before[kRanks + id] + counted_before(chunk, kRanks + uint32_t(id), token);
         return earlier << kExpertBits | (uint32_t(id) - first_expert(rank));
     }
-    if (word > 2 * kTopk || p.topk_weights == nullptr) return __float_as_uint(1.0f);
-    return __float_as_uint(p.topk_weights[uint64_t(first + token) * kTopk + word - 1 - kTopk]);
+    return word > 2 * kTopk ? 0 : __float_as_uint(chunk.weights[token][word - 1 - kTopk]);
 }
 
 // A warp for each token and rank, a lane for each piece.
@@ -332,7 +339,7 @@ __device__ __forceinline__ void tell_entries(const Params& p, const Watch& watch
             uint32_t words[kPieceWords];
 #pragma unroll
             for (uint32_t word = 0; word < kPieceWords; ++word) {
-                words[word] = entry_word(p, chunk, first, token, rank, piece * kPieceWords + word);
+                words[word] = entry_word(chunk, first, token, rank, piece * kPieceWords + word);
             }
             store_whole_relaxed_sys(to + piece, make_uint4(words[0], words[1], words[2], watch.epoch));
         }
@@ -385,9 +392,9 @@ __device__ __forceinline__ void plan_rows(const Params& p, const Watch& watch, u
         read_chunk(p, number, tokens, chunk);
         if (!add_counts(p, watch, added, number, chunk)) return;
         added = number;
-        leave_ranks(p, number * kChunk, tokens, chunk);
-        tell_entries(p, watch, number * kChunk, chunk);
         if (number == chunks - 1) tell_counts(p, watch, chunk);
+        tell_entries(p, watch, number * kChunk, chunk);
+        leave_ranks(p, number * kChunk, tokens, chunk);
     }
     if (mine == 0 && threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
 }
@@ -444,7 +451,14 @@ __device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t s
     return arrivals.first_row[source + 1] - arrivals.first_row[source];
 }
 
+// One thread polls for each source; the other pieces are here then, or come at once. All receiving blocks wait for the
+// same words: if every thread of theirs polled, what is waited for could hardly be written.
 __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch, Arrivals& arrivals) {
+    for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
+        uint4 last;
+        wait_for_whole(watch, Awaited{kCounts, source, -1}, counts_at(p, p.rank, source) + kCountPieces - 1, last);
+    }
+    __syncthreads();
     for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
         const uint32_t source = index / kCountPieces;
         const uint32_t piece = index % kCountPieces;
@@ -545,11 +559,12 @@ __device__ __forceinline__ bool await_entry(const Params& p, const Watch& watch,
     __shared__ uint32_t entries[kWarps][kEntryWords];
     uint32_t* entry = entries[warp_id()];
     bool came = true;
+    const uint4* from = entry_at(p, p.rank, source, index) + lane_id();
+    const Awaited what{kEntry, source, int32_t(index)};
+    if (lane_id() == kEntryPieces - 1 && piece.w != watch.epoch) came = wait_for_whole(watch, what, from, piece);
+    __syncwarp();  // one lane polls; the other pieces are here then, or come at once
     if (lane_id() < kEntryPieces) {
-        if (piece.w != watch.epoch) {
-            const uint4* from = entry_at(p, p.rank, source, index) + lane_id();
-            came = wait_for_whole(watch, Awaited{kEntry, source, int32_t(index)}, from, piece);
-        }
+        if (piece.w != watch.epoch) came = came && wait_for_whole(watch, what, from, piece);
         entry[lane_id() * kPieceWords] = piece.x;
         entry[lane_id() * kPieceWords + 1] = piece.y;
         entry[lane_id() * kPieceWords + 2] = piece.z;

@@ -193,7 +193,7 @@ def _of_handle(written: bool) -> tuple[Param, ...]:
         Param(f"{const}int32_t*", "row_tokens", "[ranks * max_tokens]: the source's token of each row"),
         Param(f"{const}int32_t*", "row_slots", "[ranks * max_tokens, topk]: see `slot_of`; -1: not selected here"),
         Param(f"{const}float*", "row_weights", "[ranks * max_tokens, topk]"),
-        Param(f"{const}int32_t*", "own_rows", "[max_tokens]: the row of this rank's own token"),
+        Param(f"{const}int32_t*", "own_rows", "[max_tokens]: which of this rank's rows for itself a token is"),
     )
 
 
@@ -244,7 +244,7 @@ class HighThroughputDispatch(HighThroughputSpec, family="ht", op="dispatch"):
 
     @property
     def shared_bytes(self) -> int:
-        plan = self.num_counters * (8 + 4) + CHUNK * self.num_topk * 2
+        plan = self.num_counters * (8 + 4) + CHUNK * self.num_topk * (2 + 4)
         receive = 4 * (self.num_ranks + 1) * (1 + self.max_local_experts)
         receive += self.num_warps * 4 * (self.entry_pieces * PIECE_WORDS + self.num_topk)
         return plan + receive + 256
@@ -268,7 +268,7 @@ class HighThroughputDispatch(HighThroughputSpec, family="ht", op="dispatch"):
                 *_of_handle(written=True),
                 Param("const int32_t*", "num_tokens", "one number: tokens of this call; null: `tokens`"),
                 Param("uint32_t*", "chunk_counts", "[chunks][ranks + experts]: the plan's counters"),
-                Param("uint32_t*", "chunk_epochs", "[chunks]: whose counters those are"),
+                Param("uint32_t*", "chunk_epochs", "[chunks, 2]: when its counters were left, and its rows numbered"),
                 *_COMMON,
                 Param("uint64_t", "x_stride", "bytes from one token of x to the next"),
                 Param("uint64_t", "counts_offset", "[source][count pieces]"),
@@ -356,15 +356,19 @@ class Roles:
     receivers: tuple[int, int]
 
 
-SEND_SHARE = {"dispatch": (1, 3), "combine": (1, 2)}
-"""Of the blocks. A few blocks fill the link: 8 of 512 threads pushed 350 of 364 GB/s between two H200; placing rows and
-adding them up takes more."""
+SEND_SHARE = {
+    ("dispatch", "token"): 0.5,
+    ("dispatch", "packed"): 0.2,
+    ("combine", "token"): 0.33,
+    ("combine", "packed"): 0.4,
+}
+"""Of the blocks, by op and layout; measured between two H200 (bench/results). In layout token senders also place this
+rank's own rows; in layout packed a row that comes is written several times."""
 
 
-def roles(op: str, blocks: int) -> Roles:
+def roles(spec: HighThroughputSpec, blocks: int) -> Roles:
     """Senders first, so that rows leave at once."""
     if blocks == 1:
         return Roles(1, (0, 1), (0, 1))
-    share, of = SEND_SHARE[op]
-    send = max(1, blocks * share // of)
+    send = max(1, min(blocks - 1, round(blocks * SEND_SHARE[(spec.op, spec.layout)])))
     return Roles(blocks, (0, send), (send, blocks - send))
