@@ -38,7 +38,7 @@ struct Params {
     const int32_t* row_tokens;    // [ranks * max_tokens]: the source's token of each row
     const int32_t* row_slots;     // [ranks * max_tokens, topk]: see `slot_of`; -1: not selected here
     const float* row_weights;     // [ranks * max_tokens, topk]
-    const int32_t* own_rows;      // [max_tokens]: the row of this rank's own token
+    const int32_t* own_rows;      // [max_tokens]: which of this rank's rows for itself a token is
     Control* control;             // this op's epoch
     uint32_t* aborted;            // this object's abort word
     Failure* failure;             // where the host reads what went wrong
@@ -353,7 +353,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     __shared__ Terms lists[kWarps];
     const uint64_t ranks = p.token_ranks[token];
     const uint64_t own = uint64_t(1) << p.rank;
-    const uint32_t own_row = (ranks & own) != 0 ? uint32_t(p.own_rows[token]) : 0;
+    const uint32_t own_row = (ranks & own) != 0 ? uint32_t(p.first_rows[p.rank] + p.own_rows[token]) : 0;
     const uint32_t number = list_terms(p, token, ranks, own_row, lists[warp_id()]);
     if (!wait_for_partials(p, watch, token, ranks & ~own)) return;
     store_sum(lists[warp_id()], number, reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors);

@@ -40,7 +40,7 @@ struct Params {
     int32_t* row_tokens;         // [ranks * max_tokens]: the source's token of each row
     int32_t* row_slots;          // [ranks * max_tokens, topk]: see `slot_of`; -1: not selected here
     float* row_weights;          // [ranks * max_tokens, topk]
-    int32_t* own_rows;           // [max_tokens]: the row of this rank's own token
+    int32_t* own_rows;           // [max_tokens]: which of this rank's rows for itself a token is
     const int32_t* num_tokens;   // one number: tokens of this call; null: `tokens`
     uint32_t* chunk_counts;      // [chunks][ranks + experts]: the plan's counters
     uint32_t* chunk_epochs;      // [chunks]: whose counters those are
@@ -291,12 +291,14 @@ __device__ __forceinline__ void tell_entries(const Params& p, const Watch& watch
     }
 }
 
-// Which ranks each token goes to: for combine, and for dispatches by the same plan.
+// Which ranks each token goes to, and which of this rank's own rows it is: for combine, and for dispatches by the same
+// plan.
 __device__ __forceinline__ void leave_ranks(const Params& p, uint32_t first, uint32_t tokens, const Chunk& chunk) {
     for (uint32_t token = threadIdx.x; token < min(kChunk, tokens - first); token += kBlockThreads) {
         uint64_t ranks = 0;
         for (uint32_t rank = 0; rank < kRanks; ++rank) ranks |= uint64_t(counts(chunk, rank, token)) << rank;
         p.token_ranks[first + token] = ranks;
+        p.own_rows[first + token] = int32_t(chunk.before[p.rank] + counted_before(chunk, p.rank, token));
     }
 }
 
@@ -338,8 +340,8 @@ __device__ __forceinline__ void plan_rows(const Params& p, const Watch& watch, u
         if (!add_counts(p, watch, added, number, chunk)) return;
         added = number;
         if (number == chunks - 1) tell_counts(p, watch, chunk);
-        tell_entries(p, watch, number * kChunk, chunk);
         leave_ranks(p, number * kChunk, tokens, chunk);
+        tell_entries(p, watch, number * kChunk, chunk);
     }
     if (mine == 0 && threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
 }
@@ -448,10 +450,7 @@ __device__ __forceinline__ bool await_entry(const Params& p, const Watch& watch,
         p.row_slots[uint64_t(row) * kTopk + lane_id()] = arrival.slot;
         p.row_weights[uint64_t(row) * kTopk + lane_id()] = arrival.weight;
     }
-    if (lane_id() == 0) {
-        p.row_tokens[row] = int32_t(arrival.token);
-        if (source == p.rank) p.own_rows[arrival.token] = int32_t(row);
-    }
+    if (lane_id() == 0) p.row_tokens[row] = int32_t(arrival.token);
     __syncwarp();  // the next entry overwrites this one
     return true;
 }

@@ -42,7 +42,7 @@ struct Params {
     int32_t* row_tokens;         // [ranks * max_tokens]: the source's token of each row
     int32_t* row_slots;          // [ranks * max_tokens, topk]: see `slot_of`; -1: not selected here
     float* row_weights;          // [ranks * max_tokens, topk]
-    int32_t* own_rows;           // [max_tokens]: the row of this rank's own token
+    int32_t* own_rows;           // [max_tokens]: which of this rank's rows for itself a token is
     const int32_t* num_tokens;   // one number: tokens of this call; null: `tokens`
     uint32_t* chunk_counts;      // [chunks][ranks + experts]: the plan's counters
     uint32_t* chunk_epochs;      // [chunks]: whose counters those are
@@ -156,7 +156,7 @@ __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch
     return __all_sync(kFullWarp, arrived) != 0;  // and what lane 0 acquired, all have
 }
 
-constexpr uint32_t kAhead = 4;  // vectors of a part that each lane has
+constexpr uint32_t kAhead = 7;  // vectors of a part that each lane has
 constexpr uint32_t kPartVectors = kAhead * kWarpSize;
 
 // Of the vectors from `first` on, each lane has every 32nd.
@@ -347,12 +347,14 @@ __device__ __forceinline__ void tell_entries(const Params& p, const Watch& watch
     }
 }
 
-// Which ranks each token goes to: for combine, and for dispatches by the same plan.
+// Which ranks each token goes to, and which of this rank's own rows it is: for combine, and for dispatches by the same
+// plan.
 __device__ __forceinline__ void leave_ranks(const Params& p, uint32_t first, uint32_t tokens, const Chunk& chunk) {
     for (uint32_t token = threadIdx.x; token < min(kChunk, tokens - first); token += kBlockThreads) {
         uint64_t ranks = 0;
         for (uint32_t rank = 0; rank < kRanks; ++rank) ranks |= uint64_t(counts(chunk, rank, token)) << rank;
         p.token_ranks[first + token] = ranks;
+        p.own_rows[first + token] = int32_t(chunk.before[p.rank] + counted_before(chunk, p.rank, token));
     }
 }
 
@@ -394,8 +396,8 @@ __device__ __forceinline__ void plan_rows(const Params& p, const Watch& watch, u
         if (!add_counts(p, watch, added, number, chunk)) return;
         added = number;
         if (number == chunks - 1) tell_counts(p, watch, chunk);
-        tell_entries(p, watch, number * kChunk, chunk);
         leave_ranks(p, number * kChunk, tokens, chunk);
+        tell_entries(p, watch, number * kChunk, chunk);
     }
     if (mine == 0 && threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
 }
@@ -416,11 +418,9 @@ __device__ __forceinline__ const uint4* token_at(const Params& p, uint32_t token
 
 // The row's tags, released after all of it, announce it.
 __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, uint32_t token, uint64_t ranks) {
-    Part next = load_part(token_at(p, token), 0);
 #pragma unroll 1
     for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
-        const Part part = next;
-        if (first + kPartVectors < kRowVectors) next = load_part(token_at(p, token), first + kPartVectors);
+        const Part part = load_part(token_at(p, token), first);
 #pragma unroll 1
         for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
             uint4* record = record_at(p, uint32_t(__ffsll(int64_t(rest))) - 1, p.rank, token);
@@ -592,10 +592,7 @@ __device__ __forceinline__ bool await_entry(const Params& p, const Watch& watch,
         p.row_slots[uint64_t(row) * kTopk + lane_id()] = arrival.slot;
         p.row_weights[uint64_t(row) * kTopk + lane_id()] = arrival.weight;
     }
-    if (lane_id() == 0) {
-        p.row_tokens[row] = int32_t(arrival.token);
-        if (source == p.rank) p.own_rows[arrival.token] = int32_t(row);
-    }
+    if (lane_id() == 0) p.row_tokens[row] = int32_t(arrival.token);
     __syncwarp();  // the next entry overwrites this one
     return true;
 }
@@ -637,11 +634,9 @@ __device__ __forceinline__ void place_row(const Params& p, const Watch& watch, c
         return;
     }
     uint4* out = reinterpret_cast<uint4*>(p.out);
-    Part next = load_part(from, 0);
 #pragma unroll 1
     for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
-        const Part part = next;
-        if (first + kPartVectors < kRowVectors) next = load_part(from, first + kPartVectors);
+        const Part part = load_part(from, first);
 #pragma unroll 1
         for (uint32_t target = 0; target < number; ++target) {
             store_part(out + uint64_t(targets.slots[target]) * kRowVectors, first, part);

@@ -45,8 +45,8 @@ PIECE_WORDS = 3
 CHUNK = 64
 """Tokens that one block plans at a time: two words of bits per counter."""
 
-AHEAD = 4
-"""16-byte vectors of a part: two parts, and in combine the sums of one, have room in registers."""
+AHEAD = {"dispatch": 7, "combine": 4}
+"""16-byte vectors of a part. Seven divide rows of 7168 elements; combine has two parts under way, and sums of one."""
 
 PHASE_WORDS = ("whole", "plan", "rows")
 """What one launch of dispatch does: all of it, only tell every rank which rows come where, or only move rows by a plan
@@ -153,8 +153,8 @@ class HighThroughputSpec(Spec):
 
     @property
     def vectors_ahead(self) -> int:
-        """16-byte vectors of a row that a lane has under way at once, of what is sent: AHEAD, or less in short rows."""
-        return max(1, min(AHEAD, ceil_div(self.row_bytes // PIECE_BYTES, WARP_SIZE)))
+        """16-byte vectors of a row that a lane has under way at once: AHEAD, or less in short rows."""
+        return max(1, min(AHEAD[self.op], ceil_div(self.row_bytes // PIECE_BYTES, WARP_SIZE)))
 
     @property
     def packed(self) -> bool:
@@ -268,7 +268,7 @@ class HighThroughputDispatch(HighThroughputSpec, family="ht", op="dispatch"):
                 *_of_handle(written=True),
                 Param("const int32_t*", "num_tokens", "one number: tokens of this call; null: `tokens`"),
                 Param("uint32_t*", "chunk_counts", "[chunks][ranks + experts]: the plan's counters"),
-                Param("uint32_t*", "chunk_epochs", "[chunks, 2]: when its counters were left, and its rows numbered"),
+                Param("uint32_t*", "chunk_epochs", "[chunks]: whose counters those are"),
                 *_COMMON,
                 Param("uint64_t", "x_stride", "bytes from one token of x to the next"),
                 Param("uint64_t", "counts_offset", "[source][count pieces]"),
@@ -356,19 +356,17 @@ class Roles:
     receivers: tuple[int, int]
 
 
-SEND_SHARE = {
-    ("dispatch", "token"): 0.5,
-    ("dispatch", "packed"): 0.2,
-    ("combine", "token"): 0.33,
-    ("combine", "packed"): 0.4,
-}
-"""Of the blocks, by op and layout; measured between two H200 (bench/results). In layout token senders also place this
-rank's own rows; in layout packed a row that comes is written several times."""
+SEND_SHARE = {"token": 0.25, "packed": 0.2}
+"""Of the blocks of a dispatch, by layout: in layout packed a row that comes is written several times."""
+
+COMBINE_SEND_SHARE = 0.4
+"""Of the blocks of a combine. All measured between two H200 (bench/results)."""
 
 
 def roles(spec: HighThroughputSpec, blocks: int) -> Roles:
     """Senders first, so that rows leave at once."""
     if blocks == 1:
         return Roles(1, (0, 1), (0, 1))
-    send = max(1, min(blocks - 1, round(blocks * SEND_SHARE[(spec.op, spec.layout)])))
+    share = SEND_SHARE[spec.layout] if spec.op == "dispatch" else COMBINE_SEND_SHARE
+    send = max(1, min(blocks - 1, round(blocks * share)))
     return Roles(blocks, (0, send), (send, blocks - send))

@@ -99,7 +99,7 @@ class HighThroughputOps:
         chunks = ceil_div(problem.max_tokens, CHUNK)
         counters = selection.dispatch.num_counters
         self._chunk_counts = torch.zeros(chunks, counters, dtype=torch.int32, device=world.device)
-        self._chunk_epochs = torch.zeros(chunks, 2, dtype=torch.int32, device=world.device)
+        self._chunk_epochs = torch.zeros(chunks, dtype=torch.int32, device=world.device)
         pinned = world.device.type == "cuda"
         self._watchdog = Watchdog([kernel.spec.stem for kernel in kernels], PHASES, timeout, pinned=pinned)
         self._order = StreamOrder(world.device)
