@@ -301,6 +301,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
 // A warp waits for the rows of all these ranks.
 __device__ __forceinline__ bool wait_for_partials(const Params& p, const Watch& watch, uint32_t token, uint64_t ranks) {
     bool arrived = true;
+#pragma unroll 1
     for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) {
         if ((ranks >> rank & 1) == 0) continue;
         const uint32_t* tag = tag_at(p, p.rank, rank, token);
@@ -313,6 +314,7 @@ __device__ __forceinline__ bool wait_for_partials(const Params& p, const Watch& 
 __device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uint64_t ranks, uint32_t own_row) {
     if (p.out_weights == nullptr || lane_id() >= kTopk) return;
     float sum = 0;
+#pragma unroll 1
     for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
         const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
         sum += rank == p.rank ? p.y_weights[uint64_t(own_row) * kTopk + lane_id()]
@@ -334,6 +336,7 @@ __device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, 
                                                Terms& terms) {
     __syncwarp();  // the terms before are used
     uint32_t number = 0;
+#pragma unroll 1
     for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
         const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
         if (rank != p.rank) {

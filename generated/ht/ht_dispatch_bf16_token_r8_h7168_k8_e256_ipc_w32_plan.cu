@@ -180,10 +180,12 @@ __device__ __forceinline__ int64_t id_of(const Params& p, uint32_t token, uint32
 // Reads the ids of a chunk. One that names no expert counts as none and is reported to the host.
 __device__ __forceinline__ void read_chunk(const Params& p, uint32_t number, uint32_t tokens, Chunk& chunk) {
     __syncthreads();  // the chunk before is told
+#pragma unroll 1
     for (uint32_t word = threadIdx.x; word < kCounters * (kChunk / 32); word += kBlockThreads) {
         (&chunk.counted[0][0])[word] = 0;
     }
     __syncthreads();
+#pragma unroll 1
     for (uint32_t at = threadIdx.x; at < kChunk * kTopk; at += kBlockThreads) {
         const uint32_t token = at / kTopk;
         const uint32_t k = at % kTopk;
@@ -224,6 +226,7 @@ __device__ __forceinline__ bool counts(const Chunk& chunk, uint32_t counter, uin
 // Leaves a chunk's counts for the blocks that plan later ones.
 __device__ __forceinline__ void leave_counts(const Params& p, const Watch& watch, uint32_t number, const Chunk& chunk) {
     uint32_t* left = p.chunk_counts + uint64_t(number) * kCounters;
+#pragma unroll 1
     for (uint32_t counter = threadIdx.x; counter < kCounters; counter += kBlockThreads) {
         left[counter] = counted_before(chunk, counter, kChunk);
     }
@@ -235,6 +238,7 @@ __device__ __forceinline__ void leave_counts(const Params& p, const Watch& watch
 __device__ __forceinline__ bool add_counts(const Params& p, const Watch& watch, uint32_t from, uint32_t number,
                                            Chunk& chunk) {
     bool came = true;
+#pragma unroll 1
     for (uint32_t earlier = from + threadIdx.x; earlier < number; earlier += kBlockThreads) {
         const uint32_t* epoch = p.chunk_epochs + earlier;
         const Awaited what{kPlanned, p.rank, int32_t(earlier)};
@@ -280,6 +284,7 @@ __device__ __forceinline__ void tell_entries(const Params& p, const Watch& watch
         if (!counts(chunk, rank, token)) continue;
         const uint32_t row = chunk.before[rank] + counted_before(chunk, rank, token);
         uint4* to = entry_at(p, rank, p.rank, row);
+#pragma unroll 1
         for (uint32_t piece = lane_id(); piece < kEntryPieces; piece += kWarpSize) {
             uint32_t words[kPieceWords];
 #pragma unroll
@@ -294,8 +299,10 @@ __device__ __forceinline__ void tell_entries(const Params& p, const Watch& watch
 // Which ranks each token goes to, and which of this rank's own rows it is: for combine, and for dispatches by the same
 // plan.
 __device__ __forceinline__ void leave_ranks(const Params& p, uint32_t first, uint32_t tokens, const Chunk& chunk) {
+#pragma unroll 1
     for (uint32_t token = threadIdx.x; token < min(kChunk, tokens - first); token += kBlockThreads) {
         uint64_t ranks = 0;
+#pragma unroll 1
         for (uint32_t rank = 0; rank < kRanks; ++rank) ranks |= uint64_t(counts(chunk, rank, token)) << rank;
         p.token_ranks[first + token] = ranks;
         p.own_rows[first + token] = int32_t(chunk.before[p.rank] + counted_before(chunk, p.rank, token));
@@ -327,16 +334,20 @@ __device__ __forceinline__ void plan_rows(const Params& p, const Watch& watch, u
     __shared__ Chunk chunk;
     const uint32_t chunks = chunks_of(tokens);
     const uint32_t mine = blockIdx.x - p.receivers.first;
+    uint32_t read = chunks;  // which chunk was read last
 #pragma unroll 1
     for (uint32_t number = mine; number < chunks; number += p.receivers.blocks) {
         read_chunk(p, number, tokens, chunk);
+        read = number;
         leave_counts(p, watch, number, chunk);
     }
+#pragma unroll 1
     for (uint32_t counter = threadIdx.x; counter < kCounters; counter += kBlockThreads) chunk.before[counter] = 0;
     uint32_t added = 0;
 #pragma unroll 1
     for (uint32_t number = mine; number < chunks; number += p.receivers.blocks) {
-        read_chunk(p, number, tokens, chunk);
+        if (read != number) read_chunk(p, number, tokens, chunk);
+        read = number;
         if (!add_counts(p, watch, added, number, chunk)) return;
         added = number;
         if (number == chunks - 1) tell_counts(p, watch, chunk);
@@ -359,11 +370,13 @@ __device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t s
 // One thread polls for each source; the other pieces are here then, or come at once. All receiving blocks wait for the
 // same words: if every thread of theirs polled, what is waited for could hardly be written.
 __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch, Arrivals& arrivals) {
+#pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
         uint4 last;
         wait_for_whole(watch, Awaited{kCounts, source, -1}, counts_at(p, p.rank, source) + kCountPieces - 1, last);
     }
     __syncthreads();
+#pragma unroll 1
     for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
         const uint32_t source = index / kCountPieces;
         const uint32_t piece = index % kCountPieces;
@@ -382,6 +395,7 @@ __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch
     __syncthreads();
     if (threadIdx.x == 0) {
         arrivals.first_row[0] = 0;
+#pragma unroll 1
         for (uint32_t source = 0; source < kRanks; ++source) {
             arrivals.first_row[source + 1] += arrivals.first_row[source];
         }
@@ -391,11 +405,14 @@ __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch
 
 // The first receiving block leaves for combine, and tells the user, how much comes.
 __device__ __forceinline__ void tell_user(const Params& p, const Arrivals& arrivals) {
+#pragma unroll 1
     for (uint32_t source = threadIdx.x; source <= kRanks; source += kBlockThreads) {
         p.first_rows[source] = int32_t(arrivals.first_row[source]);
     }
+#pragma unroll 1
     for (uint32_t local = threadIdx.x; local < local_experts(p.rank); local += kBlockThreads) {
         uint32_t rows = 0;
+#pragma unroll 1
         for (uint32_t source = 0; source < kRanks; ++source) rows += arrivals.slots[source][local];
         p.counts[local] = int32_t(rows);
         if (p.total_counts != nullptr) p.total_counts[local] += int32_t(rows);
@@ -465,6 +482,7 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
     await_counts(p, watch, arrivals);
     if (blockIdx.x == p.receivers.first) tell_user(p, arrivals);
     uint32_t most = 0;
+#pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) most = max(most, rows_of(arrivals, source));
     uint32_t turn = turn_of_warp(p.receivers);
     uint4 asked = ask_for_entry(p, arrivals, source_of(p, turn), turn / kRanks);

@@ -197,6 +197,7 @@ __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, ui
         }
     }
     __syncwarp();
+#pragma unroll 1
     for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) {
         if ((ranks >> rank & 1) != 0) store_release_sys(tag_at(p, rank, p.rank, token), watch.epoch);
     }
@@ -221,6 +222,7 @@ __device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t s
 }
 
 __device__ __forceinline__ void recall_counts(const Params& p, Arrivals& arrivals) {
+#pragma unroll 1
     for (uint32_t source = threadIdx.x; source <= kRanks; source += kBlockThreads) {
         arrivals.first_row[source] = uint32_t(p.first_rows[source]);
     }
@@ -261,6 +263,7 @@ __device__ __forceinline__ void mark_unused(const Params& p, uint32_t rows) {
     if (p.out_topk_idx == nullptr) return;
     const uint64_t end = uint64_t(p.capacity) * kTopk;
     const uint64_t first = uint64_t(rows) * kTopk + (blockIdx.x - p.receivers.first) * kBlockThreads + threadIdx.x;
+#pragma unroll 1
     for (uint64_t at = first; at < end; at += p.receivers.blocks * kBlockThreads) p.out_topk_idx[at] = -1;
 }
 
@@ -293,6 +296,7 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
     __shared__ Arrivals arrivals;
     recall_counts(p, arrivals);
     uint32_t most = 0;
+#pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) most = max(most, rows_of(arrivals, source));
     uint32_t turn = turn_of_warp(p.receivers);
 #pragma unroll 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from moegen.bench.machine import short_name
 from moegen.kernels.presets import PRESETS
 
 Json = dict[str, Any]
+Parts = Callable[[Json], Iterator[RenderableType]]
 
 FILE_WIDTH = 180
 """Columns of the tables in a file."""
@@ -32,36 +33,36 @@ def file_stem(result: Json) -> str:
     return "_".join(words + more + [word for word in (config["quantize"],) if word])
 
 
-def save(result: Json, folder: Path) -> tuple[Path, Path]:
+def save(result: Json, folder: Path, parts: Parts | None = None) -> tuple[Path, Path]:
     """Writes the result as JSON and as text; gives both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     data, text = (folder / f"{file_stem(result)}.{suffix}" for suffix in ("json", "txt"))
     data.write_text(json.dumps(result, indent=1) + "\n")
     stream = io.StringIO()
-    show(result, Console(file=stream, width=FILE_WIDTH))
+    show(result, Console(file=stream, width=FILE_WIDTH), parts)
     text.write_text("\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n")
     return data, text
 
 
-def show(result: Json, console: Console) -> None:
-    """Prints the result."""
-    for part in _parts(result):
+def show(result: Json, console: Console, parts: Parts | None = None) -> None:
+    """Prints the result; `parts`: what makes its tables, if not those of `ll`."""
+    for part in (parts or _parts)(result):
         console.print(part, highlight=False, markup=False) if isinstance(part, str) else console.print(part)
         console.print()
 
 
 def _parts(result: Json) -> Iterator[RenderableType]:
     """The most looked-at figures last: that is what a terminal, or the tail of a log, shows."""
-    yield "\n".join(_head(result))
+    yield "\n".join(head(result, result["config"]["quantize"] or "bf16"))
     yield _ranks(result["cases"])
     yield _bytes(result["cases"])
     yield _eager(result["eager"])
     yield _times(result)
-    yield _link_line(result["link"])
+    yield link_line(result["link"])
     yield "\n".join(_foot(result))
 
 
-def _head(result: Json) -> Iterator[str]:
+def head(result: Json, dtype: str) -> Iterator[str]:
     at, world, config = result["machine"], result["world"], result["config"]
     yield f"moegen bench {result['bench']}, {result['date']}"
     driver = f", driver {at['driver']}" if "driver" in at else ""
@@ -71,13 +72,13 @@ def _head(result: Json) -> Iterator[str]:
     yield from (f"NOTE: {note}" for note in world["notes"])
     yield (
         f"hidden {config['hidden']}, top-{config['num_topk']} of {config['num_experts']} experts, "
-        f"{config['quantize'] or 'bf16'}; "
+        f"{dtype}; "
         f"{config['ops']} ops per recording, {config['replays']} replays"
     )
     yield result["command"]
 
 
-def _link_line(link: Json) -> str:
+def link_line(link: Json) -> str:
     figures = ", ".join(f"{name} {value:.1f}" for name, value in link["gbps"].items())
     return (
         f"limit measured in this run, all ranks at once, GB/s per rank and direction: {figures}\n"

@@ -20,6 +20,8 @@ _DEFAULT_PRESET = "deepseek-v3"
 _GPU_COUNTS = (50, 100, 100)
 _HOST_COUNTS = (2, 3, 2)
 """Ops in a recording, replays, calls in a loop."""
+_HT_COUNTS = (20, 50, 20)
+"""The same of `ht`, whose ops are longer."""
 _TUNE_REPLAYS = 40
 
 
@@ -66,6 +68,59 @@ def ll(
         return
     report.show(result, common.console())
     for path in report.save(result, out):
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+def ht(
+    ranks: Annotated[int, typer.Option(min=0, help="Ranks; 0: one per GPU, else 2.")] = 0,
+    device: Annotated[str, typer.Option(help="cuda or cpu; empty: cuda if there is a GPU.")] = "",
+    world: Annotated[
+        str, typer.Option(help="processes (one per rank and GPU) or local (virtual ranks); empty: what fits.")
+    ] = "",
+    tokens: Annotated[str, typer.Option(help="Tokens per rank, one case each.")] = "4096,256,1024,8192,16384",
+    preset: Annotated[str, typer.Option(help=f"A published model; default {_DEFAULT_PRESET}.")] = "",
+    hidden: Annotated[int, typer.Option(help="Instead of a preset: elements of a token,")] = 0,
+    experts: Annotated[int, typer.Option(help="experts,")] = 0,
+    topk: Annotated[int, typer.Option(help="and selections per token.")] = 0,
+    routing: Annotated[str, typer.Option(help="uniform, zipf, hot (one rank gets everything).")] = "uniform,zipf",
+    layouts: Annotated[str, typer.Option(help="token, packed.")] = "token,packed",
+    dtypes: Annotated[
+        str, typer.Option(help="bf16, fp8 (quantised on the way), fp8_given. Combine is measured with bf16.")
+    ] = "bf16,fp8,fp8_given",
+    num_sms: Annotated[
+        str, typer.Option(help="Blocks per launch, of the first number of tokens and routing; 0: all.")
+    ] = "0,8,16,24,32,64",
+    alignment: Annotated[int, typer.Option(min=1, help="Of experts in layout packed.")] = 128,
+    ops: Annotated[int, typer.Option(min=0, help="Ops in a graph; 0: 20, on a CPU 2.")] = 0,
+    replays: Annotated[int, typer.Option(min=0, help="Timed replays of a graph; 0: 50, on a CPU 3.")] = 0,
+    calls: Annotated[int, typer.Option(min=0, help="Calls of mode exact; 0: 20, on a CPU 2.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random inputs.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the table.")] = RESULTS,
+) -> None:
+    """High-throughput dispatch and combine: graphs, and the link's limit in the same run."""
+    from moegen.bench import ht_report, launch, report
+    from moegen.bench.ht import measure
+    from moegen.bench.ht_config import HighThroughputConfig
+    from moegen.cli import common
+
+    shape, counts = (preset, hidden, experts, topk), (ops, replays, calls)
+    base = _config(ranks, device, world, shape, common.numbers(tokens), routing, 0, counts, seed, "", 0)
+    if base.device == "cuda":
+        usual_ops, usual_replays, usual_calls = _HT_COUNTS
+        base = replace(base, ops=ops or usual_ops, replays=replays or usual_replays, calls=calls or usual_calls)
+    config = HighThroughputConfig(
+        **vars(base),
+        layouts=tuple(common.words(layouts)),
+        dtypes=tuple(common.words(dtypes)),
+        num_sms=tuple(common.numbers(num_sms)),
+        alignment=alignment,
+    )
+    result = launch.run(measure, config)
+    if result is None:
+        return
+    report.show(result, common.console(), ht_report.parts)
+    for path in report.save(result, out, ht_report.parts):
         typer.echo(f"wrote {path}")
 
 

@@ -74,6 +74,22 @@ def test_fp8(tmp_path: Path) -> None:
     assert dispatch["bytes"]["selections"] * 256 == combine["bytes"]["selections"] * (128 + 4)
 
 
+def test_high_throughput(tmp_path: Path) -> None:
+    sizes = ("--hidden", "128", "--experts", "7", "--topk", "3", "--ops", "2", "--replays", "2", "--calls", "1")
+    more = ("--ranks", "3", "--tokens", "70", "--num-sms", "0,3", "--alignment", "8", "--routing", "uniform")
+    done = moegen("bench", "ht", "--device", "cpu", *sizes, *more, "--out", str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    (data,) = tmp_path.glob("*.json")
+    assert data.stem == "ht_cpu_virtual_r3_h128_k3_e7" and "limit measured in this run" in done.stdout
+    result = json.loads(data.read_text())
+    assert len(result["cases"]) == 2 * 2 * (3 + 2 + 2)  # layouts, numbers of blocks, ops of each dtype
+    assert len(result["exact"]) == 2 * 3
+    for case in result["cases"]:
+        assert case["us"]["p50"] <= case["us"]["p99"] and case["verified"]["worst_error_over_bound"] <= 1
+        whole, given = case["bytes"]["unique_remote"], case["bytes"]["unique_with_self"]
+        assert 0 < whole < given < case["bytes"]["selections"]
+
+
 def test_halves(tmp_path: Path) -> None:
     result = bench(tmp_path, "--ranks", "3", "--tokens", "5", "--routing", "zipf", "--halves", "3")
     cases = {case["op"]: case for case in result["cases"]}  # type: ignore[attr-defined]
