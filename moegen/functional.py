@@ -7,7 +7,7 @@
 The backward of one is the other, with the same handle, so each costs one launch. All ranks make the same calls forward
 and build the same graph: then their backward passes make the same calls too, also on a rank that got no rows, and in
 whatever order handles are used. Operators take tensors and numbers; the layer is named by its number and has to live
-until the last backward.
+until the last backward. First derivatives only.
 """
 
 from __future__ import annotations

@@ -355,6 +355,41 @@ def test_rows_that_nothing_came_for(device: str, layout: str, mode: str) -> None
     moegen.LocalWorld(1, device).run(work)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("room", [20, 200])
+def test_room_for_fewer_or_more_rows(device: str, layout: str, room: int) -> None:
+    shape = Shape(1, 4, 2, 64, 16)
+    routing = make_routing(shape, (7,), seed=4, kind="uniform")
+    targets = make_targets(routing)
+
+    def how(
+        layer: moegen.HighThroughput, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor, up: torch.Tensor, down: Any
+    ) -> torch.Tensor:
+        routed = functional.dispatch(layer, x, ids, w, max_rows=room if layout == "token" else room + 12)
+        assert routed.rows.shape[0] in (room, room + 12)
+        return functional.combine(layer, run_experts(routed, up, down), routed.handle)
+
+    def work(world: Any) -> Grads:
+        with make_layer(world, shape, layout) as layer:
+            rank = Rank(layer, shape, routing, targets)
+            return rank.backward(rank.forward(how))
+
+    compare(moegen.LocalWorld(1, device).run(work)[0], dense(shape, routing, targets)[0])
+
+
+def test_second_derivatives_are_an_error(device: str) -> None:
+    def work(world: Any) -> None:
+        with make_layer(world, Shape(1, 4, 2, 64, 16), "token") as layer:
+            x = torch.ones(3, 64, dtype=torch.bfloat16, device=layer.device, requires_grad=True)
+            routed = functional.dispatch(layer, x, torch.tensor([[0, 1]] * 3, device=layer.device))
+            out = functional.combine(layer, routed.rows * routed.rows, routed.handle)
+            (grad,) = torch.autograd.grad(out.float().square().sum(), x, create_graph=True)
+            with pytest.raises(RuntimeError, match="moegen"):
+                grad.sum().backward()
+
+    moegen.LocalWorld(1, device).run(work)
+
+
 def test_weights_may_be_left_out(device: str) -> None:
     def work(world: Any) -> torch.Tensor:
         with make_layer(world, Shape(1, 4, 2, 64, 16), "packed") as layer:
