@@ -31,6 +31,7 @@ _HOMES = {
     "LocalWorld": "moegen.runtime.worlds",
     "GroupWorld": "moegen.runtime.worlds",
     "errors": "moegen.errors",
+    "functional": "moegen.functional",
     "reference": "moegen.reference",
 }
 
@@ -44,6 +45,7 @@ __all__ = [
     "LocalWorld",
     "RowsHandle",
     "errors",
+    "functional",
     "reference",
 ]
 

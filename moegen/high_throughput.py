@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from moegen import checks, row_checks
-from moegen.errors import InputError
+from moegen.errors import DestroyedError, InputError
 from moegen.rows import DispatchedRows, RowsHandle
 from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
 from moegen.runtime.high_throughput import HighThroughputOps
@@ -25,6 +27,9 @@ log = logging.getLogger(__name__)
 
 Given = tuple[torch.Tensor, torch.Tensor]
 """FP8 tokens and their scales."""
+
+_made: weakref.WeakValueDictionary[int, HighThroughput] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
 
 
 class HighThroughput(Lifecycle[HighThroughputOps]):
@@ -109,6 +114,9 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
         settings = (mode, alignment, timeout, first_epoch)
         self.selection, self.kernels = load_on_all_ranks(self.world, self.problem, settings, select_rows)
         self._comm_stream = CommStream(self.device)
+        self.number = next(_numbers)
+        """Its name in this process: `by_number` finds it, for what can pass numbers only."""
+        _made[self.number] = self
         failure: Exception | None = None
         try:
             self._ops = HighThroughputOps(
@@ -222,7 +230,7 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
         checks.num_tokens(self, num_tokens)
         topk_idx = checks.topk_idx(self, topk_idx, data.shape[0], num_tokens)
         topk_weights = checks.topk_weights(self, topk_weights, data.shape[0])
-        numbers = ops.row_memory.numbers()
+        numbers = ops.row_memory.numbers(ops.row_memory.empty_numbers())
         arguments = (data, scales, topk_idx, topk_weights, num_tokens, numbers, numbers.addresses)
         if self.mode == "exact":
             row_checks.exact(self, max_rows, out, out_scales)
@@ -274,6 +282,18 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
             handle,
         )
 
+    def handle_of(self, memory: torch.Tensor, num_tokens: int, rows: int) -> RowsHandle:
+        """The handle again, from its own `memory`, `num_tokens` and `rows`: for what can pass tensors and numbers only.
+
+        Raises:
+            HandleError: the memory is not of a handle of this object.
+        """
+        row_memory = self._alive().row_memory
+        row_checks.handle_memory(self, memory, row_memory.words)
+        numbers = row_memory.numbers(memory)
+        stream = current_stream(self.device)
+        return RowsHandle(self, num_tokens, rows, memory, numbers.addresses, stream, numbers, None)
+
     def _note_use(self, handle: RowsHandle) -> None:
         """The handle may be dropped before this stream has read it."""
         if handle.stream != current_stream(self.device):
@@ -285,6 +305,7 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
         handle: RowsHandle,
         topk_weights: torch.Tensor | None = None,
         *,
+        weighted: bool = True,
         bias: torch.Tensor | Sequence[torch.Tensor] = (),
         out: torch.Tensor | None = None,
         timeout: float | None = None,
@@ -292,14 +313,19 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
         """Brings rows back to their tokens' owners, who add them in the order of the ranks, in fp32.
 
         From layout `token`: the plain sum of a token's rows. From layout `packed`: the sum over its selections of
-        weight * row, with the weights given to dispatch; a rank's part is formed in fp32 and rounded once before it
-        crosses the link, but for the owner's own. A token without rows gets zeros (and the bias). Every rank calls it.
+        weight * row, with the weights given to dispatch, or the plain sum of its rows; a rank's part is formed in fp32
+        and rounded once before it crosses the link, but for the owner's own. A token without rows gets zeros (and the
+        bias). Every rank calls it.
 
         Args:
             y: [rows, hidden] bfloat16, rows where dispatch put them.
             handle: of the dispatch; may be used more than once.
-            topk_weights: [rows, topk] float32 beside `y` in layout `token`, added up like the rows: the second result.
-                All ranks give them, or none does.
+            topk_weights: [rows, topk] float32, a number for each selection, added up over the ranks as they are: the
+                second result. In layout `token` they lie beside `y`; in layout `packed` they are
+                [ranks * max_tokens_per_rank, topk], in the order of `DispatchedRows.row_tokens`. All ranks give them,
+                or none does.
+            weighted: False: layout `packed` adds rows up without their weights, each once, also where a token selects
+                an expert twice.
             bias: one or two tensors [T, hidden] bfloat16 that are added to this rank's sums.
             out: the tensor for the result.
             timeout: as for `dispatch`.
@@ -327,7 +353,7 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
         sums = None
         if topk_weights is not None:
             sums = torch.empty(handle.num_tokens, self.problem.num_topk, dtype=torch.float32, device=self.device)
-        self._launch(ops.combine, y, handle, topk_weights, biases, out, sums, timeout)
+        self._launch(ops.combine, y, handle, topk_weights, biases, out, sums, weighted, timeout)
         return out, sums
 
     def warmup(self) -> None:
@@ -340,3 +366,15 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
         self.dispatch(x, handle=received.handle)
         self.combine(torch.empty(received.tokens.shape, dtype=torch.bfloat16, device=self.device), received.handle)
         self.synchronize()
+
+
+def by_number(number: int) -> HighThroughput:
+    """The object whose `number` this is.
+
+    Raises:
+        DestroyedError: it is gone.
+    """
+    found = _made.get(number)
+    if found is None:
+        raise DestroyedError(f"HighThroughput number {number} is gone; keep the object until the last backward")
+    return found

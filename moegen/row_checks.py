@@ -97,6 +97,14 @@ def handle(owner: HighThroughput, given: RowsHandle) -> None:
         raise HandleError("this handle comes from another object; give it to that one")
 
 
+def handle_memory(owner: HighThroughput, memory: torch.Tensor, words: int) -> None:
+    fits = memory.dtype == torch.int32 and memory.device == owner.device and memory.shape == (words,)
+    if not fits or not memory.is_contiguous() or memory.data_ptr() % 8 != 0:
+        raise HandleError(
+            f"a handle of this object has {words} words int32 on {owner.device}; this is another's memory"
+        )
+
+
 def exact(owner: HighThroughput, max_rows: int | None, *outs: torch.Tensor | None) -> None:
     """In mode "exact" nobody knows beforehand how many rows come."""
     if max_rows is not None or any(out is not None for out in outs):
@@ -138,8 +146,8 @@ def outputs(owner: HighThroughput, y: torch.Tensor, rows: int) -> torch.Tensor:
 def weights(owner: HighThroughput, given: torch.Tensor | None, rows: int) -> torch.Tensor | None:
     if given is None:
         return None
-    if owner.problem.layout != "token":
-        raise InputError("combine from layout packed has the weights of dispatch; topk_weights are for layout token")
+    if owner.problem.layout == "packed":
+        rows = owner.problem.num_ranks * owner.problem.max_tokens
     checks.require_tensor(owner, "topk_weights", given, (torch.float32,))
     checks.require_shape("topk_weights", given, (rows, owner.problem.num_topk))
     return given.contiguous()

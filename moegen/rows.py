@@ -18,7 +18,7 @@ class RowsHandle:
         owner: the object that made it; only that object takes it.
         num_tokens: rows of the token tensor that was dispatched.
         rows: rows of `DispatchedRows.tokens`: of what combine takes.
-        memory: the device memory behind `addresses`.
+        memory: the device memory behind `addresses`, from which `HighThroughput.handle_of` makes another handle.
         addresses: of token_ranks, tokens_sent, first_rows, row_tokens, row_slots, row_weights, own_rows, in that order.
         stream: the CUDA stream that its memory was allocated on, as a number; 0 on the CPU.
         numbers: the parts of that memory which the result shows (`moegen.runtime.row_memory.Numbers`).

@@ -27,7 +27,7 @@ struct Blocks {
 struct Params {
     uint8_t* peers[8];            // symmetric memory of each rank, as mapped here
     const uint8_t* y;             // [rows, hidden]
-    const float* y_weights;       // [rows, topk], summed over ranks into out_weights; or null
+    const float* y_weights;       // [rows that came, topk], summed over ranks into out_weights; or null
     const uint8_t* bias;          // [tokens, hidden], added to the sum; or null
     const uint8_t* second_bias;   // [tokens, hidden]; or null
     uint8_t* out;                 // [tokens, hidden]
@@ -37,7 +37,7 @@ struct Params {
     const int32_t* first_rows;    // [ranks + 1]: first row of each source, then the number of rows
     const int32_t* row_tokens;    // [ranks * max_tokens]: the source's token of each row
     const int32_t* row_slots;     // [ranks * max_tokens, topk]: see `slot_of`; -1: not selected here
-    const float* row_weights;     // [ranks * max_tokens, topk]
+    const float* row_weights;     // [ranks * max_tokens, topk]; null: ones
     const int32_t* own_rows;      // [max_tokens]: which of this rank's rows for itself a token is
     Control* control;             // this op's epoch
     uint32_t* aborted;            // this object's abort word
@@ -256,15 +256,20 @@ __device__ __forceinline__ void store_sum(const Terms& terms, uint32_t number, u
     }
 }
 
-// Lists the rows of `y` that make up a partial sum, behind `number` others; how many there are then.
+// Lists the rows of `y` that make up a partial sum, behind `number` others; how many there are then. With weights each
+// selection is a term; without, each row is, once.
 __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t row, Terms& terms, uint32_t number) {
     const uint64_t at = uint64_t(row) * kTopk + lane_id();
     const int32_t slot = lane_id() < kTopk ? p.row_slots[at] : -1;
-    const uint32_t all = __ballot_sync(kFullWarp, slot >= 0);
-    if (slot >= 0) {
+    bool is_term = slot >= 0;
+    if (p.row_weights == nullptr) {
+        is_term &= uint32_t(__ffs(int32_t(__match_any_sync(kFullWarp, slot)))) - 1 == lane_id();
+    }
+    const uint32_t all = __ballot_sync(kFullWarp, is_term);
+    if (is_term) {
         const uint32_t index = number + __popc(all & ((1u << lane_id()) - 1));
         terms.rows[index] = y_at(p, uint32_t(slot));
-        terms.weights[index] = p.row_weights[at];
+        terms.weights[index] = p.row_weights == nullptr ? 1.0f : p.row_weights[at];
     }
     return number + __popc(all);
 }

@@ -27,7 +27,7 @@ struct Blocks {
 struct Params {
     uint8_t* peers[8];            // symmetric memory of each rank, as mapped here
     const uint8_t* y;             // [rows, hidden]
-    const float* y_weights;       // [rows, topk], summed over ranks into out_weights; or null
+    const float* y_weights;       // [rows that came, topk], summed over ranks into out_weights; or null
     const uint8_t* bias;          // [tokens, hidden], added to the sum; or null
     const uint8_t* second_bias;   // [tokens, hidden]; or null
     uint8_t* out;                 // [tokens, hidden]
@@ -37,7 +37,7 @@ struct Params {
     const int32_t* first_rows;    // [ranks + 1]: first row of each source, then the number of rows
     const int32_t* row_tokens;    // [ranks * max_tokens]: the source's token of each row
     const int32_t* row_slots;     // [ranks * max_tokens, topk]: see `slot_of`; -1: not selected here
-    const float* row_weights;     // [ranks * max_tokens, topk]
+    const float* row_weights;     // [ranks * max_tokens, topk]; null: ones
     const int32_t* own_rows;      // [max_tokens]: which of this rank's rows for itself a token is
     Control* control;             // this op's epoch
     uint32_t* aborted;            // this object's abort word

@@ -192,7 +192,7 @@ def _of_handle(written: bool) -> tuple[Param, ...]:
         Param(f"{const}int32_t*", "first_rows", "[ranks + 1]: first row of each source, then the number of rows"),
         Param(f"{const}int32_t*", "row_tokens", "[ranks * max_tokens]: the source's token of each row"),
         Param(f"{const}int32_t*", "row_slots", "[ranks * max_tokens, topk]: see `slot_of`; -1: not selected here"),
-        Param(f"{const}float*", "row_weights", "[ranks * max_tokens, topk]"),
+        Param(f"{const}float*", "row_weights", f"[ranks * max_tokens, topk]{'' if written else '; null: ones'}"),
         Param(f"{const}int32_t*", "own_rows", "[max_tokens]: which of this rank's rows for itself a token is"),
     )
 
@@ -287,7 +287,7 @@ class HighThroughputDispatch(HighThroughputSpec, family="ht", op="dispatch"):
 class HighThroughputCombine(HighThroughputSpec, family="ht", op="combine"):
     """Sends one row per (token, rank) back to the token's owner, who adds them in rank order.
 
-    From layout `packed` that row is the weighted sum over the rank's experts, rounded once.
+    From layout `packed` that row is the weighted sum over the rank's experts, or the plain one, rounded once.
     """
 
     dtype: str = tag(one_of=("bf16",))
@@ -308,7 +308,9 @@ class HighThroughputCombine(HighThroughputSpec, family="ht", op="combine"):
             (
                 Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
                 Param("const uint8_t*", "y", "[rows, hidden]"),
-                Param("const float*", "y_weights", "[rows, topk], summed over ranks into out_weights; or null"),
+                Param(
+                    "const float*", "y_weights", "[rows that came, topk], summed over ranks into out_weights; or null"
+                ),
                 Param("const uint8_t*", "bias", "[tokens, hidden], added to the sum; or null"),
                 Param("const uint8_t*", "second_bias", "[tokens, hidden]; or null"),
                 Param("uint8_t*", "out", "[tokens, hidden]"),

@@ -197,9 +197,13 @@ class HighThroughputOps:
         bias: Sequence[torch.Tensor],
         out: torch.Tensor,
         out_weights: torch.Tensor | None,
+        weighted: bool,
         timeout: float | None,
     ) -> None:
         """Launches combine; arguments are checked already."""
+        addresses = list(handle.addresses)
+        if not weighted:
+            addresses[OF_HANDLE.index("row_weights")] = 0
         if handle.stream != current_stream(y.device):  # the handle may be dropped before this stream has read it
             record(y.device, (handle.memory,))
         self._order.follow("combine")
@@ -211,7 +215,7 @@ class HighThroughputOps:
             _address(second),
             out.data_ptr(),
             _address(out_weights),
-            *handle.addresses,
+            *addresses,
             handle.num_tokens,
             self._nanoseconds(timeout),
         )

@@ -21,6 +21,8 @@ class Numbers:
     """One dispatch's numbers, in one allocation of 32-bit words.
 
     Attributes:
+        row_slots: [ranks * max_tokens, topk]: of each (token, rank) row and selection the expert (layout `token`) or
+            the row of the result (layout `packed`); -1: another rank's. Undefined behind the rows that came.
         addresses: of OF_HANDLE.
     """
 
@@ -29,6 +31,7 @@ class Numbers:
     first_slots: torch.Tensor
     first_rows: torch.Tensor
     row_tokens: torch.Tensor
+    row_slots: torch.Tensor
     addresses: tuple[int, ...]
 
 
@@ -67,7 +70,8 @@ class RowMemory:
         }
         self._sizes = sizes
         self._at = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
-        self._words = sum(sizes.values())
+        self.words = sum(sizes.values())
+        """32-bit words of a dispatch's numbers."""
         self.capacity = rows
         """Rows that can come at most."""
         if spec.packed:
@@ -76,21 +80,25 @@ class RowMemory:
         self.dtype = torch.bfloat16 if spec.dtype == "bf16" else torch.float8_e4m3fn
         self.scales_dtype = torch.int32 if spec.format.scales_per_word > 1 else torch.float32
 
-    def numbers(self) -> Numbers:
-        memory = torch.empty(self._words, dtype=torch.int32, device=self._device)
+    def empty_numbers(self) -> torch.Tensor:
+        return torch.empty(self.words, dtype=torch.int32, device=self._device)
+
+    def numbers(self, memory: torch.Tensor) -> Numbers:
+        """The parts of `memory`, [words] int32."""
         base = memory.data_ptr()
-
-        def part(name: str) -> torch.Tensor:
-            return memory.as_strided((self._sizes[name],), (1,), self._at[name])
-
         return Numbers(
             memory,
-            part("counts"),
-            part("first_slots"),
-            part("first_rows"),
-            part("row_tokens"),
+            self.part(memory, "counts"),
+            self.part(memory, "first_slots"),
+            self.part(memory, "first_rows"),
+            self.part(memory, "row_tokens"),
+            self.part(memory, "row_slots").view(-1, self._topk),
             tuple(base + _WORD_BYTES * self._at[name] for name in OF_HANDLE),
         )
+
+    def part(self, memory: torch.Tensor, name: str) -> torch.Tensor:
+        """One of the numbers' parts, flat: a view."""
+        return memory.narrow(0, self._at[name], self._sizes[name])
 
     def rows(
         self, number: int, *, selections: bool, tokens: torch.Tensor | None = None, scales: torch.Tensor | None = None

@@ -36,6 +36,19 @@ def test_virtual_ranks(tmp_path: Path) -> None:
     assert lines[0].startswith("rank 0 missed rank 2") and lines[1].startswith("rank 1 missed rank 2")
 
 
+@pytest.mark.dist
+def test_train_moe_lm(tmp_path: Path) -> None:
+    """Two ranks and one process; the script itself fails if their losses differ."""
+    script = str(ROOT / "examples" / "train_moe_lm.py")
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, "--device", "cpu")
+    told = run(*command, "--steps", "6", "--batch", "4", "--check", "--out", "losses", cwd=tmp_path)
+    assert "largest difference to one process" in told
+    lines = (tmp_path / "losses" / "losses.csv").read_text().splitlines()
+    assert lines[0] == "step,2 ranks,one process" and len(lines) == 1 + 6
+    first, last = (float(lines[at].split(",")[1]) for at in (1, -1))
+    assert last < first - 0.5
+
+
 def test_every_example_is_run_here() -> None:
     here = Path(__file__).read_text()
     assert all(path.name in here for path in (ROOT / "examples").glob("*.py"))
