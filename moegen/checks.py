@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from moegen.expert_parallel import ExpertParallel
-    from moegen.high_throughput import HighThroughput
+    from moegen.row_calls import RowCalls
 
-    Owner: TypeAlias = ExpertParallel | HighThroughput
+    Owner: TypeAlias = ExpertParallel | RowCalls
 
 _ROW_ALIGNMENT = 16
 _DTYPES = {torch.bfloat16: "bf16"}

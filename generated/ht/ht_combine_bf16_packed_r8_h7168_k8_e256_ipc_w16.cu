@@ -37,7 +37,7 @@ struct Params {
     const int32_t* first_rows;    // [ranks + 1]: first row of each source, then the number of rows
     const int32_t* row_tokens;    // [ranks * max_tokens]: the source's token of each row
     const int32_t* row_slots;     // [ranks * max_tokens, topk]: see `slot_of`; -1: not selected here
-    const float* row_weights;     // [ranks * max_tokens, topk]
+    const float* row_weights;     // [ranks * max_tokens, topk]; null in combine: all are 1
     const int32_t* own_rows;      // [max_tokens]: the row of this rank's own token
     Control* control;             // this op's epoch
     uint32_t* aborted;            // this object's abort word
@@ -224,7 +224,7 @@ __device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t row, Te
     if (slot >= 0) {
         const uint32_t index = __popc(all & ((1u << lane_id()) - 1));
         terms.slots[index] = uint32_t(slot);
-        terms.weights[index] = p.row_weights[at];
+        terms.weights[index] = p.row_weights == nullptr ? 1.0f : p.row_weights[at];
     }
     __syncwarp();
     return __popc(all);

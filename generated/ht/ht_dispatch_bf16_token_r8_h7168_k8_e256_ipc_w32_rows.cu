@@ -36,12 +36,13 @@ struct Params {
     int32_t* counts;             // [local experts]: rows that select each expert
     int32_t* total_counts;       // [local experts], to which counts are added; or null
     int32_t* first_slots;        // [local experts + 1]: first row of each expert (layout packed)
+    int32_t* source_counts;      // [ranks, 1 + ranks]: tokens of each source, its rows for each rank
     uint64_t* token_ranks;       // [max_tokens]: bit r: rank r holds an expert of this token
     int32_t* tokens_sent;        // one number: the tokens of this call
     int32_t* first_rows;         // [ranks + 1]: first row of each source, then the number of rows
     int32_t* row_tokens;         // [ranks * max_tokens]: the source's token of each row
     int32_t* row_slots;          // [ranks * max_tokens, topk]: see `slot_of`; -1: not selected here
-    float* row_weights;          // [ranks * max_tokens, topk]
+    float* row_weights;          // [ranks * max_tokens, topk]; null in combine: all are 1
     int32_t* own_rows;           // [max_tokens]: the row of this rank's own token
     const int32_t* num_tokens;   // one number: tokens of this call; null: `tokens`
     uint32_t* chunk_counts;      // [chunks][ranks + experts]: the plan's counters
@@ -65,10 +66,11 @@ struct Params {
     uint32_t max_tokens;         // capacity: tokens that a rank may send
     uint32_t capacity;           // rows of `out`
     uint32_t alignment;          // an expert's first row is a multiple of this (layout packed)
+    uint32_t tokens_wanted;      // tokens that this rank has and this object has no room for, or 0
     uint32_t wide_ids;           // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 368);
+static_assert(sizeof(Params) == 384);
 
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
 
