@@ -108,30 +108,45 @@ class RowCalls(Lifecycle[HighThroughputOps]):
         if exact:
             row_checks.exact(self, max_rows, out, out_scales)
             self._launch(ops.dispatch, "plan", *arguments, None, total_counts, *how, wanted)
-            row_count, counts = self._planned(numbers)
-            rows = make(row_count, selections=True)
+            arrivals, slots, *counts = self._planned(numbers)
+            rows = make(slots if self.problem.layout == "packed" else arrivals, selections=True)
             self._launch(ops.dispatch, "rows", data, scales, *_NO_ROUTING, numbers.addresses, rows, None, *how)
-            return self._result(numbers, rows, data.shape[0], counts)
+            return self._result(numbers, rows, data.shape[0], counts, arrivals)
         number = row_checks.room(self, max_rows, ops.row_memory.capacity, out)
         row_checks.rows_out(self, out, out_scales, number)
         rows = make(number, selections=True, tokens=out, scales=out_scales)
         self._launch(ops.dispatch, "whole", *arguments, rows, total_counts, *how)
-        return self._result(numbers, rows, data.shape[0], None)
+        return self._result(numbers, rows, data.shape[0])
 
-    def _planned(self, numbers: Numbers) -> tuple[int, list[int]]:
-        """Waits until the host knows how many rows come, and how many each expert gets; torch lets go of the GIL."""
+    def _planned(self, numbers: Numbers) -> list[int]:
+        """Waits until the host knows how many (token, rank) rows come, how many rows layout `packed` has, and how many
+        each expert gets; torch lets go of the GIL.
+        """
         experts = len(self.local_experts)
         words = (numbers.first_rows[-1:], numbers.first_slots[-1:], numbers.counts, numbers.source_counts[:, 0])
-        told = torch.cat(words).tolist()
+        told: list[int] = torch.cat(words).tolist()
         self.check()
         row_checks.all_fit(self, told[2 + experts :])
-        packed = self.problem.layout == "packed"
-        return told[1] if packed else told[0], told[2 : 2 + experts]
+        return told[: 2 + experts]
 
-    def _result(self, numbers: Numbers, rows: Rows, num_tokens: int, host_counts: list[int] | None) -> DispatchedRows:
-        stream = current_stream(self.device)
+    def _result(
+        self,
+        numbers: Numbers,
+        rows: Rows,
+        num_tokens: int,
+        host_counts: list[int] | None = None,
+        host_arrivals: int | None = None,
+    ) -> DispatchedRows:
         handle = RowsHandle(
-            self, num_tokens, rows.tokens.shape[0], numbers.memory, numbers.addresses, stream, numbers, host_counts
+            self,
+            num_tokens,
+            rows.tokens.shape[0],
+            numbers.memory,
+            numbers.addresses,
+            current_stream(self.device),
+            numbers,
+            host_counts,
+            host_arrivals,
         )
         return self._of_handle(handle, rows)
 

@@ -187,7 +187,7 @@ def weights(owner: RowCalls, given: torch.Tensor | None, handle: RowsHandle) -> 
         checks.require_shape("topk_weights", given, (handle.rows, owner.problem.num_topk))
         return given.contiguous()
     checks.require_shape("topk_weights", given, (handle.rows,))
-    slots = owner.row_memory.part(handle.memory, "row_slots").view(-1, owner.problem.num_topk)
+    slots = handle.numbers.part("row_slots").view(-1, owner.problem.num_topk)
     if handle.rows == 0:
         return torch.zeros(slots.shape, device=owner.device)
     at = slots.clamp(0, handle.rows - 1)  # rows that nothing came for have no slots: what stands there is not read

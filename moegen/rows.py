@@ -42,6 +42,7 @@ class RowsHandle:
         stream: the CUDA stream that its memory was allocated on, as a number; 0 on the CPU.
         numbers: the parts of that memory which the result shows (`moegen.runtime.row_memory.Numbers`).
         host_counts: see `DispatchedRows`.
+        host_arrivals: how many (token, rank) rows came, in mode "exact"; else None.
     """
 
     owner: object
@@ -52,6 +53,7 @@ class RowsHandle:
     stream: int
     numbers: Any
     host_counts: list[int] | None
+    host_arrivals: int | None = None
 
     def __repr__(self) -> str:
         return f"RowsHandle(num_tokens={self.num_tokens}, rows={self.rows})"

@@ -33,6 +33,11 @@ class Numbers:
     row_tokens: torch.Tensor
     source_counts: torch.Tensor
     addresses: tuple[int, ...]
+    home: RowMemory
+
+    def part(self, name: str) -> torch.Tensor:
+        """One of OF_HANDLE, as int32."""
+        return self.home.part(self.memory, name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +97,7 @@ class RowMemory:
             self.part(memory, "row_tokens"),
             self.part(memory, "source_counts").view(self._source_shape),
             tuple(base + _WORD_BYTES * self._at[name] for name in OF_HANDLE),
+            self,
         )
 
     def part(self, memory: torch.Tensor, name: str) -> torch.Tensor:

@@ -22,6 +22,12 @@ COMBINE = (
     "self x topk_idx topk_weights handle use_logfmt zero_copy async_finish return_recv_hook out "
     "combine_wait_recv_cost_stats"
 )
+LAYOUT = "self topk_idx num_experts previous_event async_finish allocate_on_comm_stream"
+NORMAL_DISPATCH = (
+    "self x handle num_tokens_per_rank num_tokens_per_rdma_rank is_token_in_rank num_tokens_per_expert topk_idx "
+    "topk_weights expert_alignment num_worst_tokens config previous_event async_finish allocate_on_comm_stream"
+)
+NORMAL_COMBINE = "self x handle topk_weights bias config previous_event async_finish allocate_on_comm_stream"
 LOCAL = "self dtype size offset use_rdma_buffer"
 CONSTRUCTOR = (
     "self group num_nvl_bytes num_rdma_bytes low_latency_mode num_qps_per_rank allow_nvlink_for_low_latency_mode "
@@ -33,6 +39,12 @@ CONSTRUCTOR = (
     ("function", "names"),
     [
         (deep_ep.Buffer.__init__, CONSTRUCTOR),
+        (deep_ep.Buffer.get_dispatch_layout, LAYOUT),
+        (deep_ep.Buffer.dispatch, NORMAL_DISPATCH),
+        (deep_ep.Buffer.combine, NORMAL_COMBINE),
+        (deep_ep.Buffer.internode_dispatch, NORMAL_DISPATCH.replace(" num_worst_tokens", "")),
+        (deep_ep.Buffer.internode_combine, NORMAL_COMBINE),
+        (deep_ep.Buffer.get_comm_stream, "self"),
         (deep_ep.Buffer.low_latency_dispatch, DISPATCH),
         (deep_ep.Buffer.low_latency_combine, COMBINE),
         (deep_ep.Buffer.low_latency_update_mask_buffer, "self rank_to_mask mask"),

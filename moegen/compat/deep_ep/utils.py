@@ -28,6 +28,32 @@ class EventHandle:
             self._event.wait(torch.cuda.current_stream())
 
 
+class CallEvent:
+    """moegen's event under DeepEP's name for waiting."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    def current_stream_wait(self) -> None:
+        self._event.wait()
+
+
+class Earlier:
+    """DeepEP's event under moegen's name for waiting."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        self._event.current_stream_wait()
+
+    @staticmethod
+    def of(previous: Any) -> Earlier | None:
+        """Of a `previous_event`: an EventOverlap or an EventHandle; None: there is nothing to wait for."""
+        event = previous.event if isinstance(previous, EventOverlap) else previous
+        return None if event is None else Earlier(event)
+
+
 class EventOverlap:
     """An event, and the tensors that must live until it was waited for; also a context manager that waits at its end.
 
