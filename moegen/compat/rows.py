@@ -158,7 +158,7 @@ class RowLayers:
             num_experts=shape.num_experts,
             num_topk=shape.num_topk,
             hidden=shape.hidden,
-            max_tokens_per_rank=max(SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length()),
+            max_tokens_per_rank=capacity_for(tokens),
             layout=shape.layout,
             alignment=shape.alignment,
             dtype=shape.dtype,
@@ -173,6 +173,11 @@ class RowLayers:
             layer.destroy()
         self._all.clear()
         self._newest.clear()
+
+
+def capacity_for(tokens: int) -> int:
+    """Tokens per rank that an object is made for."""
+    return max(SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length())
 
 
 def _owner(handle: RowsHandle) -> HighThroughput:

@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from moegen.compat.deep_ep.config import Config
 from moegen.compat.deep_ep.normal_handle import NormalHandle
-from moegen.compat.deep_ep.utils import CallEvent, Earlier, EventOverlap
+from moegen.compat.deep_ep.streams import Streams
+from moegen.compat.deep_ep.utils import EventOverlap
 from moegen.compat.low_latency import Layers
 from moegen.compat.rows import RowLayers, Shape, rounded_up
 from moegen.errors import HandleError, InputError
 from moegen.rows import DispatchedRows, Given, Layout
 
-T = TypeVar("T")
 Tensor = torch.Tensor
 Tokens = Tensor | Given
 NODE_RANKS = 8
@@ -92,8 +92,8 @@ class NormalMode:
         self._check_experts(num_experts)
         rows = self._rows(topk_idx.device)
         call = partial(rows.counts(topk_idx.shape[1], num_experts), topk_idx)
-        streams = Streams(previous_event, async_finish, allocate_on_comm_stream)
-        layout, event = streams.call(rows, (topk_idx,), call, _tensors_of_layout)
+        streams = _streams(previous_event, async_finish, allocate_on_comm_stream)
+        layout, event = streams.call(rows.comm, (topk_idx,), call, _tensors_of_layout)
         per_node = None
         if self.group_size > NODE_RANKS and self.group_size % NODE_RANKS == 0:
             nodes = layout.token_in_rank.view(-1, self.group_size // NODE_RANKS, NODE_RANKS).any(dim=2)
@@ -148,7 +148,7 @@ class NormalMode:
             InputError, HandleError: arguments that do not fit; nothing was launched.
             CapacityError: see max_tokens_per_rank.
         """
-        streams = Streams(previous_event, async_finish, allocate_on_comm_stream)
+        streams = _streams(previous_event, async_finish, allocate_on_comm_stream)
         num_sms = self.num_sms if config is None else config.num_sms
         parts = x if isinstance(x, tuple) else (x,)
         rows = self._rows(parts[0].device)
@@ -157,7 +157,7 @@ class NormalMode:
                 raise InputError("dispatch takes a handle or topk_idx and topk_weights: the handle has its routing")
             given = own(handle)
             call = partial(self._again, rows, x, given, num_sms)
-            received, event = streams.call(rows, parts, call, _tensors_of_rows)
+            received, event = streams.call(rows.comm, parts, call, _tensors_of_rows)
             return _tokens(received), None, None, None, None, event
         if num_tokens_per_rank is None or is_token_in_rank is None or num_tokens_per_expert is None:
             raise InputError(
@@ -177,7 +177,7 @@ class NormalMode:
         shape = Shape(0, topk, num_experts).of(x)
         routing = (is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights)
         fresh = partial(self._fresh, rows, x, shape, *routing, num_worst_tokens, num_sms)
-        (received, counts), event = streams.call(rows, (*parts, *routing), fresh, _tensors_of_fresh)
+        (received, counts), event = streams.call(rows.comm, (*parts, *routing), fresh, _tensors_of_fresh)
         made = NormalHandle.of(shape, received.handle, num_sms, is_token_in_rank)
         selections = (None, None) if topk_idx is None else (received.topk_idx, received.topk_weights)
         return _tokens(received), *selections, rounded_up(counts, expert_alignment), made, event
@@ -245,13 +245,13 @@ class NormalMode:
         Raises:
             InputError, HandleError: arguments that do not fit; nothing was launched.
         """
-        streams = Streams(previous_event, async_finish, allocate_on_comm_stream)
+        streams = _streams(previous_event, async_finish, allocate_on_comm_stream)
         given = own(handle)
         num_sms = self.num_sms if config is None else config.num_sms
         biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         rows = self._rows(x.device)
         call = partial(self._sum, rows, x, given, topk_weights, biases, num_sms)
-        (combined, weights), event = streams.call(rows, (x, topk_weights, *biases), call, lambda sums: sums)
+        (combined, weights), event = streams.call(rows.comm, (x, topk_weights, *biases), call, lambda sums: sums)
         return combined, weights, event
 
     def _sum(
@@ -302,32 +302,13 @@ class NormalMode:
             raise InputError(f"num_experts is a multiple of the {self.group_size} ranks; got {num_experts}")
 
 
-class Streams:
-    """Where a call runs, and behind what."""
-
-    def __init__(self, previous: Any, asynchronous: bool, allocate_on_comm_stream: bool) -> None:
-        if allocate_on_comm_stream and (previous is None or not asynchronous):
-            raise InputError("allocate_on_comm_stream needs previous_event and async_finish=True")
-        self._previous = Earlier.of(previous)
-        self._asynchronous = asynchronous
-
-    def call(
-        self,
-        rows: RowLayers,
-        inputs: Sequence[Tensor | None],
-        call: Callable[[], T],
-        results: Callable[[T], Sequence[Tensor | None]],
-    ) -> tuple[T, EventOverlap]:
-        """What it returns, and its event: one without a GPU event if it is ordered already."""
-        if self._asynchronous:
-            result, event = rows.comm.run(self._previous, inputs, call, results)
-            return result, EventOverlap(CallEvent(event))
-        if self._previous is not None:
-            self._previous.wait()
-        return call(), EventOverlap()
-
-
 _ONE_MACHINE = "moegen.compat.deep_ep has no Buffer.{}: ranks map each other's memory; call {}"
+
+
+def _streams(previous: EventOverlap | None, asynchronous: bool, allocate_on_comm_stream: bool) -> Streams:
+    if allocate_on_comm_stream and (previous is None or not asynchronous):
+        raise InputError("allocate_on_comm_stream needs previous_event and async_finish=True")
+    return Streams(asynchronous, previous)
 
 
 def own(handle: tuple[Any, ...]) -> NormalHandle:

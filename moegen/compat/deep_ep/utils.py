@@ -66,8 +66,8 @@ class EventOverlap:
         self.event = event
         self.extra_tensors = extra_tensors
 
-    def current_stream_wait(self) -> None:
-        """Makes the current stream wait.
+    def current_stream_wait(self, release_handle: bool = False) -> None:
+        """Makes the current stream wait; `release_handle`: and forgets the event and the tensors.
 
         Raises:
             ValueError: there is no event: nothing asynchronous was asked for.
@@ -75,6 +75,8 @@ class EventOverlap:
         if self.event is None:
             raise ValueError("this EventOverlap has no event; ask for one with async_finish=True")
         self.event.current_stream_wait()
+        if release_handle:
+            self.event = self.extra_tensors = None
 
     def __enter__(self) -> EventOverlap:
         return self
