@@ -56,7 +56,7 @@ class Counts:
         self.device = world.device
         self.problem = Problem(world.size, num_experts, num_topk, hidden=0, max_tokens=0, on_host=on_host)
         kernel = load(layout_spec(world.size, num_topk, num_experts, on_host=on_host), world.device)
-        self._op = LayoutOp(kernel, world.device, kernel.blocks(world.ranks_per_device, None))
+        self._op = LayoutOp(kernel, world.device, world.ranks_per_device)
 
     def __call__(self, topk_idx: Tensor) -> Layout:
         self._op.raise_what_happened()

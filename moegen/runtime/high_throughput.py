@@ -114,7 +114,7 @@ class HighThroughputOps:
         for number, kernel in enumerate(kernels):
             spec = kernel.spec
             if isinstance(spec, HighThroughputLayout):
-                self.layout = LayoutOp(kernel, world.device, kernel.blocks(world.ranks_per_device, num_sms))
+                self.layout = LayoutOp(kernel, world.device, world.ranks_per_device)
                 continue
             at = combine if isinstance(spec, HighThroughputCombine) else dispatch
             name = spec.phase if isinstance(spec, HighThroughputDispatch) else "combine"

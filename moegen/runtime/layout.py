@@ -14,15 +14,20 @@ from moegen.runtime.watchdog import Watchdog
 _VARYING = ("topk_idx", "counters", "token_in_rank", "tokens", "wide_ids")
 
 
+MAX_BLOCKS = 128
+"""More would count fewer tokens each than they have warps, and only add to the additions at the end."""
+
+
 class LayoutOp:
     """One rank's `layout`; the kernel is loaded already."""
 
-    def __init__(self, kernel: LoadedKernel, device: torch.device, blocks: int) -> None:
+    def __init__(self, kernel: LoadedKernel, device: torch.device, ranks_per_device: int) -> None:
         spec = kernel.spec
         assert isinstance(spec, HighThroughputLayout)
         self._spec, self._device = spec, device
         self._watchdog = Watchdog([spec.stem], {}, 0.0, pinned=device.type == "cuda")
         fixed = {"failure": self._watchdog.address(0)}
+        blocks = kernel.blocks(ranks_per_device, MAX_BLOCKS if device.type == "cuda" else None)
         self._bound = BoundKernel(kernel, spec.params, blocks, fixed, _VARYING)
 
     def __call__(self, topk_idx: torch.Tensor) -> Layout:

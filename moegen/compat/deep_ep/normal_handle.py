@@ -55,6 +55,10 @@ class NormalHandle(tuple[Any, ...]):
             self._made[number] = _ELEMENTS[number](self)
         return self._made[number]
 
+    def forget(self, number: int) -> None:
+        """Makes that element again when it is read next."""
+        self._made.pop(number, None)
+
     def __iter__(self) -> Iterator[Any]:
         return (self[number] for number in range(len(self)))
 

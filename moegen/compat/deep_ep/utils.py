@@ -29,13 +29,15 @@ class EventHandle:
 
 
 class CallEvent:
-    """moegen's event under DeepEP's name for waiting."""
+    """moegen's event, with DeepEP's name for waiting too."""
 
     def __init__(self, event: Any) -> None:
         self._event = event
 
-    def current_stream_wait(self) -> None:
+    def wait(self) -> None:
         self._event.wait()
+
+    current_stream_wait = wait
 
 
 class Earlier:
