@@ -228,12 +228,15 @@ def round_trip(rank: Rank, *, asynchronous: bool = False) -> None:
             plus = 0 if biases is None else 2 if isinstance(biases, tuple) else 1
             rank.check_sums(combined, turn, plus * bias)
             assert torch.equal(sums.cpu(), weights * (ids >= 0))
-        again, *nothing, event = rank.buffer.dispatch(on(device, x), handle=handle, **streams)
+        given = on(device, x)
+        rank.step()
+        again, *nothing, event = rank.buffer.dispatch(given, handle=handle, **streams)
         if asynchronous:
             event.current_stream_wait()
         rank.step()
         assert nothing == [None] * 4
         assert same(again, want.tokens)
+        rank.step()
         combined, sums, _ = rank.buffer.combine(y, handle)
         rank.step()
         assert sums is None

@@ -71,6 +71,10 @@ def test_layout_meets_an_id_that_names_no_expert(device: str) -> None:
 
             with pytest.raises(kind, match="no selection"):
                 counted()
+            raw = ht._ops.layout(ids)  # as a kernel meets it
+            with pytest.raises(errors.InvalidRoutingError, match=r"ht_layout_r1.*token 1 "):
+                ht.synchronize()
+            assert raw.tokens_per_expert.tolist() == [2, 1, 1, *[0] * (EXPERTS - 3)]
             assert ht.layout(ids[:1]).tokens_per_rank.tolist() == [1, 0, 0][: ht.num_ranks]
 
     moegen.LocalWorld(1, device).run(work)
