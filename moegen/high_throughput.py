@@ -306,7 +306,9 @@ class HighThroughput(RowCalls):
         scales = torch.empty(0, self.selection.dispatch.scale_words, dtype=self.scale_dtype, device=self.device)
         x = (tokens, scales) if self.selection.dispatch.format.given else tokens
         ids = torch.empty(0, self.problem.num_topk, dtype=torch.int64, device=self.device)
-        received = self.dispatch(x, ids)
+        self.layout(ids)
+        for mode in row_checks.MODES:
+            received = self.dispatch(x, ids, mode=mode)
         self.dispatch(x, handle=received.handle)
         self.combine(torch.empty(received.tokens.shape, dtype=torch.bfloat16, device=self.device), received.handle)
         self.synchronize()

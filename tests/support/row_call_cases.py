@@ -154,3 +154,16 @@ def test_options_of_a_call(device: str) -> None:
                 ht.combine(received.tokens, received.handle, weights)
 
     moegen.LocalWorld(1, device).run(work)
+
+
+@pytest.mark.parametrize("layout", ["token", "packed"])
+def test_warmup_runs_every_kernel(device: str, layout: str) -> None:
+    def work(rank: RankWorld) -> None:
+        with make(rank, layout) as ht:
+            ht.warmup()
+            x, ids, weights = (part.to(ht.device) for part in routed(rank.rank))
+            received = ht.dispatch(x, ids, weights)
+            assert sum(received.host_counts or []) == int(received.counts.sum())
+            rank.barrier()
+
+    moegen.LocalWorld(2, device).run(work)

@@ -51,7 +51,8 @@ class NormalHandle(tuple[Any, ...]):
             return tuple(self[number] for number in range(len(self))[index])
         number = range(len(self))[index]
         if number not in self._made:
-            record(self.received.memory.device, (self.received.memory,))
+            memory = self.received.memory
+            record(memory.device, (memory, self._is_token_in_rank))
             self._made[number] = _ELEMENTS[number](self)
         return self._made[number]
 
