@@ -13,12 +13,19 @@ from moegen.kernels.ll import MAX_TOKENS_PER_RANK, QUANTIZED, LowLatencyDispatch
 from moegen.kernels.problem import Problem
 
 if TYPE_CHECKING:
-    from typing import TypeAlias
+    from typing import Protocol, TypeAlias
 
     from moegen.expert_parallel import ExpertParallel
-    from moegen.high_throughput import HighThroughput
+    from moegen.row_calls import RowCalls
 
-    Owner: TypeAlias = ExpertParallel | HighThroughput
+    Owner: TypeAlias = ExpertParallel | RowCalls
+
+    class Placed(Protocol):
+        """Of an Owner, what a tensor needs: shapes, and where it is."""
+
+        problem: Problem
+        device: torch.device
+
 
 _ROW_ALIGNMENT = 16
 _DTYPES = {torch.bfloat16: "bf16"}
@@ -98,7 +105,7 @@ def tokens(owner: Owner, x: torch.Tensor) -> torch.Tensor:
     return x if x.data_ptr() % _ROW_ALIGNMENT == 0 else x.clone()
 
 
-def topk_idx(owner: Owner, ids: torch.Tensor, num_tokens: int, used: torch.Tensor | None) -> torch.Tensor:
+def topk_idx(owner: Placed, ids: torch.Tensor, num_tokens: int, used: torch.Tensor | None) -> torch.Tensor:
     problem = owner.problem
     require_tensor(owner, "topk_idx", ids, (torch.int64, torch.int32))
     require_shape("topk_idx", ids, (num_tokens, problem.num_topk))
@@ -224,7 +231,7 @@ def handle(owner: ExpertParallel, given: Handle) -> None:
         raise HandleError("nothing was dispatched into this memory; take the handle of what dispatch returned")
 
 
-def require_tensor(owner: Owner, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def require_tensor(owner: Placed, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{name} is a torch tensor; got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:

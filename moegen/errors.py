@@ -23,7 +23,13 @@ class HandleError(InputError):
 
 
 class CapacityError(InputError):
-    """A buffer that is too small; the text names the size to use."""
+    """A buffer that is too small; the text names the size to use.
+
+    Attributes:
+        tokens_needed: what every rank's `max_tokens_per_rank` has to be at least, if all ranks know it; else 0.
+    """
+
+    tokens_needed: int = 0
 
 
 class SlotError(MoegenError, RuntimeError):

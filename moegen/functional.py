@@ -221,21 +221,10 @@ def _dispatch_backward(
     """Both gradients return in one combine: that of each row once, and a number for each selection beside it."""
     made = by_number(layer)
     handle = made.handle_of(memory, num_tokens, grad_rows.shape[0])
-    selections = None
-    if grad_weights is not None:
-        token = made.problem.layout == "token"
-        selections = grad_weights.masked_fill(ids < 0, 0) if token else _by_selection(grad_weights, handle)
-    grad_x, sums = made.combine(grad_rows, handle, selections, weighted=False)
+    if grad_weights is not None and made.problem.layout == "token":
+        grad_weights = grad_weights.masked_fill(ids < 0, 0)
+    grad_x, sums = made.combine(grad_rows, handle, grad_weights, weighted=False)
     return grad_x, memory.new_empty(0, dtype=torch.float32) if sums is None else sums
-
-
-def _by_selection(of_rows: torch.Tensor, handle: RowsHandle) -> torch.Tensor:
-    """Numbers of rows of layout `packed`, for each selection of the (token, rank) rows; 0: another rank's."""
-    slots = handle.numbers.row_slots
-    row = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
-    here = (row < handle.numbers.first_rows[-1]) & (slots >= 0) & (slots < handle.rows)
-    padded = torch.nn.functional.pad(of_rows, (0, 1))  # a zero behind the last row, for what is not here
-    return padded[torch.where(here, slots, handle.rows)]
 
 
 @torch.library.custom_op(

@@ -6,33 +6,41 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
 from moegen import checks, row_checks
-from moegen.errors import DestroyedError, InputError
-from moegen.rows import DispatchedRows, RowsHandle
+from moegen.errors import DestroyedError
+from moegen.row_calls import RowCalls
+from moegen.rows import (
+    DispatchedRows,
+    Given,
+    Layout,
+    RowCombineOptions,
+    RowDispatchOptions,
+    RowsHandle,
+    tensors_in,
+)
 from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
 from moegen.runtime.high_throughput import HighThroughputOps
-from moegen.runtime.lifecycle import Lifecycle
 from moegen.runtime.low_latency import FIRST_EPOCH
-from moegen.runtime.row_memory import Numbers, RowMemory, Rows
-from moegen.runtime.streams import CommStream, current_stream, record
-from moegen.runtime.worlds import RankWorld, as_rank_world
+from moegen.runtime.streams import CommStream, Event
+from moegen.runtime.worlds import as_rank_world
 from moegen.select import select_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 log = logging.getLogger(__name__)
 
-Given = tuple[torch.Tensor, torch.Tensor]
-"""FP8 tokens and their scales."""
 
 _made: weakref.WeakValueDictionary[int, HighThroughput] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 
 
-class HighThroughput(Lifecycle[HighThroughputOps]):
+class HighThroughput(RowCalls):
     """Expert-parallel dispatch and combine of many tokens, for one shape of MoE layer. Making one is collective.
 
     All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an
@@ -89,13 +97,13 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
         device: str | torch.device | None = None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
-        checks.one_of("mode", mode, ("capacity", "exact"))
+        checks.one_of("mode", mode, row_checks.MODES)
         checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
         checks.in_range("alignment", alignment, 1, 2**16)
         if num_sms is not None:
-            checks.in_range("num_sms", num_sms, 1, 1024)
+            checks.in_range("num_sms", num_sms, 1, row_checks.MAX_SMS)
         checks.seconds("timeout", timeout)
-        self.world: RankWorld = as_rank_world(group_or_world, device)
+        self.world = as_rank_world(group_or_world, device)
         self.problem = row_checks.problem(
             self.world.size,
             num_experts=num_experts,
@@ -111,12 +119,12 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
         self.mode, self.alignment = mode, alignment
         self.dtype, self.scale_dtype = dtype, scale_dtype
         self.device = self.world.device
-        settings = (mode, alignment, timeout, first_epoch)
-        self.selection, self.kernels = load_on_all_ranks(self.world, self.problem, settings, select_rows)
-        self._comm_stream = CommStream(self.device)
         self.number = next(_numbers)
         """Its name in this process: `by_number` finds it, for what can pass numbers only."""
         _made[self.number] = self
+        settings = (mode, alignment, timeout, first_epoch)
+        self.selection, self.kernels = load_on_all_ranks(self.world, self.problem, settings, select_rows)
+        self._comm_stream = CommStream(self.device)
         failure: Exception | None = None
         try:
             self._ops = HighThroughputOps(
@@ -140,33 +148,42 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
             self.selection.dispatch.stem,
         )
 
-    @property
-    def rank(self) -> int:
-        return self.world.rank
+    def layout(self, topk_idx: torch.Tensor) -> Layout:
+        """Counts where this rank's tokens go. Only this rank calls it; nothing is sent.
 
-    @property
-    def num_ranks(self) -> int:
-        return self.world.size
+        Args:
+            topk_idx: [T, topk] as for `dispatch`; T may exceed the capacity.
 
-    @property
-    def local_experts(self) -> range:
-        """The expert ids that this rank holds."""
-        return self.problem.local_experts(self.rank)
+        Raises:
+            InputError, InvalidRoutingError, LaunchError, DestroyedError: as `dispatch`.
+        """
+        ops = self._alive()
+        self.check()
+        ids = checks.topk_idx(self, topk_idx, topk_idx.shape[0], None)
+        return self._launch(ops.layout, ids)
 
-    @property
-    def buffer_bytes(self) -> int:
-        """Symmetric memory that this object holds on each rank."""
-        return self._alive().buffer_bytes
+    @overload
+    def dispatch(
+        self,
+        x: torch.Tensor | Given,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        previous_event: Any = None,
+        **options: Unpack[RowDispatchOptions],
+    ) -> DispatchedRows: ...
 
-    @property
-    def row_memory(self) -> RowMemory:
-        """What results look like."""
-        return self._alive().row_memory
-
-    @property
-    def max_rows(self) -> int:
-        """Rows that a dispatch has room for in mode "capacity", if the call does not say."""
-        return self._alive().row_memory.capacity
+    @overload
+    def dispatch(
+        self,
+        x: torch.Tensor | Given,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        previous_event: Any = None,
+        async_finish: Literal[True],
+        **options: Unpack[RowDispatchOptions],
+    ) -> tuple[DispatchedRows, Event]: ...
 
     def dispatch(
         self,
@@ -174,14 +191,10 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
         topk_idx: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
         *,
-        handle: RowsHandle | None = None,
-        num_tokens: torch.Tensor | None = None,
-        max_rows: int | None = None,
-        out: torch.Tensor | None = None,
-        out_scales: torch.Tensor | None = None,
-        total_counts: torch.Tensor | None = None,
-        timeout: float | None = None,
-    ) -> DispatchedRows:
+        previous_event: Any = None,
+        async_finish: bool = False,
+        **options: Unpack[RowDispatchOptions],
+    ) -> Any:
         """Sends every token to the ranks that hold its experts. Every rank calls it, also with zero tokens.
 
         Args:
@@ -190,6 +203,12 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
             topk_idx: [T, topk], int32 or int64, ids in [-1, num_experts); -1 selects nothing. The same expert twice
                 in one row is two selections that share one row of layout `packed`.
             topk_weights: [T, topk] float32; they travel with the tokens. None: ones.
+            previous_event: an `Event` or a `torch.cuda.Event` that the call waits for.
+            async_finish: run on a stream of the object, behind `previous_event` or, without one, behind what is on the
+                current stream. The second result is an event; nothing of the first may be read, nor the inputs changed,
+                before its `wait()`, which makes the results safe on the stream that waits.
+
+        Options:
             handle: of an earlier dispatch, in place of topk_idx and topk_weights: the same routing, not counted again.
                 All ranks give theirs of the same dispatch. The result has no topk_idx and topk_weights.
             num_tokens: int32 [1] on the device: how many of the T tokens count, read when the kernel runs.
@@ -198,106 +217,52 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
             out, out_scales: tensors for `DispatchedRows.tokens` and `scales`, in mode "capacity" or with a handle; the
                 scales may have any strides.
             total_counts: int32 [local experts] on the device, to which the counts of this call are added.
+            mode: for this call in place of the object's; all ranks say the same.
+            zero_unused: rows that nothing came for are zeros, where the call makes the result.
+            scales_by_column: scales that the call makes have stride 1 between rows; columns begin at 16 bytes.
+            num_sms: thread blocks of this call at most, in place of the object's number.
             timeout: seconds, for this call in place of the object's.
 
         Raises:
             InputError: an argument does not fit; nothing was launched.
             PeerTimeoutError: this or an earlier call waited for a rank in vain.
             InvalidRoutingError: an earlier call on a GPU met an id that names no expert.
-            CapacityError: more tokens than this object was made for; or more rows came to an earlier call than fitted.
+            CapacityError: more tokens than this object was made for; in mode "exact" every rank raises it if any has
+                too many. Or more rows came to an earlier call than fitted.
             LaunchError: the driver refused the launch.
             DestroyedError: after `destroy()`.
         """
-        ops = self._alive()
-        self.check()
-        data, scales = row_checks.given_tokens(self, x)
-        checks.total_counts(self, total_counts)
-        if timeout is not None:
-            checks.seconds("timeout", timeout)
-        if handle is not None:
-            row_checks.same_routing(
-                self, handle, data.shape[0], topk_idx, topk_weights, num_tokens, total_counts, max_rows
-            )
-            row_checks.rows_out(self, out, out_scales, handle.rows)
-            rows = ops.row_memory.rows(handle.rows, selections=False, tokens=out, scales=out_scales)
-            self._note_use(handle)
-            self._launch(
-                ops.dispatch, "rows", data, scales, None, None, None, None, handle.addresses, rows, None, timeout
-            )
-            return self._of_handle(handle, rows)
-        if topk_idx is None:
-            raise InputError("dispatch takes topk_idx, or the handle of a dispatch with the same routing")
-        checks.num_tokens(self, num_tokens)
-        topk_idx = checks.topk_idx(self, topk_idx, data.shape[0], num_tokens)
-        topk_weights = checks.topk_weights(self, topk_weights, data.shape[0])
-        numbers = ops.row_memory.numbers(ops.row_memory.empty_numbers())
-        arguments = (data, scales, topk_idx, topk_weights, num_tokens, numbers, numbers.addresses)
-        if self.mode == "exact":
-            row_checks.exact(self, max_rows, out, out_scales)
-            return self._dispatch_exactly(ops, arguments, numbers, total_counts, timeout)
-        number = row_checks.room(self, max_rows, ops.row_memory.capacity, out)
-        row_checks.rows_out(self, out, out_scales, number)
-        rows = ops.row_memory.rows(number, selections=True, tokens=out, scales=out_scales)
-        self._launch(ops.dispatch, "whole", *arguments, rows, total_counts, timeout)
-        return self._result(numbers, rows, data.shape[0], None)
+        if async_finish:
+            call = partial(self._dispatch, x, topk_idx, topk_weights, **options)
+            parts = x if isinstance(x, tuple) else (x,)
+            inputs = (*parts, topk_idx, topk_weights, *tensors_in(options))
+            return self._comm_stream.run(previous_event, inputs, call, lambda received: received.allocations)
+        if previous_event is not None:
+            previous_event.wait()
+        return self._dispatch(x, topk_idx, topk_weights, **options)
 
-    def _dispatch_exactly(
+    @overload
+    def combine(
         self,
-        ops: HighThroughputOps,
-        arguments: tuple[Any, ...],
-        numbers: Numbers,
-        total_counts: torch.Tensor | None,
-        timeout: float | None,
-    ) -> DispatchedRows:
-        """Two launches, and in between the host learns how many rows come; torch lets go of the GIL while it waits."""
-        self._launch(ops.dispatch, "plan", *arguments, None, total_counts, timeout)
-        experts = len(self.local_experts)
-        told = torch.cat((numbers.first_rows[-1:], numbers.first_slots[-1:], numbers.counts)).tolist()
-        self.check()
-        packed = self.problem.layout == "packed"
-        rows = ops.row_memory.rows(told[1] if packed else told[0], selections=True)
-        data, scales, *_ = arguments
-        self._launch(ops.dispatch, "rows", data, scales, None, None, None, None, numbers.addresses, rows, None, timeout)
-        return self._result(numbers, rows, data.shape[0], told[2 : 2 + experts])
+        y: torch.Tensor,
+        handle: RowsHandle,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        previous_event: Any = None,
+        **options: Unpack[RowCombineOptions],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
-    def _result(self, numbers: Numbers, rows: Rows, num_tokens: int, host_counts: list[int] | None) -> DispatchedRows:
-        stream = current_stream(self.device)
-        handle = RowsHandle(
-            self, num_tokens, rows.tokens.shape[0], numbers.memory, numbers.addresses, stream, numbers, host_counts
-        )
-        return self._of_handle(handle, rows)
-
-    def _of_handle(self, handle: RowsHandle, rows: Rows) -> DispatchedRows:
-        numbers = handle.numbers
-        return DispatchedRows(
-            rows.tokens,
-            rows.scales,
-            rows.topk_idx,
-            rows.topk_weights,
-            numbers.counts,
-            numbers.first_slots if self.problem.layout == "packed" else None,
-            numbers.first_rows,
-            numbers.row_tokens,
-            handle.host_counts,
-            handle,
-        )
-
-    def handle_of(self, memory: torch.Tensor, num_tokens: int, rows: int) -> RowsHandle:
-        """The handle again, from its own `memory`, `num_tokens` and `rows`: for what can pass tensors and numbers only.
-
-        Raises:
-            HandleError: the memory is not of a handle of this object.
-        """
-        row_memory = self._alive().row_memory
-        row_checks.handle_memory(self, memory, row_memory.words)
-        numbers = row_memory.numbers(memory)
-        stream = current_stream(self.device)
-        return RowsHandle(self, num_tokens, rows, memory, numbers.addresses, stream, numbers, None)
-
-    def _note_use(self, handle: RowsHandle) -> None:
-        """The handle may be dropped before this stream has read it."""
-        if handle.stream != current_stream(self.device):
-            record(self.device, (handle.memory,))
+    @overload
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: RowsHandle,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        previous_event: Any = None,
+        async_finish: Literal[True],
+        **options: Unpack[RowCombineOptions],
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], Event]: ...
 
     def combine(
         self,
@@ -305,30 +270,30 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
         handle: RowsHandle,
         topk_weights: torch.Tensor | None = None,
         *,
-        weighted: bool = True,
-        bias: torch.Tensor | Sequence[torch.Tensor] = (),
-        out: torch.Tensor | None = None,
-        timeout: float | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        previous_event: Any = None,
+        async_finish: bool = False,
+        **options: Unpack[RowCombineOptions],
+    ) -> Any:
         """Brings rows back to their tokens' owners, who add them in the order of the ranks, in fp32.
 
         From layout `token`: the plain sum of a token's rows. From layout `packed`: the sum over its selections of
-        weight * row, with the weights given to dispatch, or the plain sum of its rows; a rank's part is formed in fp32
-        and rounded once before it crosses the link, but for the owner's own. A token without rows gets zeros (and the
-        bias). Every rank calls it.
+        weight * row, with the weights given to dispatch; a rank's part is formed in fp32 and rounded once before it
+        crosses the link, but for the owner's own. A token without rows gets zeros (and the bias). Every rank calls it.
 
         Args:
             y: [rows, hidden] bfloat16, rows where dispatch put them.
             handle: of the dispatch; may be used more than once.
-            topk_weights: [rows, topk] float32, a number for each selection, added up over the ranks as they are: the
-                second result. In layout `token` they lie beside `y`; in layout `packed` they are
-                [ranks * max_tokens_per_rank, topk], in the order of `DispatchedRows.row_tokens`. All ranks give them,
-                or none does.
-            weighted: False: layout `packed` adds rows up without their weights, each once, also where a token selects
-                an expert twice.
+            topk_weights: float32 beside `y`, brought back like the rows: the second result. [rows, topk] in layout
+                `token`, where they are added up; [rows] in layout `packed`, one of each selection. All ranks give
+                them, or none does.
+            previous_event, async_finish: as for `dispatch`.
+
+        Options:
             bias: one or two tensors [T, hidden] bfloat16 that are added to this rank's sums.
+            weighted: False: layout `packed` adds rows up without their weights, each once, also where a token selects
+                an expert twice. All ranks say the same.
             out: the tensor for the result.
-            timeout: as for `dispatch`.
+            num_sms, timeout: as for `dispatch`.
 
         Returns:
             [T, hidden] bfloat16, T as given to dispatch (rows from its `num_tokens` on are undefined), and
@@ -338,23 +303,13 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
             HandleError: the handle is another object's.
             InputError, PeerTimeoutError, DestroyedError: as `dispatch`.
         """
-        ops = self._alive()
-        self.check()
-        row_checks.handle(self, handle)
-        y = row_checks.outputs(self, y, handle.rows)
-        topk_weights = row_checks.weights(self, topk_weights, handle.rows)
-        shape = (handle.num_tokens, self.problem.hidden)
-        biases = row_checks.biases(self, bias, shape)
-        row_checks.combined_out(self, out, shape)
-        if timeout is not None:
-            checks.seconds("timeout", timeout)
-        if out is None:
-            out = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
-        sums = None
-        if topk_weights is not None:
-            sums = torch.empty(handle.num_tokens, self.problem.num_topk, dtype=torch.float32, device=self.device)
-        self._launch(ops.combine, y, handle, topk_weights, biases, out, sums, weighted, timeout)
-        return out, sums
+        if async_finish:
+            call = partial(self._combine, y, handle, topk_weights, **options)
+            inputs = (y, topk_weights, *tensors_in(options))
+            return self._comm_stream.run(previous_event, inputs, call, lambda sums: sums)
+        if previous_event is not None:
+            previous_event.wait()
+        return self._combine(y, handle, topk_weights, **options)
 
     def warmup(self) -> None:
         """Runs each kernel once with zero tokens, so that the first real call pays for nothing. Collective."""
@@ -362,7 +317,9 @@ class HighThroughput(Lifecycle[HighThroughputOps]):
         scales = torch.empty(0, self.selection.dispatch.scale_words, dtype=self.scale_dtype, device=self.device)
         x = (tokens, scales) if self.selection.dispatch.format.given else tokens
         ids = torch.empty(0, self.problem.num_topk, dtype=torch.int64, device=self.device)
-        received = self.dispatch(x, ids)
+        self.layout(ids)
+        for mode in row_checks.MODES:
+            received = self.dispatch(x, ids, mode=mode)
         self.dispatch(x, handle=received.handle)
         self.combine(torch.empty(received.tokens.shape, dtype=torch.bfloat16, device=self.device), received.handle)
         self.synchronize()

@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from moegen import checks
-from moegen.errors import HandleError, InputError
+from moegen.errors import CapacityError, HandleError, InputError
 from moegen.kernels.ht import FORMATS, LAYOUTS
 from moegen.kernels.ll import MAX_TOKENS_PER_RANK, QUANTIZED
 from moegen.kernels.problem import Problem
-from moegen.rows import RowsHandle
+from moegen.rows import Given, RowsHandle
 
 if TYPE_CHECKING:
-    from moegen.high_throughput import Given, HighThroughput
+    from moegen.row_calls import RowCalls
 
 _GIVEN_SCALES = {torch.float32: "e4m3", torch.int32: "e4m3ue8m0"}
 """Dtype of the scales of given FP8 tokens -> how they travel."""
 
 MAX_BIASES = 2
+MAX_SMS = 1024
+MODES = ("capacity", "exact")
 
 
 def problem(
@@ -51,7 +53,48 @@ def problem(
     return Problem(num_ranks, num_experts, num_topk, hidden, max_tokens_per_rank, word, layout, on_host=on_host)
 
 
-def given_tokens(owner: HighThroughput, x: torch.Tensor | Given) -> tuple[torch.Tensor, torch.Tensor | None]:
+def mode(owner: RowCalls, of_call: str | None) -> str:
+    """The call's, or the object's."""
+    if of_call is None:
+        return owner.mode
+    checks.one_of("mode", of_call, MODES)
+    return of_call
+
+
+def launch(num_sms: int | None, timeout: float | None) -> None:
+    """How a call is launched and waits; most say nothing of it."""
+    if num_sms is not None:
+        checks.in_range("num_sms", num_sms, 1, MAX_SMS)
+    if timeout is not None:
+        checks.seconds("timeout", timeout)
+
+
+def fitting(
+    owner: RowCalls, x: torch.Tensor | Given, ids: torch.Tensor | None, weights: torch.Tensor | None
+) -> tuple[int, torch.Tensor | Given, torch.Tensor | None, torch.Tensor | None]:
+    """In mode "exact" a rank with too many tokens sends none and says how many it has, so that no rank waits in vain:
+    that number (0 if they fit), and what is sent.
+    """
+    number = len(x[0] if isinstance(x, tuple) else x)
+    if number <= owner.problem.max_tokens:
+        return 0, x, ids, weights
+    nothing = (x[0][:0], x[1][:0]) if isinstance(x, tuple) else x[:0]
+    return number, nothing, None if ids is None else ids[:0], None if weights is None else weights[:0]
+
+
+def all_fit(owner: RowCalls, tokens: Sequence[int]) -> None:
+    """The tokens of every rank, as every rank was told."""
+    most = max(tokens)
+    if most > owner.problem.max_tokens:
+        error = CapacityError(
+            f"rank {tokens.index(most)} has {most} tokens, more than these objects were made for; make them with "
+            f"max_tokens_per_rank={most} (now {owner.problem.max_tokens}) or dispatch in parts"
+        )
+        error.tokens_needed = most
+        raise error
+
+
+def given_tokens(owner: RowCalls, x: torch.Tensor | Given) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Tokens and, if the caller quantised them, their scales."""
     form = FORMATS[owner.problem.dtype]
     if not form.given:
@@ -71,7 +114,7 @@ def given_tokens(owner: HighThroughput, x: torch.Tensor | Given) -> tuple[torch.
 
 
 def same_routing(
-    owner: HighThroughput,
+    owner: RowCalls,
     given: RowsHandle,
     num_tokens: int,
     topk_idx: torch.Tensor | None,
@@ -90,14 +133,14 @@ def same_routing(
         raise InputError(f"the handle is of {given.num_tokens} tokens; got {num_tokens}")
 
 
-def handle(owner: HighThroughput, given: RowsHandle) -> None:
+def handle(owner: RowCalls, given: RowsHandle) -> None:
     if not isinstance(given, RowsHandle):
         raise HandleError(f"this object takes the handle of its dispatch; got {type(given).__name__}")
     if given.owner is not owner:
         raise HandleError("this handle comes from another object; give it to that one")
 
 
-def handle_memory(owner: HighThroughput, memory: torch.Tensor, words: int) -> None:
+def handle_memory(owner: RowCalls, memory: torch.Tensor, words: int) -> None:
     fits = memory.dtype == torch.int32 and memory.device == owner.device and memory.shape == (words,)
     if not fits or not memory.is_contiguous() or memory.data_ptr() % 8 != 0:
         raise HandleError(
@@ -105,7 +148,7 @@ def handle_memory(owner: HighThroughput, memory: torch.Tensor, words: int) -> No
         )
 
 
-def exact(owner: HighThroughput, max_rows: int | None, *outs: torch.Tensor | None) -> None:
+def exact(owner: RowCalls, max_rows: int | None, *outs: torch.Tensor | None) -> None:
     """In mode "exact" nobody knows beforehand how many rows come."""
     if max_rows is not None or any(out is not None for out in outs):
         raise InputError('mode "exact" makes its own results; max_rows and out are for mode "capacity"')
@@ -113,7 +156,7 @@ def exact(owner: HighThroughput, max_rows: int | None, *outs: torch.Tensor | Non
         raise InputError('mode "exact" waits for the host and cannot be captured; make the object with mode="capacity"')
 
 
-def room(owner: HighThroughput, max_rows: int | None, capacity: int, out: torch.Tensor | None) -> int:
+def room(owner: RowCalls, max_rows: int | None, capacity: int, out: torch.Tensor | None) -> int:
     """Rows of the result."""
     if max_rows is not None:
         checks.in_range("max_rows", max_rows, 0, 2**31 - 1)
@@ -123,7 +166,7 @@ def room(owner: HighThroughput, max_rows: int | None, capacity: int, out: torch.
     return capacity if out is None else out.shape[0]
 
 
-def rows_out(owner: HighThroughput, out: torch.Tensor | None, scales: torch.Tensor | None, rows: int) -> None:
+def rows_out(owner: RowCalls, out: torch.Tensor | None, scales: torch.Tensor | None, rows: int) -> None:
     memory = owner.row_memory
     if out is not None:
         checks.require_tensor(owner, "out", out, (memory.dtype,))
@@ -137,25 +180,29 @@ def rows_out(owner: HighThroughput, out: torch.Tensor | None, scales: torch.Tens
         checks.require_shape("out_scales", scales, (rows, words))
 
 
-def outputs(owner: HighThroughput, y: torch.Tensor, rows: int) -> torch.Tensor:
+def outputs(owner: RowCalls, y: torch.Tensor, rows: int) -> torch.Tensor:
     checks.require_tensor(owner, "y", y, (torch.bfloat16,))
     checks.require_shape("y", y, (rows, owner.problem.hidden))
     return checks.readable(y)
 
 
-def weights(owner: HighThroughput, given: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+def weights(owner: RowCalls, given: torch.Tensor | None, handle: RowsHandle) -> torch.Tensor | None:
+    """One for each row that came and each of its selections."""
     if given is None:
         return None
-    if owner.problem.layout == "packed":
-        rows = owner.problem.num_ranks * owner.problem.max_tokens
     checks.require_tensor(owner, "topk_weights", given, (torch.float32,))
-    checks.require_shape("topk_weights", given, (rows, owner.problem.num_topk))
-    return given.contiguous()
+    if owner.problem.layout == "token":
+        checks.require_shape("topk_weights", given, (handle.rows, owner.problem.num_topk))
+        return given.contiguous()
+    checks.require_shape("topk_weights", given, (handle.rows,))
+    slots = handle.numbers.part("row_slots").view(-1, owner.problem.num_topk)
+    if handle.rows == 0:
+        return torch.zeros(slots.shape, device=owner.device)
+    at = slots.clamp(0, handle.rows - 1)  # rows that nothing came for have no slots: what stands there is not read
+    return given[at].masked_fill_(slots < 0, 0)
 
 
-def biases(
-    owner: HighThroughput, given: torch.Tensor | Sequence[torch.Tensor], shape: tuple[int, ...]
-) -> list[torch.Tensor]:
+def biases(owner: RowCalls, given: torch.Tensor | Sequence[torch.Tensor], shape: tuple[int, ...]) -> list[torch.Tensor]:
     several = [given] if isinstance(given, torch.Tensor) else list(given)
     if len(several) > MAX_BIASES:
         raise InputError(f"at most {MAX_BIASES} biases; got {len(several)}")
@@ -165,7 +212,7 @@ def biases(
     return [checks.readable(bias) for bias in several]
 
 
-def combined_out(owner: HighThroughput, out: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+def combined_out(owner: RowCalls, out: torch.Tensor | None, shape: tuple[int, ...]) -> None:
     if out is not None:
         checks.require_tensor(owner, "out", out, (torch.bfloat16,))
         checks.require_shape("out", out, shape)

@@ -3,10 +3,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+
+Given = tuple[torch.Tensor, torch.Tensor]
+"""FP8 tokens and their scales."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Layout:
+    """Where a rank's tokens go, on the device.
+
+    Attributes:
+        tokens_per_rank: int32 [ranks]: tokens that select an expert of each rank.
+        tokens_per_expert: int32 [experts]: tokens that select each expert.
+        token_in_rank: bool [T, ranks]: whether a token selects an expert of a rank.
+    """
+
+    tokens_per_rank: torch.Tensor
+    tokens_per_expert: torch.Tensor
+    token_in_rank: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -23,6 +42,7 @@ class RowsHandle:
         stream: the CUDA stream that its memory was allocated on, as a number; 0 on the CPU.
         numbers: the parts of that memory which the result shows (`moegen.runtime.row_memory.Numbers`).
         host_counts: see `DispatchedRows`.
+        host_arrivals: how many (token, rank) rows came, in mode "exact"; else None.
     """
 
     owner: object
@@ -33,6 +53,7 @@ class RowsHandle:
     stream: int
     numbers: Any
     host_counts: list[int] | None
+    host_arrivals: int | None = None
 
     def __repr__(self) -> str:
         return f"RowsHandle(num_tokens={self.num_tokens}, rows={self.rows})"
@@ -61,6 +82,7 @@ class DispatchedRows:
         source_starts: int32 [ranks + 1]: how many (token, rank) rows came from lower ranks, and in the end from all. In
             layout `token` those of source r are tokens[source_starts[r]:source_starts[r + 1]].
         row_tokens: int32 [ranks * max_tokens_per_rank]: which of its source's tokens each of those rows is.
+        source_counts: int32 [ranks, 1 + ranks]: the tokens of each source, and how many of them go to each rank.
         host_counts: `counts` as a list, in mode "exact"; else None.
         handle: give it to combine, or to another dispatch with the same routing.
     """
@@ -73,5 +95,45 @@ class DispatchedRows:
     expert_starts: torch.Tensor | None
     source_starts: torch.Tensor
     row_tokens: torch.Tensor
+    source_counts: torch.Tensor
     host_counts: list[int] | None
     handle: RowsHandle
+
+    @property
+    def allocations(self) -> tuple[torch.Tensor | None, ...]:
+        """The memory behind all of it."""
+        return (self.tokens, self.scales, self.topk_idx, self.topk_weights, self.handle.memory)
+
+
+class RowDispatchOptions(TypedDict, total=False):
+    """Keyword arguments of `HighThroughput.dispatch`, which describes them."""
+
+    handle: RowsHandle | None
+    num_tokens: torch.Tensor | None
+    max_rows: int | None
+    out: torch.Tensor | None
+    out_scales: torch.Tensor | None
+    total_counts: torch.Tensor | None
+    mode: str | None
+    zero_unused: bool
+    scales_by_column: bool
+    num_sms: int | None
+    timeout: float | None
+
+
+class RowCombineOptions(TypedDict, total=False):
+    """Keyword arguments of `HighThroughput.combine`, which describes them."""
+
+    bias: torch.Tensor | Sequence[torch.Tensor]
+    weighted: bool
+    out: torch.Tensor | None
+    num_sms: int | None
+    timeout: float | None
+
+
+def tensors_in(options: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """Of keyword arguments: the tensors, also those in tuples and lists."""
+    for value in options.values():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(part, torch.Tensor):
+                yield part

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from moegen import tuning
 from moegen.errors import SpecError
 from moegen.kernels.ht import HighThroughputCombine, HighThroughputDispatch
+from moegen.kernels.ht_layout import HighThroughputLayout
 from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import DTYPE_BYTES, MAX_BLOCK_WARPS, WARP_SIZE, WarpGroups
@@ -60,19 +61,26 @@ class RowSelection:
 
     Attributes:
         dispatch: the whole op in one launch; in its phases "plan" and "rows" it is made in two, or by an old plan.
+        layout: counts a rank's own routing.
     """
 
     dispatch: HighThroughputDispatch
     combine: HighThroughputCombine
+    layout: HighThroughputLayout
 
     @property
-    def specs(self) -> tuple[HighThroughputDispatch | HighThroughputCombine, ...]:
-        return (self.dispatch, self.dispatch.in_phase("plan"), self.dispatch.in_phase("rows"), self.combine)
+    def specs(self) -> tuple[HighThroughputDispatch | HighThroughputCombine | HighThroughputLayout, ...]:
+        plan, rows = self.dispatch.in_phase("plan"), self.dispatch.in_phase("rows")
+        return (self.dispatch, plan, rows, self.combine, self.layout)
 
 
 HOST_NUM_WARPS = 2
 GPU_NUM_WARPS = {"dispatch": 32, "combine": 16}
 """Of a block, one to a multiprocessor. A thread of combine holds sums, and has registers for that with half as many."""
+
+
+LAYOUT_NUM_WARPS = 8
+"""A token is one load and a few votes: small blocks come and go."""
 
 
 def select_rows(problem: Problem) -> RowSelection:
@@ -86,7 +94,17 @@ def select_rows(problem: Problem) -> RowSelection:
     return RowSelection(
         HighThroughputDispatch(problem.dtype, *shape, warps["dispatch"], "whole"),
         HighThroughputCombine("bf16", *shape, warps["combine"]),
+        layout_spec(problem.num_ranks, problem.num_topk, problem.num_experts, on_host=problem.on_host),
     )
+
+
+def layout_spec(num_ranks: int, num_topk: int, num_experts: int, *, on_host: bool) -> HighThroughputLayout:
+    """The kernel that counts a routing.
+
+    Raises:
+        SpecError: as `select`.
+    """
+    return HighThroughputLayout(num_ranks, num_topk, num_experts, HOST_NUM_WARPS if on_host else LAYOUT_NUM_WARPS)
 
 
 def select(problem: Problem, table: Table | None = None) -> Selection:

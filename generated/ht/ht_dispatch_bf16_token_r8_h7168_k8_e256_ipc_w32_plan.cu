@@ -34,6 +34,7 @@ struct Params {
     int32_t* counts;             // [local experts]: rows that select each expert
     int32_t* total_counts;       // [local experts], to which counts are added; or null
     int32_t* first_slots;        // [local experts + 1]: first row of each expert (layout packed)
+    int32_t* source_counts;      // [ranks, 1 + ranks]: tokens of each source, its rows for each rank
     uint64_t* token_ranks;       // [max_tokens]: bit r: rank r holds an expert of this token
     int32_t* tokens_sent;        // one number: the tokens of this call
     int32_t* first_rows;         // [ranks + 1]: first row of each source, then the number of rows
@@ -63,10 +64,11 @@ struct Params {
     uint32_t max_tokens;         // capacity: tokens that a rank may send
     uint32_t capacity;           // rows of `out`
     uint32_t alignment;          // an expert's first row is a multiple of this (layout packed)
+    uint32_t tokens_wanted;      // tokens that this rank has and this object has no room for, or 0
     uint32_t wide_ids;           // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 368);
+static_assert(sizeof(Params) == 384);
 
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
 
@@ -134,7 +136,9 @@ __device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * 
 __device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
 
 constexpr uint32_t kPieceWords = 3;
-constexpr uint32_t kCountPieces = 11;  // the rows, then those that select each of the rank's experts
+constexpr uint32_t kCountPieces = 14;  // see count_word
+constexpr uint32_t kFirstSourceWord = 1 + kLocalExperts;
+constexpr uint32_t kSourceWords = 9;  // the source's tokens, its rows for each rank
 constexpr uint32_t kEntryPieces = 6;  // of a row: its token, a selection and a weight for each k
 constexpr uint32_t kEntryWords = kEntryPieces * kPieceWords;
 
@@ -150,6 +154,13 @@ __device__ __forceinline__ uint4* counts_at(const Params& p, uint32_t rank, uint
 __device__ __forceinline__ uint4* entry_at(const Params& p, uint32_t rank, uint32_t source, uint32_t row) {
     return reinterpret_cast<uint4*>(p.peers[rank] + p.entries_offset) +
            (uint64_t(source) * p.max_tokens + row) * kEntryPieces;
+}
+
+// A token's k-th id as the user gave it.
+__device__ __forceinline__ int64_t id_of(const Params& p, uint32_t token, uint32_t k) {
+    const uint64_t at = uint64_t(token) * kTopk + k;
+    return p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
+                      : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
 }
 
 constexpr uint32_t kChunk = 64;            // tokens that a block plans at a time, a bit for each
@@ -168,13 +179,6 @@ __device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
     if (p.num_tokens == nullptr) return p.tokens;
     const int32_t given = *p.num_tokens;
     return given < 0 ? 0 : min(uint32_t(given), p.tokens);
-}
-
-// A token's k-th id as the user gave it.
-__device__ __forceinline__ int64_t id_of(const Params& p, uint32_t token, uint32_t k) {
-    const uint64_t at = uint64_t(token) * kTopk + k;
-    return p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
-                      : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
 }
 
 // Reads the ids of a chunk. One that names no expert counts as none and is reported to the host.
@@ -309,8 +313,21 @@ __device__ __forceinline__ void leave_ranks(const Params& p, uint32_t first, uin
     }
 }
 
+// A word of what `rank` is told first: its rows, how many select each of its experts, then the tokens of this rank and
+// its rows for every rank.
+__device__ __forceinline__ uint32_t count_word(const Params& p, const Chunk& chunk, uint32_t tokens, uint32_t rank,
+                                               uint32_t word) {
+    uint32_t counter = rank;
+    if (word > 0) counter = kRanks + first_expert(rank) + word - 1;
+    if (word > kLocalExperts) counter = word - kFirstSourceWord - 1;
+    if (word == kFirstSourceWord) return max(tokens, p.tokens_wanted);
+    if (word >= kFirstSourceWord + kSourceWords) return 0;
+    if (word > local_experts(rank) && word <= kLocalExperts) return 0;
+    return chunk.before[counter] + counted_before(chunk, counter, kChunk);
+}
+
 // After the last chunk: every rank hears how many rows it gets, also if there are none.
-__device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch, const Chunk& chunk) {
+__device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch, uint32_t tokens, const Chunk& chunk) {
 #pragma unroll 1
     for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
         const uint32_t rank = rank_after(p.rank, index / kCountPieces);
@@ -318,10 +335,7 @@ __device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch,
         uint32_t words[kPieceWords];
 #pragma unroll
         for (uint32_t word = 0; word < kPieceWords; ++word) {
-            const uint32_t at = piece * kPieceWords + word;
-            const uint32_t counter = at == 0 ? rank : kRanks + first_expert(rank) + at - 1;
-            const bool known = at <= local_experts(rank);
-            words[word] = known ? chunk.before[counter] + counted_before(chunk, counter, kChunk) : 0;
+            words[word] = count_word(p, chunk, tokens, rank, piece * kPieceWords + word);
         }
         store_whole_relaxed_sys(counts_at(p, rank, p.rank) + piece,
                                 make_uint4(words[0], words[1], words[2], watch.epoch));
@@ -350,7 +364,7 @@ __device__ __forceinline__ void plan_rows(const Params& p, const Watch& watch, u
         read = number;
         if (!add_counts(p, watch, added, number, chunk)) return;
         added = number;
-        if (number == chunks - 1) tell_counts(p, watch, chunk);
+        if (number == chunks - 1) tell_counts(p, watch, tokens, chunk);
         leave_ranks(p, number * kChunk, tokens, chunk);
         tell_entries(p, watch, number * kChunk, chunk);
     }
@@ -390,6 +404,10 @@ __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch
             const uint32_t count = came ? min(words[word], p.max_tokens) : 0;
             if (at == 0) arrivals.first_row[source + 1] = count;
             if (at > 0 && at <= kLocalExperts) arrivals.slots[source][at - 1] = count;
+            const uint32_t of_source = at - kFirstSourceWord;
+            if (of_source < kSourceWords && blockIdx.x == p.receivers.first) {
+                p.source_counts[source * kSourceWords + of_source] = came ? int32_t(words[word]) : 0;
+            }
         }
     }
     __syncthreads();

@@ -36,6 +36,7 @@ struct Params {
     int32_t* counts;             // [local experts]: rows that select each expert
     int32_t* total_counts;       // [local experts], to which counts are added; or null
     int32_t* first_slots;        // [local experts + 1]: first row of each expert (layout packed)
+    int32_t* source_counts;      // [ranks, 1 + ranks]: tokens of each source, its rows for each rank
     uint64_t* token_ranks;       // [max_tokens]: bit r: rank r holds an expert of this token
     int32_t* tokens_sent;        // one number: the tokens of this call
     int32_t* first_rows;         // [ranks + 1]: first row of each source, then the number of rows
@@ -65,10 +66,11 @@ struct Params {
     uint32_t max_tokens;         // capacity: tokens that a rank may send
     uint32_t capacity;           // rows of `out`
     uint32_t alignment;          // an expert's first row is a multiple of this (layout packed)
+    uint32_t tokens_wanted;      // tokens that this rank has and this object has no room for, or 0
     uint32_t wide_ids;           // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 368);
+static_assert(sizeof(Params) == 384);
 
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
 

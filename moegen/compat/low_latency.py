@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from moegen.compat.groups import rank_and_size, usual_device
 from moegen.errors import InputError
 from moegen.expert_parallel import ExpertParallel
-from moegen.runtime.worlds import RankWorld
 
 IN_FLIGHT = 2
 """Calls whose hooks may be open, as in DeepEP and all that follow it."""
@@ -28,12 +28,7 @@ class Layers:
         self._masked = masked
         self._active: torch.Tensor | None = None
         self._made: dict[tuple[Any, ...], ExpertParallel] = {}
-        if isinstance(group, RankWorld):
-            self.rank, self.size = group.rank, group.size
-        else:
-            import torch.distributed as dist
-
-            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.rank, self.size = rank_and_size(group)
 
     def get(
         self, x: torch.Tensor, topk_idx: torch.Tensor, max_tokens: int, num_experts: int, quantize: str | None
@@ -70,9 +65,7 @@ class Layers:
         """Where tensors are that are made before any call: with the ranks, or with the mask of their calls."""
         if self._active is not None:
             return self._active.device
-        if isinstance(self._group, RankWorld):
-            return self._group.device
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return usual_device(self._group)
 
     def active_on(self, device: torch.device) -> torch.Tensor:
         """The one mask of all these objects, int32 [ranks], 1: active; the first call settles where it is."""

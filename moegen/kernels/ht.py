@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moegen.kernels.ll import FP8_GROUP, MAX_SHARED_BYTES, REGION_ALIGNMENT, ceil_div
 from moegen.kernels.params import Param, ParamStruct
@@ -80,6 +80,17 @@ FORMATS = {
 }
 
 
+def require_routing(spec: Any) -> None:
+    """What all ops of this family can be rendered for: the numbers of ranks, experts and selections of a Spec."""
+    ranks, experts, topk = spec.num_ranks, spec.num_experts, spec.num_topk
+    spec.require(1 <= ranks <= MAX_RANKS, f"num_ranks is 1..{MAX_RANKS}; got {ranks}")
+    spec.require(ranks <= experts <= MAX_EXPERTS, f"num_experts is num_ranks ({ranks})..{MAX_EXPERTS}; got {experts}")
+    spec.require(
+        1 <= topk <= min(MAX_TOPK, experts),
+        f"num_topk is 1..{MAX_TOPK} and at most num_experts ({experts}); got {topk}",
+    )
+
+
 @dataclass(frozen=True)
 class HighThroughputSpec(Spec):
     """What dispatch and combine of this family have in common."""
@@ -94,15 +105,7 @@ class HighThroughputSpec(Spec):
     num_warps: int = tag("w")
 
     def validate(self) -> None:
-        self.require(1 <= self.num_ranks <= MAX_RANKS, f"num_ranks is 1..{MAX_RANKS}; got {self.num_ranks}")
-        self.require(
-            self.num_ranks <= self.num_experts <= MAX_EXPERTS,
-            f"num_experts is num_ranks ({self.num_ranks})..{MAX_EXPERTS}; got {self.num_experts}",
-        )
-        self.require(
-            1 <= self.num_topk <= min(MAX_TOPK, self.num_experts),
-            f"num_topk is 1..{MAX_TOPK} and at most num_experts ({self.num_experts}); got {self.num_topk}",
-        )
+        require_routing(self)
         self.require(
             self.row_bytes > 0 and 2 * self.hidden <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
             f"a row is a multiple of 16 bytes up to {MAX_ROW_BYTES} (of bf16); hidden {self.hidden} in {self.dtype} "
@@ -230,8 +233,15 @@ class HighThroughputDispatch(HighThroughputSpec, family="ht", op="dispatch"):
 
     @property
     def count_pieces(self) -> int:
-        """Of what a source tells first: its rows for a rank, then how many select each of its experts."""
-        return ceil_div(1 + self.max_local_experts, PIECE_WORDS)
+        """Of what a source tells first: its rows for a rank, how many select each of that rank's experts, and then its
+        tokens and its rows for each rank.
+        """
+        return ceil_div(1 + self.max_local_experts + self.source_words, PIECE_WORDS)
+
+    @property
+    def source_words(self) -> int:
+        """Of what every rank learns about a source: its tokens, and its rows for each rank."""
+        return 1 + self.num_ranks
 
     @property
     def record_bytes(self) -> int:
@@ -265,6 +275,7 @@ class HighThroughputDispatch(HighThroughputSpec, family="ht", op="dispatch"):
                 Param("int32_t*", "counts", "[local experts]: rows that select each expert"),
                 Param("int32_t*", "total_counts", "[local experts], to which counts are added; or null"),
                 Param("int32_t*", "first_slots", "[local experts + 1]: first row of each expert (layout packed)"),
+                Param("int32_t*", "source_counts", "[ranks, 1 + ranks]: tokens of each source, its rows for each rank"),
                 *_of_handle(written=True),
                 Param("const int32_t*", "num_tokens", "one number: tokens of this call; null: `tokens`"),
                 Param("uint32_t*", "chunk_counts", "[chunks][ranks + experts]: the plan's counters"),
@@ -278,6 +289,7 @@ class HighThroughputDispatch(HighThroughputSpec, family="ht", op="dispatch"):
                 *_COMMON_32,
                 Param("uint32_t", "capacity", "rows of `out`"),
                 Param("uint32_t", "alignment", "an expert's first row is a multiple of this (layout packed)"),
+                Param("uint32_t", "tokens_wanted", "tokens that this rank has and this object has no room for, or 0"),
                 Param("uint32_t", "wide_ids", "1: topk_idx is int64"),
             )
         )

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -17,11 +18,13 @@ from moegen.kernels.ht import (
     regions,
     roles,
 )
+from moegen.kernels.ht_layout import HighThroughputLayout
 from moegen.kernels.ll import ceil_div
 from moegen.kernels.problem import Problem
 from moegen.rows import RowsHandle
 from moegen.runtime.bound import BoundKernel
 from moegen.runtime.kernel import LoadedKernel
+from moegen.runtime.layout import LayoutOp
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.row_memory import OF_HANDLE, Numbers, RowMemory, Rows
@@ -47,6 +50,7 @@ _DISPATCH_VARYING = (
     "counts",
     "total_counts",
     "first_slots",
+    "source_counts",
     *OF_HANDLE,
     "num_tokens",
     "x_stride",
@@ -55,6 +59,7 @@ _DISPATCH_VARYING = (
     "tokens",
     "capacity",
     "wide_ids",
+    "tokens_wanted",
     "timeout_ns",
 )
 _COMBINE_VARYING = (
@@ -103,10 +108,18 @@ class HighThroughputOps:
         pinned = world.device.type == "cuda"
         self._watchdog = Watchdog([kernel.spec.stem for kernel in kernels], PHASES, timeout, pinned=pinned)
         self._order = StreamOrder(world.device)
-        self._bound: dict[str, BoundKernel] = {}
+        self._bind_kernel: dict[str, Callable[[int | None], BoundKernel]] = {}
+        self._bound: dict[tuple[str, int | None], BoundKernel] = {}
         for number, kernel in enumerate(kernels):
-            at = combine if isinstance(kernel.spec, HighThroughputCombine) else dispatch
-            self._bind(world, kernel, at, self._watchdog.address(number), alignment, num_sms)
+            spec = kernel.spec
+            if isinstance(spec, HighThroughputLayout):
+                self.layout = LayoutOp(kernel, world.device, world.ranks_per_device)
+                continue
+            at = combine if isinstance(spec, HighThroughputCombine) else dispatch
+            name = spec.phase if isinstance(spec, HighThroughputDispatch) else "combine"
+            address = self._watchdog.address(number)
+            self._bind_kernel[name] = partial(self._bind, world, kernel, at, address, alignment)
+            self._bound[name, None] = self._bind_kernel[name](num_sms)
         before = 0xFFFFFFFF if first_epoch == FIRST_EPOCH else first_epoch - 1
         self._control[:2, 0] = _signed(first_epoch)
         words = self.memory.local.view(torch.int32)
@@ -121,7 +134,7 @@ class HighThroughputOps:
         failure: int,
         alignment: int,
         num_sms: int | None,
-    ) -> None:
+    ) -> BoundKernel:
         spec = kernel.spec
         assert isinstance(spec, (HighThroughputDispatch, HighThroughputCombine))
         who = roles(spec, kernel.blocks(world.ranks_per_device, num_sms))
@@ -148,8 +161,14 @@ class HighThroughputOps:
                 "alignment": alignment,
             }
         varying = _DISPATCH_VARYING if dispatch else _COMBINE_VARYING
-        name = spec.phase if isinstance(spec, HighThroughputDispatch) else "combine"
-        self._bound[name] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
+        return BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
+
+    def _kernel(self, name: str, num_sms: int | None) -> BoundKernel:
+        """With that many blocks at most; None: with the object's number."""
+        kernel = self._bound.get((name, num_sms))
+        if kernel is None:
+            kernel = self._bound[name, num_sms] = self._bind_kernel[name](num_sms)
+        return kernel
 
     def dispatch(
         self,
@@ -164,13 +183,15 @@ class HighThroughputOps:
         rows: Rows | None,
         total_counts: torch.Tensor | None,
         timeout: float | None,
+        num_sms: int | None,
+        tokens_wanted: int = 0,
     ) -> None:
         """Launches one phase; arguments are checked already. `numbers`: None when moving rows by an earlier plan;
-        `rows`: None when only planning.
+        `rows`: None when only planning; `tokens_wanted`: too many, so that none is sent and every rank is told.
         """
         self._order.follow("dispatch")
         scales = None if rows is None else rows.scales
-        self._bound[phase](
+        self._kernel(phase, num_sms)(
             x.data_ptr(),
             _address(x_scales),
             _address(topk_idx),
@@ -179,6 +200,7 @@ class HighThroughputOps:
             0 if numbers is None else numbers.counts.data_ptr(),
             _address(total_counts),
             0 if numbers is None else numbers.first_slots.data_ptr(),
+            0 if numbers is None else numbers.source_counts.data_ptr(),
             *addresses,
             _address(num_tokens),
             x.stride(0) * x.element_size(),
@@ -186,6 +208,7 @@ class HighThroughputOps:
             x.shape[0],
             0 if rows is None else rows.tokens.shape[0],
             topk_idx is not None and topk_idx.dtype == torch.int64,
+            tokens_wanted,
             self._nanoseconds(timeout),
         )
 
@@ -199,6 +222,7 @@ class HighThroughputOps:
         out_weights: torch.Tensor | None,
         weighted: bool,
         timeout: float | None,
+        num_sms: int | None,
     ) -> None:
         """Launches combine; arguments are checked already."""
         addresses = list(handle.addresses)
@@ -208,7 +232,7 @@ class HighThroughputOps:
             record(y.device, (handle.memory,))
         self._order.follow("combine")
         first, second = (*bias, None, None)[:2]
-        self._bound["combine"](
+        self._kernel("combine", num_sms)(
             y.data_ptr(),
             _address(y_weights),
             _address(first),
@@ -227,6 +251,7 @@ class HighThroughputOps:
 
     def raise_what_happened(self) -> None:
         self._watchdog.raise_what_happened()
+        self.layout.raise_what_happened()
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -13,6 +14,7 @@ from moegen.kernels.ll import ceil_div
 from moegen.kernels.problem import Problem
 
 _WORD_BYTES = 4
+_COLUMN_WORDS = 4
 OF_HANDLE = ("token_ranks", "tokens_sent", "first_rows", "row_tokens", "row_slots", "row_weights", "own_rows")
 
 
@@ -21,8 +23,6 @@ class Numbers:
     """One dispatch's numbers, in one allocation of 32-bit words.
 
     Attributes:
-        row_slots: [ranks * max_tokens, topk]: of each (token, rank) row and selection the expert (layout `token`) or
-            the row of the result (layout `packed`); -1: another rank's. Undefined behind the rows that came.
         addresses: of OF_HANDLE.
     """
 
@@ -31,8 +31,13 @@ class Numbers:
     first_slots: torch.Tensor
     first_rows: torch.Tensor
     row_tokens: torch.Tensor
-    row_slots: torch.Tensor
+    source_counts: torch.Tensor
     addresses: tuple[int, ...]
+    home: RowMemory
+
+    def part(self, name: str) -> torch.Tensor:
+        """One of OF_HANDLE, as int32."""
+        return self.home.part(self.memory, name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +72,10 @@ class RowMemory:
             "own_rows": problem.max_tokens,
             "counts": local_experts,
             "first_slots": local_experts + 1,
+            "source_counts": problem.num_ranks * spec.source_words,
         }
         self._sizes = sizes
+        self._source_shape = (problem.num_ranks, spec.source_words)
         self._at = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
         self.words = sum(sizes.values())
         """32-bit words of a dispatch's numbers."""
@@ -84,7 +91,7 @@ class RowMemory:
         return torch.empty(self.words, dtype=torch.int32, device=self._device)
 
     def numbers(self, memory: torch.Tensor) -> Numbers:
-        """The parts of `memory`, [words] int32."""
+        """The numbers that lie in `memory`: a dispatch's, or `empty_numbers()`."""
         base = memory.data_ptr()
         return Numbers(
             memory,
@@ -92,25 +99,38 @@ class RowMemory:
             self.part(memory, "first_slots"),
             self.part(memory, "first_rows"),
             self.part(memory, "row_tokens"),
-            self.part(memory, "row_slots").view(-1, self._topk),
+            self.part(memory, "source_counts").view(self._source_shape),
             tuple(base + _WORD_BYTES * self._at[name] for name in OF_HANDLE),
+            self,
         )
 
     def part(self, memory: torch.Tensor, name: str) -> torch.Tensor:
-        """One of the numbers' parts, flat: a view."""
-        return memory.narrow(0, self._at[name], self._sizes[name])
+        """The numbers `name` of a dispatch's memory, as int32."""
+        return memory.as_strided((self._sizes[name],), (1,), self._at[name])
 
     def rows(
-        self, number: int, *, selections: bool, tokens: torch.Tensor | None = None, scales: torch.Tensor | None = None
+        self,
+        number: int,
+        *,
+        selections: bool,
+        tokens: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
+        zeroed: bool = False,
+        by_column: bool = False,
     ) -> Rows:
-        """Tensors for `number` rows; `selections`: also for what each selects. What is given is used as it is."""
+        """Tensors for `number` rows; `selections`: also for what each selects. What is given is used as it is.
+        `by_column`: scales lie in columns that begin at multiples of 16 bytes.
+        """
         packed = self._spec.packed
-        device = self._device
+        make = partial(torch.zeros if zeroed else torch.empty, device=self._device)
         if tokens is None:
-            tokens = torch.empty(number, self._hidden, dtype=self.dtype, device=device)
-        if scales is None and self._spec.scale_words:
-            scales = torch.empty(number, self._spec.scale_words, dtype=self.scales_dtype, device=device)
-        ids = torch.empty(number, self._topk, dtype=torch.int64, device=device) if selections and not packed else None
-        shape = (number,) if packed else (number, self._topk)
-        weights = torch.empty(shape, dtype=torch.float32, device=device) if selections else None
+            tokens = make((number, self._hidden), dtype=self.dtype)
+        words = self._spec.scale_words
+        if scales is None and words:
+            column = ceil_div(number, _COLUMN_WORDS) * _COLUMN_WORDS
+            shape = (words, column) if by_column else (number, words)
+            scales = make(shape, dtype=self.scales_dtype)
+            scales = scales.t()[:number] if by_column else scales
+        ids = make((number, self._topk), dtype=torch.int64) if selections and not packed else None
+        weights = make((number,) if packed else (number, self._topk), dtype=torch.float32) if selections else None
         return Rows(tokens, scales, ids, weights)

@@ -5,10 +5,13 @@ returns, and all of this does nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """The current stream as a number, without the Stream object around it: torch's own compiler calls it too."""
@@ -78,7 +81,7 @@ class Event:
 
 
 class CommStream:
-    """The stream of asynchronous calls, made when it is first used."""
+    """The stream of asynchronous calls, made when it is first used. `with` it, or `behind()` it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -90,6 +93,35 @@ class CommStream:
         if self._stream is None and self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device, priority=-1)
         return self._stream
+
+    @contextmanager
+    def behind(self, event: Any = None) -> Iterator[CommStream]:
+        """Calls go to this stream, behind `event`, which has `wait()`; None: behind what is on the current one."""
+        stream = self.stream
+        if stream is None:
+            yield self
+            return
+        if event is None:
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            if event is not None:
+                event.wait()
+            yield self
+
+    def run(
+        self,
+        event: Any,
+        inputs: Sequence[torch.Tensor | None],
+        call: Callable[[], T],
+        results: Callable[[T], Sequence[torch.Tensor | None]],
+    ) -> tuple[T, Event]:
+        """What `call` returns when it is made here behind `event`, and the Event of its end. The allocator is told that
+        this stream uses `inputs`; `results` names the tensors that were made here.
+        """
+        with self.behind(event):
+            record(self.device, inputs)
+            result = call()
+        return result, Event(self, results(result))
 
     def __enter__(self) -> CommStream:
         """Calls go to this stream, behind what is on the current one now."""

@@ -13,6 +13,7 @@ import torch
 
 import moegen
 from moegen.compat import deep_ep
+from moegen.compat.deep_ep import elastic_sizes
 
 DISPATCH = (
     "self x topk_idx num_max_dispatch_tokens_per_rank num_experts cumulative_local_expert_recv_stats "
@@ -21,6 +22,35 @@ DISPATCH = (
 COMBINE = (
     "self x topk_idx topk_weights handle use_logfmt zero_copy async_finish return_recv_hook out "
     "combine_wait_recv_cost_stats"
+)
+LAYOUT = "self topk_idx num_experts previous_event async_finish allocate_on_comm_stream"
+NORMAL_DISPATCH = (
+    "self x handle num_tokens_per_rank num_tokens_per_rdma_rank is_token_in_rank num_tokens_per_expert topk_idx "
+    "topk_weights expert_alignment num_worst_tokens config previous_event async_finish allocate_on_comm_stream"
+)
+NORMAL_COMBINE = "self x handle topk_weights bias config previous_event async_finish allocate_on_comm_stream"
+ELASTIC = (
+    "self group num_bytes num_cpu_bytes num_max_tokens_per_rank hidden num_topk use_fp8_dispatch deterministic "
+    "allow_hybrid_mode allow_multiple_reduction prefer_overlap_with_compute sl_idx num_allocated_qps "
+    "num_cpu_timeout_secs num_gpu_timeout_secs explicitly_destroy"
+)
+ELASTIC_DISPATCH = (
+    "self x topk_idx topk_weights cumulative_local_expert_recv_stats num_experts num_max_tokens_per_rank "
+    "expert_alignment num_sms num_qps previous_event previous_event_before_epilogue async_with_compute_stream "
+    "allocate_on_comm_stream handle do_handle_copy do_cpu_sync do_expand do_zero_padding use_tma_aligned_col_major_sf"
+)
+ELASTIC_COMBINE = (
+    "self x handle topk_weights bias num_sms num_qps previous_event previous_event_before_epilogue "
+    "async_with_compute_stream allocate_on_comm_stream"
+)
+ELASTIC_HINT = (
+    "group num_max_tokens_per_rank hidden num_topk use_fp8_dispatch allow_hybrid_mode allow_multiple_reduction"
+)
+THEORETICAL = "self num_experts num_topk num_scaleout_topk rdma_gbs nvlink_gbs sm_read_gbs sm_write_gbs"
+NOT_THERE = (
+    "engram_write engram_fetch get_engram_storage_size_hint pp_set_config pp_send pp_recv get_pp_buffer_size_hint "
+    "create_agrs_session destroy_agrs_session agrs_new_session agrs_set_config agrs_get_inplace_tensor all_gather "
+    "get_agrs_num_max_session_bytes get_agrs_buffer_size_hint"
 )
 LOCAL = "self dtype size offset use_rdma_buffer"
 CONSTRUCTOR = (
@@ -33,12 +63,25 @@ CONSTRUCTOR = (
     ("function", "names"),
     [
         (deep_ep.Buffer.__init__, CONSTRUCTOR),
+        (deep_ep.Buffer.get_dispatch_layout, LAYOUT),
+        (deep_ep.Buffer.dispatch, NORMAL_DISPATCH),
+        (deep_ep.Buffer.combine, NORMAL_COMBINE),
+        (deep_ep.Buffer.internode_dispatch, NORMAL_DISPATCH.replace(" num_worst_tokens", "")),
+        (deep_ep.Buffer.internode_combine, NORMAL_COMBINE),
+        (deep_ep.Buffer.get_comm_stream, "self"),
         (deep_ep.Buffer.low_latency_dispatch, DISPATCH),
         (deep_ep.Buffer.low_latency_combine, COMBINE),
         (deep_ep.Buffer.low_latency_update_mask_buffer, "self rank_to_mask mask"),
         (deep_ep.Buffer.low_latency_query_mask_buffer, "self mask_status"),
         (deep_ep.Buffer.low_latency_clean_mask_buffer, "self"),
         (deep_ep.Buffer.get_local_buffer_tensor, LOCAL),
+        (deep_ep.ElasticBuffer.__init__, ELASTIC),
+        (deep_ep.ElasticBuffer.dispatch, ELASTIC_DISPATCH),
+        (deep_ep.ElasticBuffer.combine, ELASTIC_COMBINE),
+        (deep_ep.ElasticBuffer.get_buffer_size_hint, ELASTIC_HINT),
+        (deep_ep.ElasticBuffer.get_theoretical_num_sms, THEORETICAL),
+        (deep_ep.ElasticBuffer.get_theoretical_num_qps, "self num_sms"),
+        (deep_ep.ElasticBuffer.barrier, "self use_comm_stream with_cpu_sync sequential"),
     ],
 )
 def test_signatures_are_deep_eps(function: object, names: str) -> None:
@@ -68,6 +111,59 @@ def test_buffer_can_be_referenced_weakly_and_says_what_it_is() -> None:
     buffer.destroy()
     with pytest.raises(NotImplementedError, match="process group"):
         deep_ep.Buffer(world.ranks[0], comm=1)
+
+
+def test_elastic_buffer_says_what_it_is() -> None:
+    world = moegen.LocalWorld(4)
+    rank = world.ranks[2]
+    buffer = deep_ep.ElasticBuffer(rank, num_max_tokens_per_rank=100, hidden=512, num_topk=4, explicitly_destroy=True)
+    assert weakref.ref(buffer)() is buffer
+    assert (buffer.group, buffer.rank_idx, buffer.num_ranks, buffer.num_max_tokens_per_rank) == (rank, 2, 4, 100)
+    assert (buffer.scaleup_rank_idx, buffer.scaleout_rank_idx) == (2, 0)
+    assert buffer.get_physical_domain_size() == buffer.get_logical_domain_size() == (1, 4)
+    assert buffer.get_theoretical_num_qps(24) == 0
+    assert buffer.get_comm_stream() is None
+    buffer.capture().current_stream_wait()
+    assert deep_ep.ElasticBuffer(rank, num_bytes=4 << 20).num_bytes == 4 << 20
+    assert deep_ep.ElasticBuffer(rank).num_bytes == 0
+    with pytest.raises(moegen.errors.InputError, match="multiple of the 4 ranks"):
+        buffer.get_theoretical_num_sms(num_experts=10, num_topk=2)
+    buffer.destroy()
+
+
+def test_elastic_size_is_what_an_object_takes() -> None:
+    world = moegen.LocalWorld(1)
+    hint = deep_ep.ElasticBuffer.get_buffer_size_hint(world.ranks[0], 100, 256, 2)
+
+    def work(rank: moegen.runtime.worlds.RankWorld) -> int:
+        layer = moegen.HighThroughput(rank, num_experts=4, num_topk=2, hidden=256, max_tokens_per_rank=128)
+        with layer:
+            return layer.buffer_bytes
+
+    (taken,) = world.run(work)
+    assert hint % (2 << 20) == 0
+    assert taken <= hint <= taken + (3 << 20)
+    fp8 = deep_ep.ElasticBuffer.get_buffer_size_hint(world.ranks[0], 8192, 7168, 8, use_fp8_dispatch=True)
+    assert fp8 < deep_ep.ElasticBuffer.get_buffer_size_hint(world.ranks[0], 8192, 7168, 8)
+
+
+def test_multiprocessors_by_the_documented_formula() -> None:
+    reach = elastic_sizes.expected_ranks(8, 256, 8)
+    assert round(reach, 3) == 5.295
+    sms = elastic_sizes.sms_that_fill_the_link
+    crossing = reach * 7 / 8
+    assert 1.25 * ((crossing + reach) / 50) / (crossing / 430) == pytest.approx(23.04, abs=0.01)
+    assert sms(8, 256, 8, 430, 200, 50) == 24
+    assert sms(2, 4, 2, 1, 200, 50) == 4
+    assert sms(1, 256, 8, 430, 200, 50) == 0
+    assert all(sms(ranks, 240, 8, 430, 200, 50) % 2 == 0 for ranks in (1, 2, 3, 4, 5, 6, 8))
+
+
+@pytest.mark.parametrize("name", NOT_THERE.split())
+def test_what_is_not_there_says_its_name(name: str) -> None:
+    buffer = deep_ep.ElasticBuffer(moegen.LocalWorld(1).ranks[0])
+    with pytest.raises(NotImplementedError, match=rf"ElasticBuffer\.{name}:"):
+        getattr(buffer, name)(1, x=2)
 
 
 def test_local_memory() -> None:
@@ -132,7 +228,7 @@ for group in ("vllm.general_plugins", "sglang.srt.plugins"):
     (entry,) = [e for e in entry_points(group=group) if e.name == "moegen_deep_ep"]
     entry.load()()
 assert importlib.util.find_spec("deep_ep").name == "deep_ep"
-from deep_ep import Buffer, Config
+from deep_ep import Buffer, Config, ElasticBuffer, EPHandle
 from deep_ep.utils import EventHandle, EventOverlap
 import deep_ep, moegen.compat.deep_ep
 assert Buffer is moegen.compat.deep_ep.Buffer and deep_ep.utils.EventHandle is EventHandle

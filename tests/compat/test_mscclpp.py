@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MSCCL++ EP's low-latency calls, with results into tensors of the caller and without."""
+"""MSCCL++ EP's low-latency calls, with results into tensors of the caller and without; its intranode calls."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+from support import deep_ep_normal_cases as normal
 from support.deep_ep_cases import BF16, FP8, MAX_TOKENS, Case, check_dispatch, inputs
 
 import moegen
@@ -95,6 +96,71 @@ def test_what_nobody_holds_is_not_kept() -> None:
             buffer.low_latency_dispatch(x, ids, MAX_TOKENS, 4, False, False, False)
             gc.collect()
         assert len(buffer._dispatched) <= 2
+        buffer.destroy()
+
+    moegen.LocalWorld(1).run(work)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["plain", "async"])
+def test_intranode(kind: str, asynchronous: bool) -> None:
+    """Fresh, cached and back, with the numbers of DeepEP's handle as single results."""
+    case = normal.Case(2, 8, 4, 512, kind)
+    config = mscclpp.Config(num_sms=normal.NUM_SMS)
+
+    def work(world: RankWorld) -> None:
+        buffer = mscclpp.Buffer(world, 1 << 20)
+        streams = (None, asynchronous, False)
+        x, ids, weights = normal.inputs(case, world.rank)
+        tokens, scales = x if isinstance(x, tuple) else (x, None)
+        want = normal.wanted(case, world.rank)
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, case.experts, *streams)
+        rows, row_scales, topk_idx, topk_weights, counts, *numbers, event = buffer.intranode_dispatch(
+            tokens, scales, ids, weights, per_rank, in_rank, per_expert, 0, None, None, 1, config, *streams
+        )
+        assert (event is not None) == asynchronous
+        assert normal.same((rows, row_scales) if scales is not None else rows, want.tokens)
+        assert torch.equal(topk_idx, want.topk_idx) and torch.equal(topk_weights, want.topk_weights)
+        assert counts == want.counts
+        prefix, channels, received, src_idx, head = numbers
+        normal.check_handle(case, world.rank, (prefix, channels, received, src_idx, in_rank, head), want)
+        again, again_scales, *nothing, cached_prefix, _, _, again_src, _, _ = buffer.intranode_dispatch(
+            tokens, scales, None, None, None, in_rank, None, len(rows), prefix, channels, 1, config, *streams
+        )
+        assert nothing == [None, None, []] and cached_prefix is prefix
+        assert normal.same((again, again_scales) if scales is not None else again, want.tokens)
+        assert torch.equal(again_src, src_idx)
+        back = (src_idx, prefix, received, head, config, *streams)
+        combined, sums, _ = buffer.intranode_combine(rows.bfloat16(), topk_weights, *back)
+        assert torch.equal(sums, weights * (ids >= 0))
+        expected = normal.plain(x).float() * normal.in_ranks(case, ids).sum(dim=1, keepdim=True)
+        assert ((combined.float() - expected).abs() <= expected.abs() / 64).all()
+        with pytest.raises(errors.HandleError, match="not a copy"):
+            buffer.intranode_combine(rows.bfloat16(), None, src_idx, prefix.clone(), received, head, config, *streams)
+        with pytest.raises(NotImplementedError, match="internode_dispatch"):
+            buffer.internode_dispatch()
+        with pytest.raises(NotImplementedError, match="internode_combine"):
+            buffer.internode_combine()
+        world.barrier()
+        buffer.destroy()
+
+    moegen.LocalWorld(case.ranks).run(work)
+
+
+def test_intranode_routings_that_nobody_holds_are_not_kept() -> None:
+    case = normal.CASES[0]
+
+    def work(world: RankWorld) -> None:
+        buffer = mscclpp.Buffer(world)
+        x, ids, weights = normal.inputs(case, 0)
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, case.experts, None, False, False)
+        for _ in range(5):
+            buffer.intranode_dispatch(
+                x, None, ids, weights, per_rank, in_rank, per_expert, 0, None, None, 1, mscclpp.Config(4), None, False,
+                False,
+            )  # fmt: skip
+            gc.collect()
+        assert len(buffer._routings) <= 2
         buffer.destroy()
 
     moegen.LocalWorld(1).run(work)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepEP's low-latency calls between processes: gloo groups on the CPU, and on GPUs of their own."""
+"""DeepEP's calls between processes: gloo groups on the CPU, and on GPUs of their own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support import deep_ep_elastic_cases as elastic
+from support import deep_ep_normal_cases as normal
 from support.deep_ep_cases import FP8, Case
 from support.deep_ep_table import every_mode, table
 from support.processes import Processes
 
+from moegen.compat import deep_ep
 from moegen.runtime.worlds import GroupWorld
 
 
@@ -33,6 +36,50 @@ def in_process(rank: int, device: str, case: Case) -> str:
 
 def test_every_mode_of_one_shape(group: Processes) -> None:
     assert group.call(in_process, Case(2, 16, 4, 512, FP8)) == ["ok"] * 2
+
+
+def normal_in_process(rank: int, device: str, asynchronous: bool) -> str:
+    deep_ep.Buffer.set_num_sms(normal.NUM_SMS)
+    normal.round_trip(normal.Rank(GroupWorld(device=device), normal.CASES[1]), asynchronous=asynchronous)
+    return "ok"
+
+
+def growing_in_process(rank: int, device: str) -> str:
+    """Only one rank has more tokens than before; all make room."""
+    buffer = deep_ep.Buffer(torch.distributed.group.WORLD)
+    for tokens in (5, 150, 300):
+        mine = tokens if rank == 1 else 1
+        x = torch.full((mine, 512), rank + 1.0, dtype=torch.bfloat16, device=device)
+        ids = torch.zeros(mine, 4, dtype=torch.int64, device=device)
+        layout = buffer.get_dispatch_layout(ids, 8)
+        weights = torch.ones(mine, 4, device=device)
+        rows, *_, handle, _ = buffer.dispatch(x, None, layout[0], None, layout[3], layout[2], ids, weights)
+        assert rows[:, 0].tolist() == ([1.0] + [2.0] * tokens if rank == 0 else [])  # type: ignore[call-overload]
+        combined, _, _ = buffer.combine(rows, handle)  # type: ignore[arg-type]
+        assert torch.equal(combined, x)
+    torch.distributed.barrier()
+    buffer.destroy()
+    return "ok"
+
+
+def elastic_in_process(rank: int, device: str, expand: bool, sync: bool) -> str:
+    elastic.round_trip(elastic.Rank(GroupWorld(device=device), elastic.TWO), expand, sync, alignment=8)
+    return "ok"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["plain", "async"])
+def test_normal_mode(group: Processes, asynchronous: bool) -> None:
+    assert group.call(normal_in_process, asynchronous) == ["ok"] * 2
+
+
+def test_normal_mode_grows(group: Processes) -> None:
+    assert group.call(growing_in_process) == ["ok"] * 2
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["capacity", "exact"])
+@pytest.mark.parametrize("expand", [False, True], ids=["token", "expand"])
+def test_elastic(group: Processes, expand: bool, sync: bool) -> None:
+    assert group.call(elastic_in_process, expand, sync) == ["ok"] * 2
 
 
 @pytest.mark.slow

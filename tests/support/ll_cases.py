@@ -146,7 +146,7 @@ def test_more_tokens_than_a_block_has_threads(device: str) -> None:
 def test_r3_e9_k5_h2880_tokens_0_1_37(device: str) -> None:
     """The same stem on the host and on a GPU, by the digest of its text; `warp_groups` pins it."""
     shape = Shape(3, 9, 5, 2880, 37)
-    layer = Layer(shape, device, warp_groups="2x1")
+    layer = Layer(shape, device, warp_groups="2x1", wire="inline")
     spec = layer.ranks[0].selection.dispatch
     assert spec.stem == "ll_dispatch_bf16_expert_r3_h2880_k5_e9_ipc_w2x1_inline_whole"
     print(f"\n{device}: {spec.stem} {render(spec).digest}")

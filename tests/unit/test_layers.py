@@ -21,7 +21,7 @@ LAYERS = (
     ("codegen", "select"),
     ("compile",),
     ("runtime", "handle", "rows", "checks", "row_checks"),
-    ("expert_parallel", "high_throughput"),
+    ("expert_parallel", "high_throughput", "row_calls"),
     ("functional",),
     ("cli", "bench", "demo", "compat", "__main__"),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepEP's `Buffer`: its constructor, attributes and low-latency calls."""
+"""DeepEP's `Buffer`: its constructor, attributes and low-latency calls; `NormalMode` has the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from moegen.compat.deep_ep.config import Config, combine_config, dispatch_config, low_latency_size_hint
-from moegen.compat.deep_ep.utils import EventHandle, EventOverlap
+from moegen.compat.deep_ep.normal import NormalMode
+from moegen.compat.deep_ep.utils import CallEvent, EventHandle, EventOverlap
 from moegen.compat.low_latency import IN_FLIGHT, Layers, mode, unpacked
 from moegen.errors import HandleError, InputError
 from moegen.expert_parallel import ExpertParallel
@@ -40,7 +41,7 @@ class LowLatencyHandle(tuple[Any, ...]):
         return handle
 
 
-class Buffer:
+class Buffer(NormalMode):
     """DeepEP's communication buffer. Its sizes are kept and not used: moegen allocates what the shapes of the calls
     need, when a shape is first seen; that first call is collective and compiles.
 
@@ -55,6 +56,7 @@ class Buffer:
 
     Attributes:
         timeout: seconds that a call waits for a rank; moegen's own, and may be set at any time.
+        max_tokens_per_rank: moegen's own, of the normal mode; see `NormalMode`.
 
     Raises:
         NotImplementedError: comm.
@@ -93,6 +95,7 @@ class Buffer:
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
         self._layers.destroy()
+        self._destroy_rows()
         self._combine_buffers.clear()
         self._local.clear()
 
@@ -102,7 +105,7 @@ class Buffer:
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """For the normal mode; even, as in DeepEP."""
+        """Thread blocks of calls of the normal mode from now on; even, as in DeepEP."""
         if new_num_sms % 2 != 0:
             raise InputError(f"the number of multiprocessors is even; got {new_num_sms}")
         Buffer.num_sms = new_num_sms
@@ -320,17 +323,7 @@ def _quantize(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> str | None:
 def _unpacked(answer: Any, async_finish: bool, return_recv_hook: bool) -> tuple[Any, EventOverlap, Hook | None]:
     """Moegen's result, with DeepEP's event and hook."""
     result, event, hook = unpacked(answer, async_finish, return_recv_hook)
-    return result, EventOverlap(None if event is None else _Waits(event)), hook
-
-
-class _Waits:
-    """moegen's event under DeepEP's name for waiting."""
-
-    def __init__(self, event: Any) -> None:
-        self._event = event
-
-    def current_stream_wait(self) -> None:
-        self._event.wait()
+    return result, EventOverlap(None if event is None else CallEvent(event)), hook
 
 
 def _own(handle: tuple[Any, ...]) -> LowLatencyHandle:

@@ -28,6 +28,34 @@ class EventHandle:
             self._event.wait(torch.cuda.current_stream())
 
 
+class CallEvent:
+    """moegen's event, with DeepEP's name for waiting too."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        self._event.wait()
+
+    current_stream_wait = wait
+
+
+class Earlier:
+    """DeepEP's event under moegen's name for waiting."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        self._event.current_stream_wait()
+
+    @staticmethod
+    def of(previous: Any) -> Earlier | None:
+        """Of a `previous_event`: an EventOverlap or an EventHandle; None: there is nothing to wait for."""
+        event = previous.event if isinstance(previous, EventOverlap) else previous
+        return None if event is None else Earlier(event)
+
+
 class EventOverlap:
     """An event, and the tensors that must live until it was waited for; also a context manager that waits at its end.
 
@@ -40,8 +68,8 @@ class EventOverlap:
         self.event = event
         self.extra_tensors = extra_tensors
 
-    def current_stream_wait(self) -> None:
-        """Makes the current stream wait.
+    def current_stream_wait(self, release_handle: bool = False) -> None:
+        """Makes the current stream wait; `release_handle`: and forgets the event and the tensors.
 
         Raises:
             ValueError: there is no event: nothing asynchronous was asked for.
@@ -49,6 +77,8 @@ class EventOverlap:
         if self.event is None:
             raise ValueError("this EventOverlap has no event; ask for one with async_finish=True")
         self.event.current_stream_wait()
+        if release_handle:
+            self.event = self.extra_tensors = None
 
     def __enter__(self) -> EventOverlap:
         return self

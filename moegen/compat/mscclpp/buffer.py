@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MSCCL++ EP's `Buffer`: its constructor and low-latency calls."""
+"""MSCCL++ EP's `Buffer`: its constructor and low-latency calls; `Intranode` has the others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from moegen.compat.deep_ep.config import low_latency_size_hint
 from moegen.compat.low_latency import Layers, mode, unpacked
+from moegen.compat.mscclpp.intranode import Intranode
 from moegen.errors import HandleError
 from moegen.expert_parallel import ExpertParallel
 from moegen.handle import Dispatched
@@ -19,7 +20,7 @@ Tensor = torch.Tensor
 Hook = Callable[[], None]
 
 
-class Buffer:
+class Buffer(Intranode):
     """MSCCL++ EP's communication buffer; its sizes are kept and not used.
 
     Args:
@@ -48,6 +49,7 @@ class Buffer:
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
         self._layers.destroy()
+        self._destroy_rows()
         self._dispatched.clear()
 
     @staticmethod

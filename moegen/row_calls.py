@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `HighThroughput` does when it is called: checks, memory, launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from moegen import checks, row_checks
+from moegen.errors import InputError
+from moegen.kernels.problem import Problem
+from moegen.rows import DispatchedRows, Given, RowsHandle
+from moegen.runtime.high_throughput import HighThroughputOps
+from moegen.runtime.lifecycle import Lifecycle
+from moegen.runtime.row_memory import Numbers, RowMemory, Rows
+from moegen.runtime.streams import current_stream, record
+from moegen.runtime.worlds import RankWorld
+from moegen.select import RowSelection
+
+Tensor = torch.Tensor
+
+
+class RowCalls(Lifecycle[HighThroughputOps]):
+    """The part of `HighThroughput` that makes calls on the current stream; it describes the arguments."""
+
+    world: RankWorld
+    problem: Problem
+    selection: RowSelection
+    mode: str
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+
+    @property
+    def rank(self) -> int:
+        return self.world.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self.world.size
+
+    @property
+    def local_experts(self) -> range:
+        """The expert ids that this rank holds."""
+        return self.problem.local_experts(self.rank)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Symmetric memory that this object holds on each rank."""
+        return self._alive().buffer_bytes
+
+    @property
+    def row_memory(self) -> RowMemory:
+        """What results look like."""
+        return self._alive().row_memory
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that a dispatch has room for in mode "capacity", if the call does not say."""
+        return self._alive().row_memory.capacity
+
+    def _dispatch(
+        self,
+        x: Tensor | Given,
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        *,
+        handle: RowsHandle | None = None,
+        num_tokens: Tensor | None = None,
+        max_rows: int | None = None,
+        out: Tensor | None = None,
+        out_scales: Tensor | None = None,
+        total_counts: Tensor | None = None,
+        mode: str | None = None,
+        zero_unused: bool = False,
+        scales_by_column: bool = False,
+        num_sms: int | None = None,
+        timeout: float | None = None,
+    ) -> DispatchedRows:
+        ops = self._alive()
+        self.check()
+        exact = row_checks.mode(self, mode) == "exact" and handle is None
+        wanted = 0
+        if exact:
+            wanted, x, topk_idx, topk_weights = row_checks.fitting(self, x, topk_idx, topk_weights)
+        data, scales = row_checks.given_tokens(self, x)
+        checks.total_counts(self, total_counts)
+        row_checks.launch(num_sms, timeout)
+        how = (timeout, num_sms)
+        make = partial(ops.row_memory.rows, zeroed=zero_unused, by_column=scales_by_column)
+        if handle is not None:
+            row_checks.same_routing(
+                self, handle, data.shape[0], topk_idx, topk_weights, num_tokens, total_counts, max_rows
+            )
+            row_checks.rows_out(self, out, out_scales, handle.rows)
+            rows = make(handle.rows, selections=False, tokens=out, scales=out_scales)
+            self._note_use(handle)
+            self._launch(ops.dispatch, "rows", data, scales, *_NO_ROUTING, handle.addresses, rows, None, *how)
+            return self._of_handle(handle, rows)
+        if topk_idx is None:
+            raise InputError("dispatch takes topk_idx, or the handle of a dispatch with the same routing")
+        checks.num_tokens(self, num_tokens)
+        topk_idx = checks.topk_idx(self, topk_idx, data.shape[0], num_tokens)
+        topk_weights = checks.topk_weights(self, topk_weights, data.shape[0])
+        numbers = ops.row_memory.numbers(ops.row_memory.empty_numbers())
+        arguments = (data, scales, topk_idx, topk_weights, num_tokens, numbers, numbers.addresses)
+        if exact:
+            row_checks.exact(self, max_rows, out, out_scales)
+            self._launch(ops.dispatch, "plan", *arguments, None, total_counts, *how, wanted)
+            arrivals, slots, *counts = self._planned(numbers)
+            rows = make(slots if self.problem.layout == "packed" else arrivals, selections=True)
+            self._launch(ops.dispatch, "rows", data, scales, *_NO_ROUTING, numbers.addresses, rows, None, *how)
+            return self._result(numbers, rows, data.shape[0], counts, arrivals)
+        number = row_checks.room(self, max_rows, ops.row_memory.capacity, out)
+        row_checks.rows_out(self, out, out_scales, number)
+        rows = make(number, selections=True, tokens=out, scales=out_scales)
+        self._launch(ops.dispatch, "whole", *arguments, rows, total_counts, *how)
+        return self._result(numbers, rows, data.shape[0])
+
+    def _planned(self, numbers: Numbers) -> list[int]:
+        """Waits until the host knows how many (token, rank) rows come, how many rows layout `packed` has, and how many
+        each expert gets; torch lets go of the GIL.
+        """
+        experts = len(self.local_experts)
+        words = (numbers.first_rows[-1:], numbers.first_slots[-1:], numbers.counts, numbers.source_counts[:, 0])
+        told: list[int] = torch.cat(words).tolist()
+        self.check()
+        row_checks.all_fit(self, told[2 + experts :])
+        return told[: 2 + experts]
+
+    def _result(
+        self,
+        numbers: Numbers,
+        rows: Rows,
+        num_tokens: int,
+        host_counts: list[int] | None = None,
+        host_arrivals: int | None = None,
+    ) -> DispatchedRows:
+        handle = RowsHandle(
+            self,
+            num_tokens,
+            rows.tokens.shape[0],
+            numbers.memory,
+            numbers.addresses,
+            current_stream(self.device),
+            numbers,
+            host_counts,
+            host_arrivals,
+        )
+        return self._of_handle(handle, rows)
+
+    def _of_handle(self, handle: RowsHandle, rows: Rows) -> DispatchedRows:
+        numbers = handle.numbers
+        return DispatchedRows(
+            rows.tokens,
+            rows.scales,
+            rows.topk_idx,
+            rows.topk_weights,
+            numbers.counts,
+            numbers.first_slots if self.problem.layout == "packed" else None,
+            numbers.first_rows,
+            numbers.row_tokens,
+            numbers.source_counts,
+            handle.host_counts,
+            handle,
+        )
+
+    def handle_of(self, memory: Tensor, num_tokens: int, rows: int) -> RowsHandle:
+        """The handle again, from its own `memory`, `num_tokens` and `rows`: for what can pass tensors and numbers only.
+
+        Raises:
+            HandleError: the memory is not of a handle of this object.
+        """
+        row_checks.handle_memory(self, memory, self.row_memory.words)
+        numbers = self.row_memory.numbers(memory)
+        return RowsHandle(self, num_tokens, rows, memory, numbers.addresses, current_stream(self.device), numbers, None)
+
+    def _note_use(self, handle: RowsHandle) -> None:
+        """The handle may be dropped before this stream has read it."""
+        if handle.stream != current_stream(self.device):
+            record(self.device, (handle.memory,))
+
+    def _combine(
+        self,
+        y: Tensor,
+        handle: RowsHandle,
+        topk_weights: Tensor | None,
+        *,
+        bias: Tensor | Sequence[Tensor] = (),
+        weighted: bool = True,
+        out: Tensor | None = None,
+        num_sms: int | None = None,
+        timeout: float | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        ops = self._alive()
+        self.check()
+        row_checks.handle(self, handle)
+        y = row_checks.outputs(self, y, handle.rows)
+        topk_weights = row_checks.weights(self, topk_weights, handle)
+        shape = (handle.num_tokens, self.problem.hidden)
+        biases = row_checks.biases(self, bias, shape)
+        row_checks.combined_out(self, out, shape)
+        row_checks.launch(num_sms, timeout)
+        if out is None:
+            out = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        sums = None
+        if topk_weights is not None:
+            sums = torch.empty(handle.num_tokens, self.problem.num_topk, dtype=torch.float32, device=self.device)
+        self._launch(ops.combine, y, handle, topk_weights, biases, out, sums, weighted, timeout, num_sms)
+        return out, sums
+
+
+_NO_ROUTING = (None, None, None, None)
+"""For a launch that moves rows by an earlier plan: no ids, weights, device-side count, or numbers to write."""
