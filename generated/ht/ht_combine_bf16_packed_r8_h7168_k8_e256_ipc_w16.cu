@@ -51,6 +51,7 @@ struct Params {
     uint32_t rank;                // this rank
     uint32_t tokens;              // rows of this rank's token tensor
     uint32_t max_tokens;          // capacity: tokens that a rank may send
+    uint32_t rows;                // of `y`; more may have come to a dispatch that had no room for them
 };
 
 static_assert(sizeof(Params) == 256);
@@ -215,13 +216,14 @@ struct Terms {
     float weights[kTopk];
 };
 
-// A warp lists them together; how many there are.
+// A warp lists them together; how many there are. Those that dispatch had no room for are no part of `y`.
 __device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t row, Terms& terms) {
     __syncwarp();  // the terms before are used
     const uint64_t at = uint64_t(row) * kTopk + lane_id();
     const int32_t slot = lane_id() < kTopk ? p.row_slots[at] : -1;
-    const uint32_t all = __ballot_sync(kFullWarp, slot >= 0);
-    if (slot >= 0) {
+    const bool exists = slot >= 0 && uint32_t(slot) < p.rows;
+    const uint32_t all = __ballot_sync(kFullWarp, exists);
+    if (exists) {
         const uint32_t index = __popc(all & ((1u << lane_id()) - 1));
         terms.slots[index] = uint32_t(slot);
         terms.weights[index] = p.row_weights[at];
@@ -249,9 +251,6 @@ __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch
         PartSums sums = {};
         add_terms(p, terms, number, first, sums);
         store_part(record, first, rounded(sums));
-    }
-    if (p.y_weights != nullptr && lane_id() < kTopk) {
-        weights_behind(record)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
     }
     __syncwarp();
     if (lane_id() == 0) store_release_sys(tag_at(p, owner, p.rank, token), watch.epoch);
@@ -296,9 +295,10 @@ __device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uin
 
 // This rank's own partial sum never leaves fp32.
 __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch, uint32_t token) {
-    const uint64_t ranks = p.token_ranks[token];
     const uint64_t own = uint64_t(1) << p.rank;
-    const uint32_t own_row = (ranks & own) != 0 ? uint32_t(p.own_rows[token]) : 0;
+    const uint64_t selected = p.token_ranks[token];
+    const uint32_t own_row = (selected & own) != 0 ? uint32_t(p.own_rows[token]) : 0;
+    const uint64_t ranks = selected;
     __shared__ Terms lists[kWarps];
     Terms& terms = lists[warp_id()];
     const uint32_t number = (ranks & own) != 0 ? list_terms(p, own_row, terms) : 0;

@@ -51,6 +51,7 @@ struct Params {
     uint32_t rank;                // this rank
     uint32_t tokens;              // rows of this rank's token tensor
     uint32_t max_tokens;          // capacity: tokens that a rank may send
+    uint32_t rows;                // of `y`; more may have come to a dispatch that had no room for them
 };
 
 static_assert(sizeof(Params) == 256);
@@ -212,12 +213,13 @@ __device__ __forceinline__ Part rounded(const PartSums& from) {
 __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch, uint32_t row, uint32_t owner) {
     const uint32_t token = uint32_t(p.row_tokens[row]);
     uint4* record = record_at(p, owner, p.rank, token);
+    const bool exists = row < p.rows;  // one that dispatch had no room for is no part of `y`, and adds nothing
 #pragma unroll 1
     for (uint32_t first = lane_id(); first < kRowVectors; first += kAhead * kWarpSize) {
-        store_part(record, first, load_part(y_at(p, row), first));
+        store_part(record, first, exists ? load_part(y_at(p, row), first) : Part{});
     }
     if (p.y_weights != nullptr && lane_id() < kTopk) {
-        weights_behind(record)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
+        weights_behind(record)[lane_id()] = exists ? p.y_weights[uint64_t(row) * kTopk + lane_id()] : 0.0f;
     }
     __syncwarp();
     if (lane_id() == 0) store_release_sys(tag_at(p, owner, p.rank, token), watch.epoch);
@@ -262,9 +264,10 @@ __device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uin
 
 // This rank's own partial sum never leaves fp32.
 __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch, uint32_t token) {
-    const uint64_t ranks = p.token_ranks[token];
     const uint64_t own = uint64_t(1) << p.rank;
-    const uint32_t own_row = (ranks & own) != 0 ? uint32_t(p.own_rows[token]) : 0;
+    const uint64_t selected = p.token_ranks[token];
+    const uint32_t own_row = (selected & own) != 0 ? uint32_t(p.own_rows[token]) : 0;
+    const uint64_t ranks = own_row < p.rows ? selected : selected & ~own;  // one too many is no part of `y`
     if (!wait_for_partials(p, watch, token, ranks & ~own)) return;
     const uint64_t at = uint64_t(token) * kRowVectors;
 #pragma unroll 1

@@ -300,7 +300,7 @@ class HighThroughputCombine(HighThroughputSpec, family="ht", op="combine"):
 
     @property
     def shared_bytes(self) -> int:
-        return self.num_warps * self.num_topk * 12 + 256
+        return self.num_warps * self.num_topk * 2 * 8 + 256  # the terms that senders and receivers list
 
     @cached_property
     def params(self) -> ParamStruct:
@@ -316,6 +316,7 @@ class HighThroughputCombine(HighThroughputSpec, family="ht", op="combine"):
                 *_of_handle(written=False),
                 *_COMMON,
                 *_COMMON_32,
+                Param("uint32_t", "rows", "of `y`; more may have come to a dispatch that had no room for them"),
             )
         )
 

@@ -66,6 +66,7 @@ _COMBINE_VARYING = (
     "out_weights",
     *OF_HANDLE,
     "tokens",
+    "rows",
     "timeout_ns",
 )
 
@@ -213,6 +214,7 @@ class HighThroughputOps:
             _address(out_weights),
             *handle.addresses,
             handle.num_tokens,
+            handle.rows,
             self._nanoseconds(timeout),
         )
 
