@@ -107,21 +107,16 @@ def dispatch_rows(
 
 
 def _gathered(parts: Sequence[torch.Tensor], coming: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of each source's part what comes, one after the other. As bytes: torch cannot index FP8 everywhere."""
-    dtype = parts[0].dtype
-    whole = torch.cat(
-        [part.detach().cpu().contiguous().view(torch.uint8)[rows] for part, rows in zip(parts, coming, strict=True)]
-    )
-    return whole.view(dtype)
+    """Of each source's part what comes, one after the other."""
+    return torch.cat([part.detach().cpu()[tokens] for part, tokens in zip(parts, coming, strict=True)])
 
 
 def _spread(arrivals: torch.Tensor, rows: torch.Tensor, number: int) -> torch.Tensor:
     """[number, ...]: each arrival at each of its rows."""
-    out = torch.zeros(number, arrivals.shape[1] * arrivals.element_size(), dtype=torch.uint8)
-    for term in range(rows.shape[1]):
-        placed = rows[:, term] >= 0
-        out[rows[placed, term]] = arrivals.view(torch.uint8)[placed]
-    return out.view(arrivals.dtype)
+    out = torch.zeros(number, *arrivals.shape[1:], dtype=arrivals.dtype)
+    for of_term in rows.T:
+        out[of_term[of_term >= 0]] = arrivals[of_term >= 0]
+    return out
 
 
 def combine_rows(
