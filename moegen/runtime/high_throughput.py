@@ -223,6 +223,9 @@ class HighThroughputOps:
         self._watchdog.timeout = seconds = self._timeout if timeout is None else timeout
         return int(seconds * 1e9)
 
+    def raise_expired(self) -> None:
+        self._watchdog.raise_expired()
+
     def raise_what_happened(self) -> None:
         self._watchdog.raise_what_happened()
 

@@ -36,6 +36,7 @@ from support.ht_layer import (
     expected_of,
     expert_outputs,
     same,
+    strided,
     verify_dispatch,
 )
 from support.layer import Routing, random_routing
@@ -326,12 +327,12 @@ def test_many_handles_live(shape: RowsShape, layers: Layers) -> None:
 def test_num_tokens_on_the_device(shape: RowsShape, layers: Layers) -> None:
     layer = layers[shape]
     full = some(shape, (9, 20, 37), 11)
-    counts = (4, 0, 30)
+    counts, told = (4, 0, 37), (4, -3, 1000)  # below 0 is none, and more than there are is all
     cut = Routing(*([part[:n] for part, n in zip(p, counts, strict=True)] for p in (full.x, full.ids, full.weights)))
 
     def work(world: RankWorld) -> list[RowsResult]:
         inputs = layer.inputs(full, world.rank)
-        number = torch.tensor([counts[world.rank]], dtype=torch.int32, device=world.device)
+        number = torch.tensor([told[world.rank]], dtype=torch.int32, device=world.device)
         layer.step(world)
         received = layer.ranks[world.rank].dispatch(inputs.x, inputs.ids, inputs.weights, num_tokens=number)
         number.fill_(40)  # read when the kernel runs, and never again
@@ -390,6 +391,32 @@ ROOM = 6
 
 
 @BOTH
+def test_strided_outputs_and_biases(shape: RowsShape, layers: Layers) -> None:
+    """Also such that do not begin on 16 bytes."""
+    layer = layers[shape]
+    routing = some(shape, (5, 9, 30), 2)
+
+    def work(world: RankWorld) -> list[torch.Tensor]:
+        rank, inputs = layer.ranks[world.rank], layer.inputs(routing, world.rank, biases=1)
+        layer.step(world)
+        received = rank.dispatch(inputs.x, inputs.ids, inputs.weights)
+        layer.step(world)
+        y, bias = expert_outputs(received), inputs.biases[0]
+        whole = torch.zeros(y.numel() + 1, dtype=y.dtype, device=world.device)
+        shifted = whole[1:].view(y.shape).copy_(y)
+        results = []
+        for outputs, added in ((y, bias), (strided(y, 3), strided(bias, 16)), (shifted, strided(bias, 1))):
+            layer.step(world)
+            results.append(rank.combine(outputs, received.handle, bias=added)[0])
+        rank.synchronize()
+        return results
+
+    for results in layer.world.run(work):
+        for other in results[1:]:
+            assert same(results[0], other)
+
+
+@BOTH
 def test_too_little_room(shape: RowsShape, layers: Layers) -> None:
     """What has no room is left out and reported; nothing is written behind the rows; the next call is whole."""
     layer = layers[shape]
@@ -400,10 +427,14 @@ def test_too_little_room(shape: RowsShape, layers: Layers) -> None:
         rank, inputs = layer.ranks[world.rank], layer.inputs(routing, world.rank)
         memory = torch.full((ROOM + 40, shape.hidden), 7, dtype=torch.bfloat16, device=world.device)
         layer.step(world)
-        with pytest.raises(errors.CapacityError, match=r"had room for fewer.*max_rows=\d+"):  # noqa: PT012
-            rank.dispatch(inputs.x, inputs.ids, inputs.weights, max_rows=ROOM, out=memory[:ROOM])
-            rank.synchronize()  # on a CPU dispatch itself looks
+        received = rank.dispatch(inputs.x, inputs.ids, inputs.weights, max_rows=ROOM, out=memory[:ROOM])
+        with pytest.raises(errors.CapacityError, match=r"had room for fewer.*max_rows=\d+"):
+            rank.synchronize()
         rank.check()  # told once
+        layer.step(world)
+        rank.dispatch(inputs.x, handle=received.handle)
+        with pytest.raises(errors.CapacityError):
+            rank.synchronize()
         layer.step(world)
         return memory.cpu()
 
@@ -418,25 +449,19 @@ def test_too_little_room(shape: RowsShape, layers: Layers) -> None:
 
 @BOTH
 def test_combine_of_what_had_too_little_room(shape: RowsShape, layers: Layers) -> None:
-    """Launched before anybody looks, as on a GPU: combine reads no row that is not there."""
+    """It reads no row that is not there."""
     layer = layers[shape]
     routing = some(shape, (12, 3, 20), 8)
     sums = shape.layout == "token"
 
     def work(world: RankWorld) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         rank, inputs = layer.ranks[world.rank], layer.inputs(routing, world.rank)
-        ops = rank._alive()
-        numbers, rows = ops.row_memory.numbers(), ops.row_memory.rows(ROOM, selections=True)
         beyond = torch.full((ROOM + 400, shape.hidden), float("nan"), dtype=torch.bfloat16, device=world.device)
         beside = torch.full((ROOM + 400, shape.topk), float("nan"), device=world.device)
-        assert isinstance(inputs.x, torch.Tensor)
         layer.step(world)
-        ops.dispatch(
-            "whole", inputs.x, None, inputs.ids, inputs.weights, None, numbers, numbers.addresses, rows, None, None
-        )
+        received = rank.dispatch(inputs.x, inputs.ids, inputs.weights, max_rows=ROOM)
         with pytest.raises(errors.CapacityError):
             rank.synchronize()
-        received = rank._result(numbers, rows, len(inputs.ids), None)
         layer.step(world)
         y = beyond[:ROOM].copy_(expert_outputs(received))
         given = None

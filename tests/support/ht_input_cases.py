@@ -281,6 +281,29 @@ def test_ids_that_name_no_expert(ranks: dict[str, Rank], device: str, name: str,
     assert rank.dispatch(rank.x(), rank.ids()).counts.tolist() == [3, 0, 0, 0]
 
 
+@pytest.mark.parametrize("mode", ["capacity", "exact"])
+def test_a_rank_whose_id_names_no_expert_stays_in_step(device: str, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Only the kernel looks here, as on a GPU. The call is made whole; it is the next check that says so, once."""
+    monkeypatch.setattr("moegen.checks.topk_idx", lambda owner, ids, *_: ids)
+    layer = RowsLayer(RowsShape(2, 4, 2, 64, "token", max_tokens=8, mode=mode), device)
+    good = random_routing(layer.shape, (5, 6), 1)  # type: ignore[arg-type]
+    bad = random_routing(layer.shape, (5, 6), 1)  # type: ignore[arg-type]
+    bad.ids[0][3, 1] = 4
+
+    def work(world: Any) -> None:
+        rank, inputs = layer.ranks[world.rank], layer.inputs(bad, world.rank)
+        layer.step(world)
+        received = rank.dispatch(inputs.x, inputs.ids, inputs.weights)
+        if world.rank == 0:
+            with pytest.raises(errors.InvalidRoutingError, match="token 3 selected"):
+                rank.synchronize()
+        layer.finish(world, received)
+
+    layer.world.run(work)
+    layer.verify(good, layer.round_trip(good))
+    layer.destroy()
+
+
 def test_ids_beyond_num_tokens_are_not_looked_at(ranks: dict[str, Rank]) -> None:
     rank = ranks["token"]
     ids = rank.ids()
