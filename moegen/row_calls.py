@@ -125,7 +125,7 @@ class RowCalls(Lifecycle[HighThroughputOps]):
         experts = len(self.local_experts)
         words = (numbers.first_rows[-1:], numbers.first_slots[-1:], numbers.counts, numbers.source_counts[:, 0])
         told: list[int] = torch.cat(words).tolist()
-        self.check()
+        self._raise_by(self._alive().raise_expired)  # nothing else: the other ranks make the second launch too
         row_checks.all_fit(self, told[2 + experts :])
         return told[: 2 + experts]
 

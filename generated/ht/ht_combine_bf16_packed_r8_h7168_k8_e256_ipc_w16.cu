@@ -51,6 +51,7 @@ struct Params {
     uint32_t rank;                // this rank
     uint32_t tokens;              // rows of this rank's token tensor
     uint32_t max_tokens;          // capacity: tokens that a rank may send
+    uint32_t rows;                // of `y`; more may have come to a dispatch that had no room for them
 };
 
 static_assert(sizeof(Params) == 256);
@@ -257,11 +258,11 @@ __device__ __forceinline__ void store_sum(const Terms& terms, uint32_t number, u
 }
 
 // Lists the rows of `y` that make up a partial sum, behind `number` others; how many there are then. With weights each
-// selection is a term; without, each row is, once.
+// selection is a term; without, each row is, once. Those that dispatch had no room for are no part of `y`.
 __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t row, Terms& terms, uint32_t number) {
     const uint64_t at = uint64_t(row) * kTopk + lane_id();
     const int32_t slot = lane_id() < kTopk ? p.row_slots[at] : -1;
-    bool is_term = slot >= 0;
+    bool is_term = slot >= 0 && uint32_t(slot) < p.rows;
     if (p.row_weights == nullptr) {
         is_term &= uint32_t(__ffs(int32_t(__match_any_sync(kFullWarp, slot)))) - 1 == lane_id();
     }
@@ -359,9 +360,10 @@ __device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, 
 
 __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch, uint32_t token) {
     __shared__ Terms lists[kWarps];
-    const uint64_t ranks = p.token_ranks[token];
+    const uint64_t selected = p.token_ranks[token];
     const uint64_t own = uint64_t(1) << p.rank;
-    const uint32_t own_row = (ranks & own) != 0 ? uint32_t(p.first_rows[p.rank] + p.own_rows[token]) : 0;
+    const uint32_t own_row = (selected & own) != 0 ? uint32_t(p.first_rows[p.rank] + p.own_rows[token]) : 0;
+    const uint64_t ranks = selected;
     const uint32_t number = list_terms(p, token, ranks, own_row, lists[warp_id()]);
     if (!wait_for_partials(p, watch, token, ranks & ~own)) return;
     store_sum(lists[warp_id()], number, reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors);

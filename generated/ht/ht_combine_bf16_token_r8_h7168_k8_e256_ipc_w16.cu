@@ -51,6 +51,7 @@ struct Params {
     uint32_t rank;                // this rank
     uint32_t tokens;              // rows of this rank's token tensor
     uint32_t max_tokens;          // capacity: tokens that a rank may send
+    uint32_t rows;                // of `y`; more may have come to a dispatch that had no room for them
 };
 
 static_assert(sizeof(Params) == 256);
@@ -269,9 +270,14 @@ __device__ __forceinline__ void copy_row(const uint4* from, uint4* to) {
 __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch, uint32_t row, uint32_t owner) {
     const uint32_t token = uint32_t(p.row_tokens[row]);
     uint4* record = record_at(p, owner, p.rank, token);
-    copy_row(y_at(p, row), record);
+    const bool exists = row < p.rows;  // one that dispatch had no room for is no part of `y`, and adds nothing
+    if (exists) {
+        copy_row(y_at(p, row), record);
+    } else {
+        store_zeros(record);
+    }
     if (p.y_weights != nullptr && lane_id() < kTopk) {
-        weights_behind(record)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
+        weights_behind(record)[lane_id()] = exists ? p.y_weights[uint64_t(row) * kTopk + lane_id()] : 0.0f;
     }
     __syncwarp();
     if (lane_id() == 0) store_release_sys(tag_at(p, owner, p.rank, token), watch.epoch);
@@ -347,9 +353,10 @@ __device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, 
 
 __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch, uint32_t token) {
     __shared__ Terms lists[kWarps];
-    const uint64_t ranks = p.token_ranks[token];
+    const uint64_t selected = p.token_ranks[token];
     const uint64_t own = uint64_t(1) << p.rank;
-    const uint32_t own_row = (ranks & own) != 0 ? uint32_t(p.first_rows[p.rank] + p.own_rows[token]) : 0;
+    const uint32_t own_row = (selected & own) != 0 ? uint32_t(p.first_rows[p.rank] + p.own_rows[token]) : 0;
+    const uint64_t ranks = own_row < p.rows ? selected : selected & ~own;  // one too many is no part of `y`
     const uint32_t number = list_terms(p, token, ranks, own_row, lists[warp_id()]);
     if (!wait_for_partials(p, watch, token, ranks & ~own)) return;
     store_sum(lists[warp_id()], number, reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors);

@@ -260,13 +260,16 @@ __device__ __forceinline__ void tell_selections(const Params& p, const Arrival& 
     if (p.out_weights != nullptr) p.out_weights[at] = arrival.slot < 0 ? 0.0f : arrival.weight;
 }
 
-// Rows beyond those that came select nothing.
+// Rows beyond those that came select nothing. A dispatch by a handle tells no selections.
 __device__ __forceinline__ void mark_unused(const Params& p, uint32_t rows) {
     if (p.out_topk_idx == nullptr) return;
     const uint64_t end = uint64_t(p.capacity) * kTopk;
     const uint64_t first = uint64_t(rows) * kTopk + (blockIdx.x - p.receivers.first) * kBlockThreads + threadIdx.x;
 #pragma unroll 1
-    for (uint64_t at = first; at < end; at += p.receivers.blocks * kBlockThreads) p.out_topk_idx[at] = -1;
+    for (uint64_t at = first; at < end; at += p.receivers.blocks * kBlockThreads) {
+        p.out_topk_idx[at] = -1;
+        p.out_weights[at] = 0;
+    }
 }
 
 __device__ __forceinline__ void place_row(const Params& p, const Watch& watch, const Arrival& arrival) {

@@ -330,6 +330,7 @@ class HighThroughputCombine(HighThroughputSpec, family="ht", op="combine"):
                 *_of_handle(written=False),
                 *_COMMON,
                 *_COMMON_32,
+                Param("uint32_t", "rows", "of `y`; more may have come to a dispatch that had no room for them"),
             )
         )
 

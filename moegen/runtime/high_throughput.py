@@ -71,6 +71,7 @@ _COMBINE_VARYING = (
     "out_weights",
     *OF_HANDLE,
     "tokens",
+    "rows",
     "timeout_ns",
 )
 
@@ -241,6 +242,7 @@ class HighThroughputOps:
             _address(out_weights),
             *addresses,
             handle.num_tokens,
+            handle.rows,
             self._nanoseconds(timeout),
         )
 
@@ -248,6 +250,9 @@ class HighThroughputOps:
         """Of this call's timeout; a report of an expired wait names the last call's."""
         self._watchdog.timeout = seconds = self._timeout if timeout is None else timeout
         return int(seconds * 1e9)
+
+    def raise_expired(self) -> None:
+        self._watchdog.raise_expired()
 
     def raise_what_happened(self) -> None:
         self._watchdog.raise_what_happened()

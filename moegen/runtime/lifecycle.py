@@ -24,6 +24,8 @@ class Launches(Protocol):
 
     memory: SymmetricMemory
 
+    def raise_expired(self) -> None: ...
+
     def raise_what_happened(self) -> None: ...
 
 
@@ -48,8 +50,11 @@ class Lifecycle(Generic[Ops]):
         ops = self._alive()
         if self._poison is not None:
             raise copy.copy(self._poison)
+        self._raise_by(ops.raise_what_happened)
+
+    def _raise_by(self, look: Callable[[], None]) -> None:
         try:
-            ops.raise_what_happened()
+            look()
         except PeerTimeoutError as error:
             self._poison = error
             raise
@@ -89,7 +94,8 @@ class Lifecycle(Generic[Ops]):
 
     def _launch(self, op: Callable[..., T], *arguments: Any) -> T:
         """A launch that fails leaves this rank one epoch behind: the object is poisoned. On the host a launch is over
-        when it returns, so what it reported is raised at once.
+        when it returns, so a wait that expired is raised at once. What the object survives is left for the next check,
+        as on a GPU: the call's result is needed to make the calls that the other ranks make.
         """
         try:
             result = op(*arguments)
@@ -99,5 +105,5 @@ class Lifecycle(Generic[Ops]):
             self._poison = error
             raise
         if self.device.type == "cpu":
-            self.check()
+            self._raise_by(self._alive().raise_expired)
         return result

@@ -308,6 +308,9 @@ class LowLatency:
         """Whether the hook of the handle's dispatch is still open."""
         return any(handle.addresses[0] in arguments for arguments in self._unfinished)
 
+    def raise_expired(self) -> None:
+        self._watchdog.raise_expired()
+
     def raise_what_happened(self) -> None:
         self._watchdog.raise_what_happened()
 

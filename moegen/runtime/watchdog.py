@@ -32,6 +32,15 @@ class Watchdog:
         """Of the kernel's struct Failure."""
         return self._words.address + kernel * _FAILURE_BYTES
 
+    def raise_expired(self) -> None:
+        """Raises PeerTimeoutError, on this and every later call, if a wait expired; all else is left for later."""
+        if self._all == self._nothing:
+            return
+        for kernel, stem in enumerate(self._stems):
+            words = self._failure(kernel)
+            if words["valid"]:
+                raise self._expired(stem, words)
+
     def raise_what_happened(self) -> None:
         """Raises what the kernels have reported so far; costs one look at host memory.
 
@@ -41,10 +50,7 @@ class Watchdog:
         """
         if self._all == self._nothing:
             return
-        for kernel, stem in enumerate(self._stems):
-            words = self._failure(kernel)
-            if words["valid"]:
-                raise self._expired(stem, words)
+        self.raise_expired()
         for kernel, stem in enumerate(self._stems):
             self._raise_invalid(kernel, stem)
             self._raise_overfull(kernel, stem)
