@@ -113,12 +113,16 @@ def build(shapes: tuple[RowsShape, ...], device: str) -> None:
 
 @pytest.fixture(scope="module")
 def layers(device: str) -> Iterator[dict[RowsShape, RowsLayer]]:
-    """One layer per shape, made when first used."""
-    build(POOL, device)
+    """One layer per shape, made when first used. NVRTC is slow, so a GPU's kernels are compiled all at once; on a CPU
+    several test processes would then compile the same ones at the same time.
+    """
+    if device == "cuda":
+        build(POOL, device)
     made: dict[RowsShape, RowsLayer] = {}
 
     class Layers(dict[RowsShape, RowsLayer]):
         def __missing__(self, shape: RowsShape) -> RowsLayer:
+            build((shape,), device)
             made[shape] = self[shape] = RowsLayer(shape, device)
             return made[shape]
 

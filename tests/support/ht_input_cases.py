@@ -224,7 +224,7 @@ def test_ranks_that_disagree(device: str, change: dict[str, Any]) -> None:
         arguments: dict[str, Any] = {
             "num_experts": 4,
             "num_topk": 2,
-            "hidden": 128,
+            "hidden": 64,
             "max_tokens_per_rank": 8,
             **(change if world.rank else {}),
         }
