@@ -13,7 +13,7 @@ import torch
 
 import moegen
 from moegen.errors import PeerTimeoutError
-from moegen.kernels.ht import HighThroughputSpec, CHUNK, PHASES, Regions, Roles, regions, roles
+from moegen.kernels.ht import CHUNK, PHASES, HighThroughputSpec, Regions, Roles, regions, roles
 from moegen.kernels.ll import PIECE_BYTES
 from moegen.kernels.spec import Spec
 from moegen.runtime.low_latency import FIRST_EPOCH
