@@ -56,6 +56,10 @@ class RankWorld(ABC):
         self.exchange(None)
 
 
+_READY_BYTES, _READY_SMALL_BYTES, _READY_SMALL_BLOCKS = 64 << 20, 1 << 20, 16
+"""Per virtual rank on a GPU; torch keeps blocks of up to a MiB apart."""
+
+
 class LocalWorld:
     """`num_ranks` virtual ranks in one process, each a thread (and a stream, on a GPU): for tests, demos, debugging.
 
@@ -119,6 +123,9 @@ class LocalRank(RankWorld):
         self.ranks_per_device = world.size if world.device.type == "cuda" else 1
         self.description = f"{world.size} virtual ranks on {world.device}"
         self._stream = _new_stream(world.device)
+        if self._stream is not None and world.size > 1:
+            with self.stream_context():
+                _keep_memory_ready(world.device)
 
     def stream_context(self) -> Any:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -228,6 +235,15 @@ class _ThreadGather:
 def _new_stream(device: torch.device) -> Any:
     stream_type: Any = torch.cuda.Stream
     return stream_type(device) if device.type == "cuda" else None
+
+
+def _keep_memory_ready(device: torch.device) -> None:
+    """Leaves some memory with torch's allocator, for the current stream. Asking the driver for more may wait for all
+    kernels that run, and those of the other virtual ranks may wait for this rank.
+    """
+    sizes = [_READY_SMALL_BYTES] * _READY_SMALL_BLOCKS + [_READY_BYTES]
+    kept = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+    kept.clear()
 
 
 def _without_cpu_index(device: torch.device) -> torch.device:
