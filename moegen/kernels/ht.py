@@ -371,17 +371,24 @@ class Roles:
     receivers: tuple[int, int]
 
 
-SEND_SHARE = {"token": 0.25, "packed": 0.2}
-"""Of the blocks of a dispatch, by layout: in layout packed a row that comes is written several times."""
-
-COMBINE_SEND_SHARE = 0.4
-"""Of the blocks of a combine. All measured between two H200 (bench/results)."""
+FEW_BLOCKS = 48
+SEND_SHARES = {
+    ("dispatch", "token"): (0.34, 0.25),
+    ("dispatch", "packed"): (0.17, 0.2),
+    ("combine", "token"): (0.5, 0.4),
+    ("combine", "packed"): (0.5, 0.4),
+}
+"""Of a launch's blocks, by op and layout: where they are fewer than FEW_BLOCKS, and otherwise. Measured between two
+H200 (bench/results): a multiprocessor stores some 35 GB/s, to a peer as to its own memory, so that with few of them each
+role needs its share of what is stored; with many the link is the limit.
+"""
 
 
 def roles(spec: HighThroughputSpec, blocks: int) -> Roles:
     """Senders first, so that rows leave at once."""
     if blocks == 1:
         return Roles(1, (0, 1), (0, 1))
-    share = SEND_SHARE[spec.layout] if spec.op == "dispatch" else COMBINE_SEND_SHARE
+    few, many = SEND_SHARES[spec.op, spec.layout]
+    share = few if blocks < FEW_BLOCKS else many
     send = max(1, min(blocks - 1, round(blocks * share)))
     return Roles(blocks, (0, send), (send, blocks - send))
