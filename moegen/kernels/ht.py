@@ -379,8 +379,8 @@ SEND_SHARES = {
     ("combine", "packed"): (0.5, 0.4),
 }
 """Of a launch's blocks, by op and layout: where they are fewer than FEW_BLOCKS, and otherwise. Measured between two
-H200 (bench/results): a multiprocessor stores some 35 GB/s, to a peer as to its own memory, so that with few of them each
-role needs its share of what is stored; with many the link is the limit.
+H200 (bench/results): a multiprocessor stores some 35 GB/s, to a peer as to its own memory, so that with few of them
+each role needs its share of what is stored; with many the link is the limit.
 """
 
 
