@@ -17,7 +17,7 @@ from moegen.bench.ht_config import HighThroughputConfig
 from moegen.bench.inputs import TABLE_ROWS, Batch
 from moegen.bench.timing import Step, meet
 from moegen.high_throughput import HighThroughput
-from moegen.reference import BF16_ROUNDING, expert_ranges, quantise
+from moegen.reference import BF16_ROUNDING, FP32_ROUNDING, expert_ranges, quantise
 from moegen.rows import DispatchedRows
 from moegen.runtime.worlds import RankWorld
 
@@ -176,7 +176,7 @@ class RowsCase:
         table = self._inputs.table[:, columns].double()
         shape = (self._inputs.tokens, len(columns))
         exact = torch.zeros(shape, dtype=torch.float64, device=layer.device)
-        rounded = torch.zeros_like(exact)
+        rounded, magnitude = torch.zeros_like(exact), torch.zeros_like(exact)
         for other, rows in enumerate(self._expected):
             mine = rows.sources == rank
             terms = table[self._inputs.table_rows(other, rows.places[mine], index)]
@@ -185,8 +185,11 @@ class RowsCase:
             partial_sum = torch.zeros_like(exact).index_add_(0, rows.tokens[mine], terms)
             exact += partial_sum
             rounded += partial_sum.abs()
+            magnitude.index_add_(0, rows.tokens[mine], terms.abs())
         found = self._combined[index][:, columns].double()
-        bound = (BF16_ROUNDING * (rounded + exact.abs()) + 2.0**-18 * rounded) * (1 + 2.0**-6) + 2.0**-133
+        additions = self._config.num_topk + self._config.ranks
+        bound = BF16_ROUNDING * (rounded + exact.abs()) + additions * FP32_ROUNDING * magnitude
+        bound = bound * (1 + 2.0**-6) + 2.0**-133  # as moegen.reference_rows.combine_rows
         share = ((found - exact).abs() / bound).nan_to_num(nan=float("inf")).max().item()
         self._require(share <= 1.0, f"combine: an error of {share:.3g} times the bound")
         self.worst = max(self.worst, share)

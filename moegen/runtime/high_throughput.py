@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 
@@ -109,7 +108,9 @@ class HighThroughputOps:
         pinned = world.device.type == "cuda"
         self._watchdog = Watchdog([kernel.spec.stem for kernel in kernels], PHASES, timeout, pinned=pinned)
         self._order = StreamOrder(world.device)
-        self._bind_kernel: dict[str, Callable[[int | None], BoundKernel]] = {}
+        self._world = world
+        self._alignment = alignment
+        self._to_bind: dict[str, tuple[LoadedKernel, Regions, int]] = {}
         self._bound: dict[tuple[str, int | None], BoundKernel] = {}
         for number, kernel in enumerate(kernels):
             spec = kernel.spec
@@ -119,24 +120,16 @@ class HighThroughputOps:
             at = combine if isinstance(spec, HighThroughputCombine) else dispatch
             name = spec.phase if isinstance(spec, HighThroughputDispatch) else "combine"
             address = self._watchdog.address(number)
-            self._bind_kernel[name] = partial(self._bind, world, kernel, at, address, alignment)
-            self._bound[name, None] = self._bind_kernel[name](num_sms)
+            self._to_bind[name] = kernel, at, address
+            self._bound[name, None] = self._bind(kernel, at, address, num_sms)
         before = 0xFFFFFFFF if first_epoch == FIRST_EPOCH else first_epoch - 1
         self._control[:2, 0] = _signed(first_epoch)
         words = self.memory.local.view(torch.int32)
         for at in (dispatch, combine):
             words[at.consumed // 4 : at.consumed // 4 + problem.num_ranks] = _signed(before)
 
-    def _bind(
-        self,
-        world: RankWorld,
-        kernel: LoadedKernel,
-        at: Regions,
-        failure: int,
-        alignment: int,
-        num_sms: int | None,
-    ) -> BoundKernel:
-        spec = kernel.spec
+    def _bind(self, kernel: LoadedKernel, at: Regions, failure: int, num_sms: int | None) -> BoundKernel:
+        spec, world = kernel.spec, self._world
         assert isinstance(spec, (HighThroughputDispatch, HighThroughputCombine))
         who = roles(spec, kernel.blocks(world.ranks_per_device, num_sms))
         dispatch = isinstance(spec, HighThroughputDispatch)
@@ -159,7 +152,7 @@ class HighThroughputOps:
                 "entries_offset": at.entries,
                 "chunk_counts": self._chunk_counts.data_ptr(),
                 "chunk_epochs": self._chunk_epochs.data_ptr(),
-                "alignment": alignment,
+                "alignment": self._alignment,
             }
         varying = _DISPATCH_VARYING if dispatch else _COMBINE_VARYING
         return BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
@@ -168,7 +161,7 @@ class HighThroughputOps:
         """With that many blocks at most; None: with the object's number."""
         kernel = self._bound.get((name, num_sms))
         if kernel is None:
-            kernel = self._bound[name, num_sms] = self._bind_kernel[name](num_sms)
+            kernel = self._bound[name, num_sms] = self._bind(*self._to_bind[name], num_sms)
         return kernel
 
     def dispatch(

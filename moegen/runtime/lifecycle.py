@@ -73,7 +73,7 @@ class Lifecycle(Generic[Ops]):
         if ops is not None:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # calls may have gone to any stream
-            ops.memory.release()
+            ops.memory.give_back()
 
     def __enter__(self) -> Self:
         return self

@@ -35,6 +35,13 @@ class SymmetricMemory:
     peers: tuple[int, ...]
     release: Callable[[], None] = field(default=lambda: None)
 
+    def give_back(self) -> None:
+        """Now, whoever still holds this object: memory that a later garbage collection gave back could be given back
+        while a stream captures, which CUDA refuses.
+        """
+        self.release()
+        self.local = torch.empty(0, dtype=torch.uint8)
+
 
 class SharedFile:
     """A file in shared memory that this process made or found, mapped read-write.
