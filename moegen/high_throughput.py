@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from moegen import checks, row_checks
-from moegen.errors import DestroyedError
+from moegen.errors import DestroyedError, InputError
 from moegen.row_calls import RowCalls
 from moegen.rows import (
     DispatchedRows,
@@ -64,6 +64,9 @@ class HighThroughput(RowCalls):
         scale_dtype: of scales of given FP8 tokens: torch.float32, one per 128 elements, or torch.int32 (four UE8M0).
         quantize: how dispatch sends bfloat16 tokens: None (as they are), "fp8", "fp8_pow2" or "fp8_ue8m0", as
             `ExpertParallel`.
+        borrow: dispatch of layout "token" moves no rows: `DispatchedRows.tokens` and `scales` are views of the receive
+            buffer, [ranks, max_tokens_per_rank, ...], each row at its source and its source's token (`row_tokens` says
+            which those are), valid until this rank's next dispatch. Combine takes rows in the usual order.
         num_sms: thread blocks per launch at most; None: one for every multiprocessor.
         timeout: seconds that a call may wait for one thing from another rank before it fails with PeerTimeoutError.
         device: where a process group's tensors are; None: the current GPU, else the CPU.
@@ -92,12 +95,15 @@ class HighThroughput(RowCalls):
         dtype: torch.dtype = torch.bfloat16,
         scale_dtype: torch.dtype = torch.float32,
         quantize: str | None = None,
+        borrow: bool = False,
         num_sms: int | None = None,
         timeout: float = 30.0,
         device: str | torch.device | None = None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
         checks.one_of("mode", mode, row_checks.MODES)
+        if borrow and mode != "capacity":
+            raise InputError('borrow is for mode "capacity": there is nothing to make of the right size')
         checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
         checks.in_range("alignment", alignment, 1, 2**16)
         if num_sms is not None:
@@ -114,6 +120,7 @@ class HighThroughput(RowCalls):
             dtype=dtype,
             scale_dtype=scale_dtype,
             quantize=quantize,
+            borrow=borrow,
             on_host=self.world.device.type == "cpu",
         )
         self.mode, self.alignment = mode, alignment
@@ -318,10 +325,11 @@ class HighThroughput(RowCalls):
         x = (tokens, scales) if self.selection.dispatch.format.given else tokens
         ids = torch.empty(0, self.problem.num_topk, dtype=torch.int64, device=self.device)
         self.layout(ids)
-        for mode in row_checks.MODES:
+        for mode in ("capacity",) if self.problem.borrowed else row_checks.MODES:
             received = self.dispatch(x, ids, mode=mode)
         self.dispatch(x, handle=received.handle)
-        self.combine(torch.empty(received.tokens.shape, dtype=torch.bfloat16, device=self.device), received.handle)
+        y = torch.empty(received.handle.rows, self.problem.hidden, dtype=torch.bfloat16, device=self.device)
+        self.combine(y, received.handle)
         self.synchronize()
 
 

@@ -81,6 +81,7 @@ class RowCalls(Lifecycle[HighThroughputOps]):
         ops = self._alive()
         self.check()
         exact = row_checks.mode(self, mode) == "exact" and handle is None
+        row_checks.borrowed(self, exact, max_rows, out, out_scales, zero_unused, scales_by_column)
         wanted = 0
         if exact:
             wanted, x, topk_idx, topk_weights = row_checks.fitting(self, x, topk_idx, topk_weights)
@@ -140,7 +141,7 @@ class RowCalls(Lifecycle[HighThroughputOps]):
         handle = RowsHandle(
             self,
             num_tokens,
-            rows.tokens.shape[0],
+            rows.number,
             numbers.memory,
             numbers.addresses,
             current_stream(self.device),

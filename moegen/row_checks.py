@@ -37,6 +37,7 @@ def problem(
     dtype: torch.dtype,
     scale_dtype: torch.dtype,
     quantize: str | None,
+    borrow: bool,
     on_host: bool,
 ) -> Problem:
     """The arguments that decide the kernels; what only the Spec can judge is judged there."""
@@ -50,7 +51,10 @@ def problem(
         if quantize is not None:
             raise InputError("tokens of dtype float8_e4m3fn are quantised already; leave quantize out")
         word = _GIVEN_SCALES[scale_dtype]
-    return Problem(num_ranks, num_experts, num_topk, hidden, max_tokens_per_rank, word, layout, on_host=on_host)
+    if borrow and layout != "token":
+        raise InputError("rows of layout packed lie nowhere but where they go; borrow is for layout token")
+    shape = (num_ranks, num_experts, num_topk, hidden, max_tokens_per_rank)
+    return Problem(*shape, word, layout, on_host=on_host, borrowed=borrow)
 
 
 def mode(owner: RowCalls, of_call: str | None) -> str:
@@ -59,6 +63,15 @@ def mode(owner: RowCalls, of_call: str | None) -> str:
         return owner.mode
     checks.one_of("mode", of_call, MODES)
     return of_call
+
+
+def borrowed(owner: RowCalls, exact: bool, *made: object) -> None:
+    """What a dispatch that returns views of the receive buffer cannot have."""
+    if owner.problem.borrowed and (exact or any(value is not None and value is not False for value in made)):
+        raise InputError(
+            'this object was made with borrow=True: its rows are where they came, so that mode "exact", max_rows, out, '
+            "zero_unused and scales_by_column have no meaning"
+        )
 
 
 def launch(num_sms: int | None, timeout: float | None) -> None:

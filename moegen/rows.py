@@ -70,7 +70,7 @@ class DispatchedRows:
         tokens: [rows, hidden], bfloat16 or float8_e4m3fn. Layout `token`: a row for each token that selects an expert
             of this rank, by source rank and then by the source's token. Layout `packed`: a row for each of this rank's
             experts that it selects; expert e's are tokens[expert_starts[e]:][:counts[e]], in that order. Rows that
-            nothing came for are undefined.
+            nothing came for are undefined. If the object was made with `borrow`, [ranks, max_tokens_per_rank, hidden].
         scales: of FP8 tokens, [rows, hidden / 128] float32 or, packed UE8M0, [rows, hidden / 512] int32. Else None.
         topk_idx: int64 [rows, topk], layout `token`: the expert of each selection, counted among this rank's; -1 where
             another rank holds it, and in rows that nothing came for. Else None.
@@ -101,8 +101,9 @@ class DispatchedRows:
 
     @property
     def allocations(self) -> tuple[torch.Tensor | None, ...]:
-        """The memory behind all of it."""
-        return (self.tokens, self.scales, self.topk_idx, self.topk_weights, self.handle.memory)
+        """The memory behind all of it, but for what is borrowed: that is the object's."""
+        made = (self.tokens, self.scales) if self.tokens.dim() == 2 else ()
+        return (*made, self.topk_idx, self.topk_weights, self.handle.memory)
 
 
 class RowDispatchOptions(TypedDict, total=False):

@@ -90,9 +90,10 @@ def select_rows(problem: Problem) -> RowSelection:
         SpecError: as `select`.
     """
     shape = (problem.layout, problem.num_ranks, problem.hidden, problem.num_topk, problem.num_experts, problem.path)
+    rows = "borrowed" if problem.borrowed else "placed"
     warps = dict.fromkeys(GPU_NUM_WARPS, HOST_NUM_WARPS) if problem.on_host else GPU_NUM_WARPS
     return RowSelection(
-        HighThroughputDispatch(problem.dtype, *shape, warps["dispatch"], "whole"),
+        HighThroughputDispatch(problem.dtype, *shape, warps["dispatch"], "whole", rows=rows),
         HighThroughputCombine("bf16", *shape, warps["combine"]),
         layout_spec(problem.num_ranks, problem.num_topk, problem.num_experts, on_host=problem.on_host),
     )

@@ -22,6 +22,7 @@ from moegen.kernels.spec import (
     MAX_TOPK,
     WARP_SIZE,
     Spec,
+    rare,
     tag,
 )
 
@@ -209,10 +210,20 @@ class HighThroughputDispatch(HighThroughputSpec, family="ht", op="dispatch"):
     """
 
     phase: str = tag(one_of=PHASE_WORDS)
+    rows: str = rare("placed", "borrowed")
     chunk: ClassVar[int] = CHUNK
 
     def in_phase(self, phase: str) -> Self:
         return replace(self, phase=phase)
+
+    def validate(self) -> None:
+        super().validate()
+        self.require(self.layout == "token" or not self.borrowed, "rows of layout packed lie nowhere but where they go")
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether the user reads rows where they were received."""
+        return self.rows == "borrowed"
 
     @property
     def plans(self) -> bool:
@@ -304,6 +315,7 @@ class HighThroughputCombine(HighThroughputSpec, family="ht", op="combine"):
 
     dtype: str = tag(one_of=("bf16",))
     moves: ClassVar[bool] = True
+    borrowed: ClassVar[bool] = False
 
     @property
     def record_bytes(self) -> int:

@@ -19,6 +19,7 @@ class Problem:
         on_host: the ranks run on CPUs, where a thread costs a switch and not a lane.
         hooks: whether an op may be launched in two halves.
         masked: whether ranks may be missing.
+        borrowed: whether dispatch leaves rows where they were received.
         wire, warp_groups: the user's choice in place of the tables', or "auto" and None.
     """
 
@@ -33,6 +34,7 @@ class Problem:
     on_host: bool = False
     hooks: bool = False
     masked: bool = False
+    borrowed: bool = False
     wire: str = "auto"
     warp_groups: str | None = None
 

@@ -100,6 +100,8 @@ class HighThroughputOps:
         self.buffer_bytes = combine.end
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
+        if selection.dispatch.borrowed:
+            self.row_memory.lend(self.memory.local[dispatch.rows : dispatch.tags])
         self._control = torch.zeros(3, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
         chunks = ceil_div(problem.max_tokens, CHUNK)
         counters = selection.dispatch.num_counters
@@ -198,9 +200,9 @@ class HighThroughputOps:
             *addresses,
             _address(num_tokens),
             x.stride(0) * x.element_size(),
-            *((0, 0) if scales is None else scales.stride()),
+            *((0, 0) if scales is None or scales.dim() != 2 else scales.stride()),
             x.shape[0],
-            0 if rows is None else rows.tokens.shape[0],
+            0 if rows is None else rows.number,
             topk_idx is not None and topk_idx.dtype == torch.int64,
             tokens_wanted,
             self._nanoseconds(timeout),

@@ -49,6 +49,11 @@ class Rows:
     topk_idx: torch.Tensor | None
     topk_weights: torch.Tensor | None
 
+    @property
+    def number(self) -> int:
+        """How many rows there are; those that are borrowed are [source, token]."""
+        return self.tokens.shape[0] if self.tokens.dim() == 2 else self.tokens.shape[0] * self.tokens.shape[1]
+
 
 class RowMemory:
     """Makes that memory; knows where everything lies in it."""
@@ -104,6 +109,18 @@ class RowMemory:
             self,
         )
 
+    def lend(self, staged: torch.Tensor) -> None:
+        """Rows are not made but lie here, uint8, a record for each (source, token)."""
+        self._lent = staged
+
+    def _borrowed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens and scales, [source, token, ...], as they were received."""
+        spec = self._spec
+        records = self._lent[: self.capacity * spec.record_bytes].view(spec.num_ranks, -1, spec.record_bytes)
+        end = spec.row_bytes + _WORD_BYTES * spec.scale_words
+        tokens = records[:, :, : spec.row_bytes].view(self.dtype)
+        return tokens, records[:, :, spec.row_bytes : end].view(self.scales_dtype) if spec.scale_words else None
+
     def part(self, memory: torch.Tensor, name: str) -> torch.Tensor:
         """The numbers `name` of a dispatch's memory, as int32."""
         return memory.as_strided((self._sizes[name],), (1,), self._at[name])
@@ -123,6 +140,8 @@ class RowMemory:
         """
         packed = self._spec.packed
         make = partial(torch.zeros if zeroed else torch.empty, device=self._device)
+        if self._spec.borrowed:
+            tokens, scales = self._borrowed()
         if tokens is None:
             tokens = make((number, self._hidden), dtype=self.dtype)
         words = self._spec.scale_words
