@@ -25,7 +25,7 @@ TEST_JOBS ?= 2
 help:
 	@echo 'make demo          build the kernels of deepseek-v3 for sm90, then run an MoE layer across ranks'
 	@echo 'make test          every check and test that needs no GPU'
-	@echo 'make tsan asan     the protocol under ThreadSanitizer and AddressSanitizer'
+	@echo 'make tsan asan     the protocols under ThreadSanitizer and AddressSanitizer'
 	@echo 'make format        format Python and templates'
 	@echo 'make generate      write generated/ and its manifest again'
 	@echo 'make nvrtc-oldest  compile the catalog with the oldest supported NVRTC'

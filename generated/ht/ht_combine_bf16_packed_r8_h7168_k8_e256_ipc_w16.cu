@@ -136,7 +136,9 @@ __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch
         const uint32_t* tag = tag_at(p, p.rank, what.peer, uint32_t(what.index));
         arrived = wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(tag); });
     }
-    return __all_sync(kFullWarp, arrived) != 0;  // and what lane 0 acquired, all have
+    const bool verdict = __all_sync(kFullWarp, arrived) != 0;
+    __syncwarp();  // lane 0 has acquired the row, and a vote orders nothing
+    return verdict;
 }
 
 constexpr uint32_t kAhead = 4;  // vectors of a part that each lane has
@@ -314,7 +316,9 @@ __device__ __forceinline__ bool wait_for_partials(const Params& p, const Watch& 
         const Awaited what{kPartial, rank, int32_t(token)};
         arrived &= wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(tag); });
     }
-    return __all_sync(kFullWarp, arrived) != 0;
+    const bool verdict = __all_sync(kFullWarp, arrived) != 0;
+    __syncwarp();  // the lanes have acquired a rank's row each, and a vote orders nothing
+    return verdict;
 }
 
 __device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uint64_t ranks, uint32_t own_row) {

@@ -155,7 +155,9 @@ __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch
         const uint32_t* tag = tag_at(p, p.rank, what.peer, uint32_t(what.index));
         arrived = wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(tag); });
     }
-    return __all_sync(kFullWarp, arrived) != 0;  // and what lane 0 acquired, all have
+    const bool verdict = __all_sync(kFullWarp, arrived) != 0;
+    __syncwarp();  // lane 0 has acquired the row, and a vote orders nothing
+    return verdict;
 }
 
 constexpr uint32_t kAhead = 7;  // vectors of a part that each lane has

@@ -1,33 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The low-latency kernels, right ones and ones with one order taken away, in one executable for a sanitizer.
+"""Kernels, right ones and ones with one order taken away, in one executable for a sanitizer.
 
 Every kernel is an object of its own in which all but its entry is local: their helpers have one name and different
 contents. Every rank then has a copy of the runtime and the kernels for itself: the runtime keeps its threads for later
 launches, in one list behind one lock, and for a sanitizer that lock would order the ranks as no GPU does.
-The driver includes `shape.hpp` and `variants.hpp`, which are written here.
+A driver includes `shape.hpp` and `variants.hpp`, which ll_kernels.py and ht_kernels.py write.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from simt_harness import Toolchain, runtime_sources
 
 from moegen.codegen.render import render
-from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch, LowLatencySpec, Regions, regions
-from moegen.kernels.spec import WarpGroups
+from moegen.kernels.params import ParamStruct
+from moegen.kernels.spec import Spec
 
 RANKS = 3
-HIDDEN = 64
 TOPK = 3
 EXPERTS = 7  # no multiple of the ranks
-MAX_TOKENS = 8
-BLOCKS_PER_ROLE = 2
 
 JOBS = 2
 
@@ -58,43 +55,25 @@ class Edit:
         return edited
 
 
+RELAXED = "[](auto* to, auto word) { host::store_word(to, word, __ATOMIC_RELAXED, {}); }"
+
+
+def relaxed_store(target: str) -> Edit:
+    """The store to a place that begins with `target`, with its value but without order."""
+    return Edit(KERNEL, rf"store_release_sys\((?={target})", f"{RELAXED}(")
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One object of the executable."""
 
     name: str
-    spec: LowLatencySpec
+    spec: Spec
     edit: Edit | None = None
 
     @property
     def entry(self) -> str:
         return PREFIX + self.name
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A dispatch and a combine that belong together; what the driver runs by name."""
-
-    name: str
-    dispatch: Kernel
-    combine: Kernel
-
-
-def variant(wire: str, weights: str, groups: WarpGroups, peers: str = "required") -> Variant:
-    """Unmodified kernels of one wire format."""
-    common = ("bf16", "expert", RANKS, HIDDEN, TOPK, EXPERTS, "ipc", groups, wire, "whole")
-    name = f"{wire}_{weights}_w{groups}_{peers}"
-    dispatch = Kernel(f"dispatch_{name}", LowLatencyDispatch(*common, peers=peers))
-    return Variant(name, dispatch, Kernel(f"combine_{name}", LowLatencyCombine(*common, weights, peers=peers)))
-
-
-def weakened(right: Variant, op: str, name: str, edit: Edit) -> Variant:
-    """`right` with an edit in one of its two kernels."""
-    before = right.dispatch if op == "dispatch" else right.combine
-    kernel = Kernel(f"{op}_{name}", before.spec, edit)
-    if op == "dispatch":
-        return Variant(kernel.name, kernel, right.combine)
-    return Variant(kernel.name, right.dispatch, kernel)
 
 
 # ---- what the driver includes ---------------------------------------------------------------------
@@ -105,72 +84,44 @@ def of_rank(symbol: str, rank: int) -> str:
     return f"rank{rank}_{symbol}"
 
 
-def _struct(name: str, spec: LowLatencyDispatch | LowLatencyCombine) -> str:
-    members = "".join(f"    {declaration}\n" for declaration, _ in spec.params.declarations)
-    return f"struct {name} {{\n{members}}};\nstatic_assert(sizeof({name}) == {spec.params.size});\n"
+def entries_of(kernel: Kernel) -> str:
+    """The kernel's entry for each rank, as an initialiser."""
+    return "{" + ", ".join(of_rank(kernel.entry, rank) for rank in range(RANKS)) + "}"
 
 
-def _layout(at: Regions) -> str:
-    return "{" + ", ".join(str(offset) for offset in astuple(at)) + "}"
+def params_bytes_of(kernel: Kernel) -> str:
+    """The function that says how large the kernel's parameters are."""
+    return f"{of_rank(kernel.entry, 0)}_params_bytes"
 
 
-def _row(variant: Variant) -> str:
-    dispatch, combine = variant.dispatch.spec, variant.combine.spec
-    assert isinstance(dispatch, LowLatencyDispatch) and isinstance(combine, LowLatencyCombine)
-    dispatch_at = regions(dispatch, MAX_TOKENS, 0)
-    combine_at = regions(combine, MAX_TOKENS, dispatch_at.end)
-    late, masked = ("true" if holds else "false" for holds in (combine.weights == "atcombine", dispatch.masked))
-    entries = ", ".join(
-        "{" + ", ".join(of_rank(kernel.entry, rank) for rank in range(RANKS)) + "}"
-        for kernel in (variant.dispatch, variant.combine)
-    )
-    sizes = ", ".join(f"{of_rank(kernel.entry, 0)}_params_bytes" for kernel in (variant.dispatch, variant.combine))
-    layouts = f"{_layout(dispatch_at)}, {_layout(combine_at)}"
-    return f'    {{"{variant.name}", {entries}, {sizes}, {dispatch.block_threads}, {late}, {masked}, {layouts}}},\n'
-
-
-def shape_header() -> str:
+def shape_header(**more: int) -> str:
     """`shape.hpp`: the one shape."""
-    shape = {
-        "kRanks": RANKS,
-        "kHidden": HIDDEN,
-        "kTopk": TOPK,
-        "kExperts": EXPERTS,
-        "kMaxTokens": MAX_TOKENS,
-        "kBlocksPerRole": BLOCKS_PER_ROLE,
-    }
+    shape = {"kRanks": RANKS, "kTopk": TOPK, "kExperts": EXPERTS, **more}
     return "".join(f"constexpr unsigned {name} = {value};\n" for name, value in shape.items())
 
 
-def variants_header(variants: Sequence[Variant]) -> str:
-    """`variants.hpp`: the parameter structs and the table of kernels."""
-    dispatch, combine = variants[0].dispatch.spec, variants[0].combine.spec
-    assert isinstance(dispatch, LowLatencyDispatch) and isinstance(combine, LowLatencyCombine)
-    assert not dispatch.masked
-    entries = [of_rank(kernel.entry, rank) for kernel in kernels_of(variants) for rank in range(RANKS)]
+def struct(name: str, params: ParamStruct) -> str:
+    """A kernel's parameters, as the driver fills them in."""
+    members = "".join(f"    {declaration}\n" for declaration, _ in params.declarations)
+    return f"struct {name} {{\n{members}}};\nstatic_assert(sizeof({name}) == {params.size});\n"
+
+
+def variants_header(structs: Sequence[str], kernels: Sequence[Kernel], rows: Sequence[str]) -> str:
+    """`variants.hpp`: the parameter structs and the table of variants, each an initialiser."""
+    entries = [of_rank(kernel.entry, rank) for kernel in kernels for rank in range(RANKS)]
     return "".join(
         [
-            _struct("DispatchParams", dispatch),
-            _struct("CombineParams", combine),
-            _struct("MaskedDispatchParams", replace(dispatch, peers="masked")),
-            _struct("MaskedCombineParams", replace(combine, peers="masked")),
+            *structs,
             *(f'extern "C" moegen_host_entry {entry};\n' for entry in entries),
             *(f'extern "C" unsigned long {entry}_params_bytes();\n' for entry in entries),
             "constexpr Variant kVariants[] = {\n",
-            *map(_row, variants),
+            *(f"    {{{row}}},\n" for row in rows),
             "};\n",
         ]
     )
 
 
 # ---- compiling ------------------------------------------------------------------------------------
-
-
-def kernels_of(variants: Sequence[Variant]) -> list[Kernel]:
-    """Each kernel once."""
-    return list(
-        {kernel.name: kernel for variant in variants for kernel in (variant.dispatch, variant.combine)}.values()
-    )
 
 
 def _merge(tools: Toolchain, parts: Sequence[Path], target: Path) -> Path:
@@ -192,7 +143,9 @@ def _compile(kernel: Kernel, folder: Path, option: str) -> Path:
     (folder / f"{kernel.name}.cu").write_text(text)
     wrapper = folder / f"{kernel.name}.cpp"
     wrapper.write_text(WRAPPER.format(name=kernel.name, entry=kernel.entry, symbol=kernel.spec.symbol))
-    return _merge(tools, [tools.compile(wrapper, option)], folder / "alone.o")
+    # Compiling takes longer than running. What is missing in an edited kernel shows without optimisation too.
+    level = "-O0" if edit else "-O1"
+    return _merge(tools, [tools.compile(wrapper, option, level)], folder / "alone.o")
 
 
 def _copy_for(rank: int, merged: Path, entries: Sequence[str]) -> Path:
@@ -206,13 +159,17 @@ def _copy_for(rank: int, merged: Path, entries: Sequence[str]) -> Path:
 
 
 def build(
-    folder: Path, driver: Path, variants: Sequence[Variant], option: str, runtime_options: Sequence[str] = ()
+    folder: Path,
+    driver: Path,
+    headers: Mapping[str, str],
+    kernels: Sequence[Kernel],
+    option: str,
+    runtime_options: Sequence[str] = (),
 ) -> Path:
     """An executable of the driver and, for each rank, the runtime and the kernels."""
     tools = Toolchain(folder, ["-g1"])
-    (folder / "include" / "shape.hpp").write_text(shape_header())
-    (folder / "include" / "variants.hpp").write_text(variants_header(variants))
-    kernels = kernels_of(variants)
+    for name, text in headers.items():
+        (folder / "include" / name).write_text(text)
     with ThreadPoolExecutor(JOBS) as pool:
         jobs = [pool.submit(_compile, kernel, folder / kernel.name, option) for kernel in kernels]
         jobs += [pool.submit(tools.compile, source, *runtime_options) for source in runtime_sources()]

@@ -4,21 +4,11 @@
 // The ranks meet nowhere but in the kernels. With `absent` the last one stays away, and the others have to report it
 // or, where ranks may be missing, to mark it and go on.
 // Exit status 0: every result is right; 1: one is not; 2: a launch failed; else the sanitizer's own.
-#include <algorithm>
 #include <atomic>
-#include <chrono>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <moegen/simt.hpp>
-#include <random>
 #include <string_view>
-#include <thread>
-#include <vector>
 
-#include "round.hpp"
+#include "ll_round.hpp"
+#include "rank.hpp"
 
 // Where one op's parts lie in symmetric memory.
 struct Regions {
@@ -37,35 +27,16 @@ struct Variant {
     Regions dispatch_at, combine_at;
 };
 
-// struct Control and struct Failure of signal.cuh, which a file with standard headers cannot include.
-struct alignas(128) Control {
-    uint32_t epoch, rest[31];
-};
-struct alignas(128) Failure {
-    uint32_t words[32];
-};
-// As in the kernels: the blocks of a launch that send, and those that receive.
-struct Blocks {
-    uint32_t first, blocks;
-};
-
 #include <variants.hpp>
 
 namespace {
 
-constexpr uint32_t kFirstEpoch = 0xfffffffa;  // wraps after 6 launches
-constexpr uint64_t kTimeoutNs = 60'000'000'000, kAbsentTimeoutNs = 500'000'000, kMaskedTimeoutNs = 2'000'000'000;
+constexpr uint64_t kMaskedTimeoutNs = 2'000'000'000;
 
-struct Rank {
-    uint32_t number = 0;
-    std::unique_ptr<uint8_t, decltype(&std::free)> memory = {nullptr, std::free};
-    Control control[2] = {};
-    uint32_t aborted = 0;
+struct Rank : RankState {
     uint32_t active[kRanks], verdicts[2][kRanks] = {};
     uint64_t waited_ns[kRanks] = {};
-    Failure failure[2] = {};
     std::vector<Round> rounds;
-    std::minstd_rand random;
 };
 
 // All ranks of one run.
@@ -78,8 +49,9 @@ class Ranks {
   private:
     bool verify() const;
     void work(Rank& rank);
-    template <typename Params>
-    void launch(Rank& rank, moegen_host_entry* entry, const Params& params, uint32_t blocks);
+    void launch(Rank& rank, moegen_host_entry* entry, const void* params, uint32_t blocks) {
+        if (!launched(rank, entry, params, blocks, variant_.threads, seed_ != 0)) failed_ = true;
+    }
     template <typename Params>
     Params common_params(Rank& rank, uint32_t op, const Regions& at);
     void dispatch(Rank& rank, Round& round);
@@ -102,32 +74,13 @@ class Ranks {
 Ranks::Ranks(const Variant& variant, uint32_t seed, uint32_t rounds) : variant_(variant), seed_(seed) {
     for (uint32_t number = 0; number < kRanks; ++number) {
         Rank& rank = ranks_[number];
-        rank.number = number;
+        rank.prepare(number, seed, variant.combine_at.end, {variant.dispatch_at.consumed, variant.combine_at.consumed});
         std::fill(rank.active, rank.active + kRanks, 1);
-        rank.random.seed(seed * kRanks + number + 1);
         for (uint32_t round = 0; round < rounds; ++round) rank.rounds.emplace_back(round, number, rank.random);
-        rank.memory.reset(static_cast<uint8_t*>(std::aligned_alloc(256, variant.combine_at.end)));
-        std::memset(rank.memory.get(), 0, variant.combine_at.end);
-        for (Control& control : rank.control) control.epoch = kFirstEpoch;
-        for (const uint64_t consumed : {variant.dispatch_at.consumed, variant.combine_at.consumed}) {
-            auto* words = reinterpret_cast<uint32_t*>(rank.memory.get() + consumed);
-            std::fill(words, words + kRanks, kFirstEpoch - 1);
-        }
     }
 }
 
 // ---- running --------------------------------------------------------------------------------------
-
-template <typename Params>
-void Ranks::launch(Rank& rank, moegen_host_entry* entry, const Params& params, uint32_t blocks) {
-    if (rank.random() / 256 % 2) std::this_thread::sleep_for(std::chrono::microseconds(rank.random() / 256 % 300));
-    char error[4000];
-    const uint64_t seed = seed_ == 0 ? 0 : rank.random();
-    const moegen_host_launch request = {&params, blocks, variant_.threads, 0, 0, seed};
-    if (entry(&request, error, sizeof error) == 0) return;
-    std::printf("rank %u: %s\n", rank.number, error);
-    failed_ = true;
-}
 
 template <typename Params>
 Params Ranks::common_params(Rank& rank, uint32_t op, const Regions& at) {
@@ -165,7 +118,7 @@ void Ranks::dispatch_with(Rank& rank, Round& round) {
     p.routes_offset = variant_.dispatch_at.routes;
     p.x = reinterpret_cast<const uint8_t*>(round.x.data());
     p.x_stride = kHidden * sizeof(Bf16);
-    p.topk_idx = round.wide ? static_cast<const void*>(round.wide_ids.data()) : round.ids.data();
+    p.topk_idx = round.any_ids();
     p.wide_ids = round.wide;
     p.topk_weights = variant_.late ? nullptr : round.weights.data();
     p.tokens = round.rows;
@@ -183,7 +136,7 @@ void Ranks::dispatch_with(Rank& rank, Round& round) {
     p.tellers = 1;
     p.senders = {1, kBlocksPerRole};
     p.receivers = {1 + kBlocksPerRole, kBlocksPerRole};
-    launch(rank, variant_.dispatch[rank.number], p, 1 + 2 * kBlocksPerRole);
+    launch(rank, variant_.dispatch[rank.number], &p, 1 + 2 * kBlocksPerRole);
 }
 
 void Ranks::combine(Rank& rank, Round& round, std::vector<Bf16>& result) {
@@ -212,7 +165,7 @@ void Ranks::combine_with(Rank& rank, Round& round, std::vector<Bf16>& result) {
     p.tokens = round.rows;
     p.senders = {0, kBlocksPerRole};
     p.receivers = {kBlocksPerRole, kBlocksPerRole};
-    launch(rank, variant_.combine[rank.number], p, 2 * kBlocksPerRole);
+    launch(rank, variant_.combine[rank.number], &p, 2 * kBlocksPerRole);
 }
 
 // Rows that no token came to stay NaN: a sum that one of them enters is found.
@@ -242,13 +195,6 @@ int Ranks::run() {
     return verify() ? 0 : 1;
 }
 
-// The host reads a report while the launch is still under way.
-void await_report(const Rank& rank, std::atomic<bool>& failed) {
-    const uint32_t* words = rank.failure[0].words;  // valid, phase, rank, peer, ...
-    while (__atomic_load_n(&words[0], __ATOMIC_ACQUIRE) == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    if (words[2] != rank.number || words[3] == rank.number || words[3] >= kRanks) failed = true;
-}
-
 // One rank that is missing: marked, with no time lost in the second round, and nothing of it in the results.
 void Ranks::dispatch_and_combine_without_last(Rank& rank) {
     for (uint32_t number = 0; number < 2; ++number) {
@@ -276,18 +222,15 @@ int Ranks::run_without_last() {
             continue;
         }
         threads.emplace_back([this, &rank] { dispatch(rank, rank.rounds[0]); });
-        threads.emplace_back([this, &rank] { await_report(rank, failed_); });
+        threads.emplace_back([this, &rank] {
+            if (!await_report(rank)) failed_ = true;
+        });
     }
     for (std::thread& thread : threads) thread.join();
     return failed_ ? 1 : 0;
 }
 
 // ---- what is right --------------------------------------------------------------------------------
-
-bool wrong(const char* what, const Rank& rank, uint32_t round, uint32_t index) {
-    std::printf("rank %u, round %u: wrong %s %u\n", rank.number, round, what, index);
-    return false;
-}
 
 bool Ranks::verify_dispatch(const Rank& rank, uint32_t number) const {
     const Round& got = rank.rounds[number];
@@ -317,7 +260,7 @@ bool Ranks::verify_combine(const Rank& rank, uint32_t number) const {
     const Round& round = rank.rounds[number];
     for (uint32_t i = 0; i < round.num_combines; ++i) {
         for (uint32_t at = 0; at < uint32_t(round.tokens) * kHidden; ++at) {
-            if (!is_near(round, rank.number, at / kHidden, at % kHidden, round.combined[i][at]))
+            if (!is_right_sum(round, rank.number, at / kHidden, at % kHidden, round.combined[i][at]))
                 return wrong("sum of token", rank, number, at / kHidden);
         }
     }
@@ -327,10 +270,7 @@ bool Ranks::verify_combine(const Rank& rank, uint32_t number) const {
 bool Ranks::verify() const {
     bool right = true;
     for (const Rank& rank : ranks_) {
-        for (uint32_t op = 0; op < 2; ++op) {
-            for (const uint32_t word : rank.failure[op].words)
-                if (word != 0) return wrong("silence of op", rank, 0, op);
-        }
+        right = right && was_silent(rank);
         for (uint32_t round = 0; round < rank.rounds.size(); ++round)
             right = right && verify_dispatch(rank, round) && verify_combine(rank, round);
     }

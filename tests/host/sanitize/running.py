@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds a family's executable once per test run, and runs it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from host.sanitize.build import Kernel, build
+from simt_harness import Toolchain
+
+ROUNDS = 10  # 10 dispatches and 10 combines
+FIXED, SEEDED = 0, 3  # the runtime's order of threads: always the same, or seeded and with pauses
+RACE = "WARNING: ThreadSanitizer: data race"
+
+
+class Sanitizer(NamedTuple):
+    """What kernels and driver are compiled with, and what the runtime is."""
+
+    option: str
+    runtime_option: str
+
+
+TSAN = Sanitizer("-fsanitize=thread", "-DMOEGEN_HOST_TSAN=1")
+"""The runtime itself is not instrumented: what CUDA does not order, its lists must not order either."""
+
+ASAN = Sanitizer("-fsanitize=address", "-fsanitize=address")
+
+
+def skip_without(option: str, folder: Path) -> None:
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    try:
+        Toolchain(folder).run(option, probe, "-o", folder / "probe")
+    except (RuntimeError, OSError) as error:
+        pytest.skip(f"g++ cannot link with {option}: {error}")
+
+
+def built_once(
+    factory: pytest.TempPathFactory,
+    name: str,
+    driver: str,
+    sanitizer: Sanitizer,
+    headers: Mapping[str, str],
+    kernels: Sequence[Kernel],
+) -> Path:
+    """The executable of this name; the workers of one test run share it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / (name + sanitizer.option.replace("=", "-"))
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder / "driver"
+        if not done.exists():
+            skip_without(sanitizer.option, folder)
+            build(
+                folder, Path(__file__).with_name(driver), headers, kernels, sanitizer.option, [sanitizer.runtime_option]
+            )
+        return done
+
+
+def run(driver: Path, variant: str, seed: int, *more: str) -> tuple[int, str]:
+    # The sanitizers of some compilers do not start under full address space randomisation.
+    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+    command = [*fixed, str(driver), variant, str(seed), str(ROUNDS), *more]
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout + done.stderr
