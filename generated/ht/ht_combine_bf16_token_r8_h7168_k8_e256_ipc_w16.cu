@@ -36,7 +36,7 @@ struct Params {
     const int32_t* tokens_sent;   // one number: the tokens of this call
     const int32_t* first_rows;    // [ranks + 1]: first row of each source, then the number of rows
     const int32_t* row_tokens;    // [ranks * max_tokens]: the source's token of each row
-    const int32_t* row_slots;     // [ranks * max_tokens, topk]: see `slot_of`; -1: not selected here
+    const int32_t* row_slots;     // [ranks * max_tokens, topk]: local expert or (packed) row; -1: not here
     const float* row_weights;     // [ranks * max_tokens, topk]; null: ones
     const int32_t* own_rows;      // [max_tokens]: which of this rank's rows for itself a token is
     Control* control;             // this op's epoch

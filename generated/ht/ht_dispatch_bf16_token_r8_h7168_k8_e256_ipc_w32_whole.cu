@@ -41,7 +41,7 @@ struct Params {
     int32_t* tokens_sent;        // one number: the tokens of this call
     int32_t* first_rows;         // [ranks + 1]: first row of each source, then the number of rows
     int32_t* row_tokens;         // [ranks * max_tokens]: the source's token of each row
-    int32_t* row_slots;          // [ranks * max_tokens, topk]: see `slot_of`; -1: not selected here
+    int32_t* row_slots;          // [ranks * max_tokens, topk]: local expert or (packed) row; -1: not here
     float* row_weights;          // [ranks * max_tokens, topk]
     int32_t* own_rows;           // [max_tokens]: which of this rank's rows for itself a token is
     const int32_t* num_tokens;   // one number: tokens of this call; null: `tokens`

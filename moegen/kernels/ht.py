@@ -195,7 +195,9 @@ def _of_handle(written: bool) -> tuple[Param, ...]:
         Param(f"{const}int32_t*", "tokens_sent", "one number: the tokens of this call"),
         Param(f"{const}int32_t*", "first_rows", "[ranks + 1]: first row of each source, then the number of rows"),
         Param(f"{const}int32_t*", "row_tokens", "[ranks * max_tokens]: the source's token of each row"),
-        Param(f"{const}int32_t*", "row_slots", "[ranks * max_tokens, topk]: see `slot_of`; -1: not selected here"),
+        Param(
+            f"{const}int32_t*", "row_slots", "[ranks * max_tokens, topk]: local expert or (packed) row; -1: not here"
+        ),
         Param(f"{const}float*", "row_weights", f"[ranks * max_tokens, topk]{'' if written else '; null: ones'}"),
         Param(f"{const}int32_t*", "own_rows", "[max_tokens]: which of this rank's rows for itself a token is"),
     )

@@ -119,6 +119,7 @@ void Ranks::dispatch(Rank& rank, Round& round, moegen_host_entry* entry, const s
     p.num_tokens = round.counted_on_device ? &round.tokens : nullptr;
     p.counts = round.numbers.counts.data();
     p.first_slots = round.numbers.first_slots.data();
+    p.source_counts = round.numbers.source_counts.data();
     p.chunk_counts = rank.chunk_counts;
     p.chunk_epochs = rank.chunk_epochs;
     p.alignment = kAlignment;
@@ -178,6 +179,7 @@ void Ranks::combine(Rank& rank, Round& round, uint32_t number) {
     p.y_weights = round.y_weights.empty() ? &rank.no_weights : round.y_weights.data();
     p.out = reinterpret_cast<uint8_t*>(round.combined[number].data());
     p.out_weights = round.combined_weights[number].data();
+    p.rows = round.received.capacity;
     if (!round.weighted) p.row_weights = nullptr;
     launch(rank, variant_.combine[rank.number], &p);
 }

@@ -8,7 +8,7 @@
 struct Numbers {
     std::vector<uint64_t> token_ranks;
     int32_t tokens_sent = -1;
-    std::vector<int32_t> first_rows, row_tokens, row_slots, own_rows, counts, first_slots;
+    std::vector<int32_t> first_rows, row_tokens, row_slots, own_rows, counts, first_slots, source_counts;
     std::vector<float> row_weights;
 
     Numbers();
@@ -24,6 +24,7 @@ inline Numbers::Numbers() {
     own_rows.assign(kMaxTokens, -1);
     counts.assign(kMaxLocalExperts, -1);
     first_slots.assign(kMaxLocalExperts + 1, -1);
+    source_counts.assign(kRanks * (1 + kRanks), -1);
 }
 
 // The rows of one dispatch, in bf16 or in e4m3 with one scale each. Exactly as many as the kernels may write.
