@@ -15,9 +15,9 @@ from moegen.kernels.ht import (
     HighThroughputDispatch,
     Regions,
     regions,
-    roles,
 )
 from moegen.kernels.ht_layout import HighThroughputLayout
+from moegen.kernels.ht_roles import roles
 from moegen.kernels.ll import ceil_div
 from moegen.kernels.problem import Problem
 from moegen.rows import RowsHandle

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from moegen import expert_parallel
 from moegen.expert_parallel import ExpertParallel
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
-from moegen.runtime import agreement, low_latency
+from moegen.runtime import low_latency
 from moegen.runtime.worlds import LocalWorld
 from moegen.select import Selection, select
 
@@ -32,7 +33,7 @@ def test_the_constructor_wins_over_the_table(
         return real(spec, max_tokens, resident_blocks)
 
     real: Any = low_latency.roles
-    monkeypatch.setattr(agreement, "select", tuned)
+    monkeypatch.setattr(expert_parallel, "select", tuned)
     monkeypatch.setattr(low_latency, "roles", roles)
     with ExpertParallel(
         LocalWorld(1).ranks[0], num_experts=4, num_topk=2, hidden=64, max_tokens_per_rank=8, num_sms=num_sms

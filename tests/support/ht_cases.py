@@ -94,6 +94,7 @@ def build(shapes: tuple[RowsShape, ...], device: str) -> None:
     specs = set()
     for shape in shapes:
         options = {"dtype": torch.bfloat16, "scale_dtype": torch.float32, "quantize": None, **OPTIONS[shape.format]}
+        options["borrow"] = False
         specs |= set(
             select_rows(
                 problem(

@@ -13,7 +13,8 @@ import torch
 
 import moegen
 from moegen.errors import PeerTimeoutError
-from moegen.kernels.ht import CHUNK, PHASES, HighThroughputSpec, Regions, Roles, regions, roles
+from moegen.kernels.ht import CHUNK, PHASES, HighThroughputSpec, Regions, regions
+from moegen.kernels.ht_roles import Roles, roles
 from moegen.kernels.ll import PIECE_BYTES
 from moegen.kernels.spec import Spec
 from moegen.runtime.low_latency import FIRST_EPOCH
@@ -195,7 +196,7 @@ def test_fault_while_waiting_for_another_block(device: str, monkeypatch: pytest.
 
     monkeypatch.setattr("moegen.runtime.high_throughput.roles", one_too_few)
     shape = replace(SHAPE, max_tokens=4 * CHUNK)
-    layer = RowsLayer(shape, device, timeout=TIMEOUT, num_sms=3)
+    layer = RowsLayer(shape, device, timeout=4 * TIMEOUT, num_sms=3)  # time enough for the others to give up later
     with pytest.raises(PeerTimeoutError) as caught:
         dispatch_alone(layer, [[0, 3]] * shape.max_tokens)
     assert_reported(caught.value, layer, "kPlanned", 2, peer=0)
