@@ -143,9 +143,8 @@ def _compile(kernel: Kernel, folder: Path, option: str) -> Path:
     (folder / f"{kernel.name}.cu").write_text(text)
     wrapper = folder / f"{kernel.name}.cpp"
     wrapper.write_text(WRAPPER.format(name=kernel.name, entry=kernel.entry, symbol=kernel.spec.symbol))
-    # Compiling takes longer than running. What is missing in an edited kernel shows without optimisation too.
-    level = "-O0" if edit else "-O1"
-    return _merge(tools, [tools.compile(wrapper, option, level)], folder / "alone.o")
+    # Compiling takes longer than running.
+    return _merge(tools, [tools.compile(wrapper, option, "-O1")], folder / "alone.o")
 
 
 def _copy_for(rank: int, merged: Path, entries: Sequence[str]) -> Path:
