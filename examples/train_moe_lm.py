@@ -2,7 +2,7 @@
 """Trains a small byte-level language model with a Mixture-of-Experts layer in each block, on Python's own help pages.
 
 python examples/train_moe_lm.py                                            # one process
-torchrun --nproc-per-node 4 examples/train_moe_lm.py --check               # four, on CPUs or GPUs (not run yet)
+torchrun --nproc-per-node 4 examples/train_moe_lm.py --check               # four, on CPUs; or on as many GPUs
 
 Experts are spread over the ranks; everything else is data-parallel. `--check` also trains the same model on the same
 batches in one process and compares the losses. Writes both curves to `--out`: losses.png (with matplotlib), losses.csv.

@@ -152,20 +152,8 @@ class RowCalls(Lifecycle[HighThroughputOps]):
         return self._of_handle(handle, rows)
 
     def _of_handle(self, handle: RowsHandle, rows: Rows) -> DispatchedRows:
-        numbers = handle.numbers
-        return DispatchedRows(
-            rows.tokens,
-            rows.scales,
-            rows.topk_idx,
-            rows.topk_weights,
-            numbers.counts,
-            numbers.first_slots if self.problem.layout == "packed" else None,
-            numbers.first_rows,
-            numbers.row_tokens,
-            numbers.source_counts,
-            handle.host_counts,
-            handle,
-        )
+        packed = self.problem.layout == "packed"
+        return DispatchedRows(rows.tokens, rows.scales, rows.topk_idx, rows.topk_weights, packed, handle)
 
     def handle_of(self, memory: Tensor, num_tokens: int, rows: int) -> RowsHandle:
         """The handle again, from its own `memory`, `num_tokens` and `rows`: for what can pass tensors and numbers only.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 
@@ -84,6 +84,7 @@ class DispatchedRows:
         row_tokens: int32 [ranks * max_tokens_per_rank]: which of its source's tokens each of those rows is.
         source_counts: int32 [ranks, 1 + ranks]: the tokens of each source, and how many of them go to each rank.
         host_counts: `counts` as a list, in mode "exact"; else None.
+        packed: whether the layout is `packed`.
         handle: give it to combine, or to another dispatch with the same routing.
     """
 
@@ -91,13 +92,33 @@ class DispatchedRows:
     scales: torch.Tensor | None
     topk_idx: torch.Tensor | None
     topk_weights: torch.Tensor | None
-    counts: torch.Tensor
-    expert_starts: torch.Tensor | None
-    source_starts: torch.Tensor
-    row_tokens: torch.Tensor
-    source_counts: torch.Tensor
-    host_counts: list[int] | None
+    packed: bool
     handle: RowsHandle
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """See above; like the next ones a view, made when it is asked for."""
+        return cast(torch.Tensor, self.handle.numbers.counts)
+
+    @property
+    def expert_starts(self) -> torch.Tensor | None:
+        return cast(torch.Tensor, self.handle.numbers.first_slots) if self.packed else None
+
+    @property
+    def source_starts(self) -> torch.Tensor:
+        return cast(torch.Tensor, self.handle.numbers.first_rows)
+
+    @property
+    def row_tokens(self) -> torch.Tensor:
+        return cast(torch.Tensor, self.handle.numbers.row_tokens)
+
+    @property
+    def source_counts(self) -> torch.Tensor:
+        return cast(torch.Tensor, self.handle.numbers.source_counts)
+
+    @property
+    def host_counts(self) -> list[int] | None:
+        return self.handle.host_counts
 
     @property
     def allocations(self) -> tuple[torch.Tensor | None, ...]:

@@ -81,8 +81,8 @@ __device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank,
 }
 
 // Nothing is written to a peer before it has finished the epoch before; one that waits for nothing of this rank may be
-// ahead. All threads of the block call this; whether it
-// may go on: not if a peer did not come, now or in an earlier launch.
+// ahead. All threads of the block call this; whether it may go on: not if a peer did not come, now or in an earlier
+// launch.
 __device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch) {
     const uint32_t needed = epoch_before(watch.epoch);
     bool ready = load_relaxed_sys(watch.aborted) == 0;

@@ -364,11 +364,13 @@ class Regions:
 def regions(spec: HighThroughputDispatch | HighThroughputCombine, max_tokens: int, start: int) -> Regions:
     """Lays an op's regions out from byte `start` on."""
     rows = spec.num_ranks * max_tokens
-    plans = isinstance(spec, HighThroughputDispatch)
+    counts = entries = 0
+    if isinstance(spec, HighThroughputDispatch):
+        counts, entries = spec.num_ranks * spec.count_pieces, rows * spec.entry_pieces
     sizes = (
         spec.num_ranks * 4,
-        spec.num_ranks * spec.count_pieces * PIECE_BYTES if isinstance(spec, HighThroughputDispatch) else 0,
-        rows * spec.entry_pieces * PIECE_BYTES if isinstance(spec, HighThroughputDispatch) and plans else 0,
+        counts * PIECE_BYTES,
+        entries * PIECE_BYTES,
         rows * spec.record_bytes,
         rows * 4,
     )

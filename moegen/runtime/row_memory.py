@@ -27,17 +27,35 @@ class Numbers:
     """
 
     memory: torch.Tensor
-    counts: torch.Tensor
-    first_slots: torch.Tensor
-    first_rows: torch.Tensor
-    row_tokens: torch.Tensor
-    source_counts: torch.Tensor
     addresses: tuple[int, ...]
     home: RowMemory
 
     def part(self, name: str) -> torch.Tensor:
-        """One of OF_HANDLE, as int32."""
+        """One of the parts, as int32: a view, made when it is asked for, because most calls ask for none."""
         return self.home.part(self.memory, name)
+
+    def address(self, name: str) -> int:
+        return self.home.address(self.memory, name)
+
+    @property
+    def counts(self) -> torch.Tensor:
+        return self.part("counts")
+
+    @property
+    def first_slots(self) -> torch.Tensor:
+        return self.part("first_slots")
+
+    @property
+    def first_rows(self) -> torch.Tensor:
+        return self.part("first_rows")
+
+    @property
+    def row_tokens(self) -> torch.Tensor:
+        return self.part("row_tokens")
+
+    @property
+    def source_counts(self) -> torch.Tensor:
+        return self.part("source_counts").view(self.home.source_shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +98,7 @@ class RowMemory:
             "source_counts": problem.num_ranks * spec.source_words,
         }
         self._sizes = sizes
-        self._source_shape = (problem.num_ranks, spec.source_words)
+        self.source_shape = (problem.num_ranks, spec.source_words)
         self._at = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
         self.words = sum(sizes.values())
         """32-bit words of a dispatch's numbers."""
@@ -98,16 +116,10 @@ class RowMemory:
     def numbers(self, memory: torch.Tensor) -> Numbers:
         """The numbers that lie in `memory`: a dispatch's, or `empty_numbers()`."""
         base = memory.data_ptr()
-        return Numbers(
-            memory,
-            self.part(memory, "counts"),
-            self.part(memory, "first_slots"),
-            self.part(memory, "first_rows"),
-            self.part(memory, "row_tokens"),
-            self.part(memory, "source_counts").view(self._source_shape),
-            tuple(base + _WORD_BYTES * self._at[name] for name in OF_HANDLE),
-            self,
-        )
+        return Numbers(memory, tuple(base + _WORD_BYTES * self._at[name] for name in OF_HANDLE), self)
+
+    def address(self, memory: torch.Tensor, name: str) -> int:
+        return memory.data_ptr() + _WORD_BYTES * self._at[name]
 
     def lend(self, staged: torch.Tensor) -> None:
         """Rows are not made but lie here, uint8, a record for each (source, token)."""
