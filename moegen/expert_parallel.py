@@ -14,7 +14,7 @@ from moegen.errors import HandleError, InputError, SlotError
 from moegen.handle import CombineOptions, Dispatched, DispatchOptions, Handle
 from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
 from moegen.runtime.low_latency import FIRST_EPOCH, Hook, LowLatency
-from moegen.runtime.membership import Membership
+from moegen.runtime.membership import ActiveMembership
 from moegen.runtime.streams import CommStream, Event, current_stream, record
 from moegen.runtime.worlds import RankWorld, as_rank_world
 from moegen.select import select
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class ExpertParallel(Membership):
+class ExpertParallel(ActiveMembership):
     """Expert-parallel dispatch and combine for one shape of MoE layer. Making one is collective.
 
     All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an

@@ -10,45 +10,23 @@ import torch
 
 from moegen import checks, row_checks
 from moegen.errors import InputError
-from moegen.kernels.problem import Problem
 from moegen.rows import DispatchedRows, Given, RowsHandle
 from moegen.runtime.high_throughput import HighThroughputOps
-from moegen.runtime.lifecycle import Lifecycle
+from moegen.runtime.membership import Membership
 from moegen.runtime.row_memory import Numbers, RowMemory, Rows
 from moegen.runtime.streams import current_stream, record
-from moegen.runtime.worlds import RankWorld
 from moegen.select import RowSelection
 
 Tensor = torch.Tensor
 
 
-class RowCalls(Lifecycle[HighThroughputOps]):
+class RowCalls(Membership[HighThroughputOps]):
     """The part of `HighThroughput` that makes calls on the current stream; it describes the arguments."""
 
-    world: RankWorld
-    problem: Problem
     selection: RowSelection
     mode: str
     dtype: torch.dtype
     scale_dtype: torch.dtype
-
-    @property
-    def rank(self) -> int:
-        return self.world.rank
-
-    @property
-    def num_ranks(self) -> int:
-        return self.world.size
-
-    @property
-    def local_experts(self) -> range:
-        """The expert ids that this rank holds."""
-        return self.problem.local_experts(self.rank)
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Symmetric memory that this object holds on each rank."""
-        return self._alive().buffer_bytes
 
     @property
     def row_memory(self) -> RowMemory:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from moegen.kernels.params import ParamStruct
 from moegen.runtime.kernel import LoadedKernel
 
@@ -41,3 +43,13 @@ class BoundKernel:
             values[place] = value
         self._packer.pack_into(self._buffer, 0, *values)
         self._start()
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Of its memory; null if there is none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def signed(word: int) -> int:
+    """A 32-bit word as torch's int32 takes it."""
+    return word - 2**32 if word >= 2**31 else word

@@ -21,7 +21,7 @@ from moegen.kernels.ht_roles import roles
 from moegen.kernels.ll import ceil_div
 from moegen.kernels.problem import Problem
 from moegen.rows import RowsHandle
-from moegen.runtime.bound import BoundKernel
+from moegen.runtime.bound import BoundKernel, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.layout import LayoutOp
 from moegen.runtime.low_latency import FIRST_EPOCH
@@ -121,14 +121,14 @@ class HighThroughputOps:
                 continue
             at = combine if isinstance(spec, HighThroughputCombine) else dispatch
             name = spec.phase if isinstance(spec, HighThroughputDispatch) else "combine"
-            address = self._watchdog.address(number)
-            self._to_bind[name] = kernel, at, address
-            self._bound[name, None] = self._bind(kernel, at, address, num_sms)
+            failure = self._watchdog.address(number)
+            self._to_bind[name] = kernel, at, failure
+            self._bound[name, None] = self._bind(kernel, at, failure, num_sms)
         before = 0xFFFFFFFF if first_epoch == FIRST_EPOCH else first_epoch - 1
-        self._control[:2, 0] = _signed(first_epoch)
+        self._control[:2, 0] = signed(first_epoch)
         words = self.memory.local.view(torch.int32)
         for at in (dispatch, combine):
-            words[at.consumed // 4 : at.consumed // 4 + problem.num_ranks] = _signed(before)
+            words[at.consumed // 4 : at.consumed // 4 + problem.num_ranks] = signed(before)
 
     def _bind(self, kernel: LoadedKernel, at: Regions, failure: int, num_sms: int | None) -> BoundKernel:
         spec, world = kernel.spec, self._world
@@ -189,16 +189,16 @@ class HighThroughputOps:
         scales = None if rows is None else rows.scales
         self._kernel(phase, num_sms)(
             x.data_ptr(),
-            _address(x_scales),
-            _address(topk_idx),
-            _address(topk_weights),
-            *((0,) * 4 if rows is None else map(_address, (rows.tokens, scales, rows.topk_idx, rows.topk_weights))),
+            address(x_scales),
+            address(topk_idx),
+            address(topk_weights),
+            *((0,) * 4 if rows is None else map(address, (rows.tokens, scales, rows.topk_idx, rows.topk_weights))),
             0 if numbers is None else numbers.address("counts"),
-            _address(total_counts),
+            address(total_counts),
             0 if numbers is None else numbers.address("first_slots"),
             0 if numbers is None else numbers.address("source_counts"),
             *addresses,
-            _address(num_tokens),
+            address(num_tokens),
             x.stride(0) * x.element_size(),
             *((0, 0) if scales is None or scales.dim() != 2 else scales.stride()),
             x.shape[0],
@@ -230,11 +230,11 @@ class HighThroughputOps:
         first, second = (*bias, None, None)[:2]
         self._kernel("combine", num_sms)(
             y.data_ptr(),
-            _address(y_weights),
-            _address(first),
-            _address(second),
+            address(y_weights),
+            address(first),
+            address(second),
             out.data_ptr(),
-            _address(out_weights),
+            address(out_weights),
             *addresses,
             handle.num_tokens,
             handle.rows,
@@ -252,11 +252,3 @@ class HighThroughputOps:
     def raise_what_happened(self) -> None:
         self._watchdog.raise_what_happened()
         self.layout.raise_what_happened()
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _signed(word: int) -> int:
-    return word - 2**32 if word >= 2**31 else word

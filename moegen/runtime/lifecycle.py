@@ -23,6 +23,7 @@ class Launches(Protocol):
     """What of an object's launches matters here."""
 
     memory: SymmetricMemory
+    buffer_bytes: int
 
     def raise_expired(self) -> None: ...
 

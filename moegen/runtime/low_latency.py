@@ -13,7 +13,7 @@ from moegen.errors import SlotError
 from moegen.handle import Dispatched, Handle
 from moegen.kernels.ll import PHASES, LowLatencyCombine, LowLatencyDispatch, regions, roles
 from moegen.kernels.problem import Problem
-from moegen.runtime.bound import BoundKernel
+from moegen.runtime.bound import BoundKernel, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.received import FOR_EVERY_COMBINE, Received
@@ -182,13 +182,13 @@ class LowLatency:
     def _set_epoch(self, epoch: int, selection: Selection) -> None:
         """As if everybody had read all epochs before; before any rank may launch."""
         before = 0xFFFFFFFF if epoch == FIRST_EPOCH else epoch - 1
-        self.control[:-1, 0] = _signed(epoch)
-        self._verdicts.fill_(_signed(before << 1 & 0xFFFFFFFF))
+        self.control[:-1, 0] = signed(epoch)
+        self._verdicts.fill_(signed(before << 1 & 0xFFFFFFFF))
         words = self.memory.local.view(torch.int32)
         for slot in range(self.slots):
             for start in (0, self._combine_start(selection)):
                 at = (slot * self._stride + start) // 4
-                words[at : at + self.problem.num_ranks] = _signed(before)
+                words[at : at + self.problem.num_ranks] = signed(before)
 
     def dispatch(
         self,
@@ -211,11 +211,11 @@ class LowLatency:
         arguments: tuple[int, ...] = (
             x.data_ptr(),
             topk_idx.data_ptr(),
-            _address(topk_weights),
-            _address(num_tokens),
+            address(topk_weights),
+            address(num_tokens),
             out.tokens.data_ptr(),
             counts,
-            _address(total_counts),
+            address(total_counts),
             ranges,
             row_tokens,
             token_ranks,
@@ -232,7 +232,7 @@ class LowLatency:
         if out.scales is not None:
             arguments = (*arguments, out.scales.data_ptr())
         if self.active is not None:
-            arguments = (*arguments, *selected, _address(waited))
+            arguments = (*arguments, *selected, address(waited))
         kept = (x, topk_idx, topk_weights, num_tokens, out, total_counts, waited)
         half = self._launch("dispatch", "", arguments, hook, kept)
         if half is not None:
@@ -256,13 +256,13 @@ class LowLatency:
         arguments = (
             y.data_ptr(),
             out.data_ptr(),
-            _address(weights),
+            address(weights),
             *handle.addresses[: len(FOR_EVERY_COMBINE)],
             handle.num_tokens,
             self._nanoseconds(timeout),
         )
         if self.active is not None:
-            arguments = (*arguments, *handle.addresses[len(FOR_EVERY_COMBINE) :], _address(waited), renormalize)
+            arguments = (*arguments, *handle.addresses[len(FOR_EVERY_COMBINE) :], address(waited), renormalize)
         late = "atdispatch" if weights is None else "atcombine"
         return self._launch("combine", late, arguments, hook, (y, handle, weights, out, waited))
 
@@ -313,11 +313,3 @@ class LowLatency:
 
     def raise_what_happened(self) -> None:
         self._watchdog.raise_what_happened()
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _signed(word: int) -> int:
-    return word - 2**32 if word >= 2**31 else word

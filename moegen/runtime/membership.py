@@ -7,17 +7,16 @@ import torch
 
 from moegen.errors import InputError
 from moegen.kernels.problem import Problem
-from moegen.runtime.lifecycle import Lifecycle
+from moegen.runtime.lifecycle import Lifecycle, Ops
 from moegen.runtime.low_latency import LowLatency, OpenHalf
 from moegen.runtime.worlds import RankWorld
 
 
-class Membership(Lifecycle[LowLatency]):
-    """The part of `ExpertParallel` that says so."""
+class Membership(Lifecycle[Ops]):
+    """The part of what users hold that says so."""
 
     world: RankWorld
     problem: Problem
-    _active: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -36,6 +35,12 @@ class Membership(Lifecycle[LowLatency]):
     def buffer_bytes(self) -> int:
         """Symmetric memory that this object holds on each rank."""
         return self._alive().buffer_bytes
+
+
+class ActiveMembership(Membership[LowLatency]):
+    """Of ranks that may be missing, and of calls that may be made in halves."""
+
+    _active: torch.Tensor | None = None
 
     @property
     def active_ranks(self) -> torch.Tensor:
