@@ -6,6 +6,7 @@ The variables are read when they are needed, not at import. A value that is not 
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,9 +147,10 @@ def lineinfo() -> bool:
     return raw("MOEGEN_NVRTC_LINEINFO") == "1"
 
 
-def log_level() -> str:
-    """The log level of the command line, in capitals as `logging` names it."""
-    return (raw("MOEGEN_LOG") or "warning").upper()
+def configure_logging() -> None:
+    """Sends what the command line and the processes that it starts log to stderr, from MOEGEN_LOG's level on."""
+    level = (raw("MOEGEN_LOG") or "warning").upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def host_seed() -> int:

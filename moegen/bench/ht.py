@@ -45,9 +45,10 @@ def measure(world: RankWorld, config: HighThroughputConfig) -> Json:
         for dtype in config.dtypes:
             inputs = Inputs(world, config, tokens, dtype)
             for layout in config.layouts:
-                cases += _measure_layout(world, config, clock, inputs, dtype, layout)
-                if world.rank == 0:
-                    log.info("%d tokens, %s, %s: measured", tokens, dtype, layout)
+                for case in _measure_layout(world, config, clock, inputs, dtype, layout):
+                    cases.append(case)
+                    if world.rank == 0:
+                        log.info("%s: %.1f us", _words(case), case["us_over_ranks"]["max"])
     barrier.check()
     meet(world)
     barrier.destroy()
@@ -66,6 +67,10 @@ def measure(world: RankWorld, config: HighThroughputConfig) -> Json:
         "cases": [case for case in cases if case["op"] != "exact"],
         "exact": [case for case in cases if case["op"] == "exact"],
     }
+
+
+def _words(case: Json) -> str:
+    return " ".join(f"{name}={case[name]}" for name in ("op", "tokens", "dtype", "layout", "num_sms", "routing"))
 
 
 def _measure_layout(

@@ -6,7 +6,6 @@ Everything follows from seeds, so every rank can compute what the others hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,11 +64,13 @@ class Expected:
 
     Attributes:
         sources, tokens, places: of every row of the result: source rank, its token, and the row.
+        experts: local expert of every row of layout packed; else None.
     """
 
     sources: torch.Tensor
     tokens: torch.Tensor
     places: torch.Tensor
+    experts: torch.Tensor | None
 
 
 class RowsCase:
@@ -79,8 +80,8 @@ class RowsCase:
         self, layer: HighThroughput, config: HighThroughputConfig, op: str, inputs: Inputs, batch: Batch
     ) -> None:
         self.op, self._layer, self._config, self._inputs, self._batch = op, layer, config, inputs, batch
-        self._expected = [expected_rows(batch.ids, config, layer.problem.layout, rank, layer.device)
-                          for rank in range(config.ranks)]  # fmt: skip
+        ids = torch.stack(batch.ids).to(layer.device)  # the CPU's cores are the ranks' common ones, and slow at this
+        self._expected = [expected_rows(ids, config, layer.problem.layout, rank) for rank in range(config.ranks)]
         rows, device = layer.max_rows, layer.device
         count = max(1, inputs.count // 2)
         memory = layer.row_memory
@@ -195,22 +196,13 @@ class RowsCase:
         self.worst = max(self.worst, share)
 
     def _weights(self, other: int, rows: Expected, mine: torch.Tensor) -> torch.Tensor:
-        """Of this rank's selections that lie in those rows: [rows, 1] float64."""
-        experts = expert_ranges(self._config.num_experts, self._config.ranks)[other]
-        ids = self._batch.own_ids[rows.tokens[mine]]
-        order = torch.arange(len(rows.places), device=ids.device)[mine]
-        expert = self._expert_of_row[other][order].unsqueeze(1) + experts.start
-        at = (ids == expert).int().argmax(dim=1, keepdim=True)
-        return self._batch.own_weights[rows.tokens[mine]].gather(1, at).double()
-
-    @property
-    def _expert_of_row(self) -> list[torch.Tensor]:
-        """Local expert of each row of layout packed, per rank, in the order of `Expected`."""
-        found = []
-        for experts in expert_ranges(self._config.num_experts, self._config.ranks):
-            counts = torch.stack([sum((ids == e).sum() for ids in self._batch.ids) for e in experts])  # type: ignore[misc]
-            found.append(torch.repeat_interleave(torch.arange(len(experts)), counts).to(self._layer.device))
-        return found
+        """Of this rank's selections that lie in those rows of another: [rows, 1] float64."""
+        assert rows.experts is not None
+        start = expert_ranges(self._config.num_experts, self._config.ranks)[other].start
+        tokens = rows.tokens[mine]
+        expert = rows.experts[mine].unsqueeze(1) + start
+        at = (self._batch.own_ids[tokens] == expert).int().argmax(dim=1, keepdim=True)
+        return self._batch.own_weights[tokens].gather(1, at).double()
 
     def _outputs(self, rows: int, index: int) -> torch.Tensor:
         every = torch.arange(rows, device=self._layer.device)
@@ -221,27 +213,25 @@ class RowsCase:
             raise BenchError(f"rank {self._layer.rank}: what was timed is wrong: {what}")
 
 
-def expected_rows(
-    ids: Sequence[torch.Tensor], config: HighThroughputConfig, layout: str, rank: int, device: torch.device
-) -> Expected:
-    """The rows that a rank gets; ids of one token are distinct."""
+def expected_rows(ids: torch.Tensor, config: HighThroughputConfig, layout: str, rank: int) -> Expected:
+    """The rows that a rank gets.
+
+    Args:
+        ids: of all ranks, [ranks, tokens, topk]; those of one token are distinct.
+    """
     experts = expert_ranges(config.num_experts, config.ranks)[rank]
-    held = [(own >= experts.start) & (own < experts.stop) for own in ids]
+    held = (ids >= experts.start) & (ids < experts.stop)
     if layout == "token":
-        tokens = [here.any(dim=1).nonzero().flatten() for here in held]
-        sources = [torch.full_like(own, source) for source, own in enumerate(tokens)]
-        places = torch.arange(sum(map(len, tokens)))
-        return Expected(*(part.to(device) for part in (torch.cat(sources), torch.cat(tokens), places)))
-    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    start = 0
-    for expert in experts:
-        for source, own in enumerate(ids):
-            tokens_here = (own == expert).any(dim=1).nonzero().flatten()
-            place = start + torch.arange(len(tokens_here))
-            parts.append((torch.full_like(tokens_here, source), tokens_here, place))
-            start += len(tokens_here)
-        start = -(-start // config.alignment) * config.alignment
-    return Expected(*(torch.cat(columns).to(device) for columns in zip(*parts, strict=True)))
+        sources, tokens = held.any(dim=2).nonzero(as_tuple=True)
+        return Expected(sources, tokens, torch.arange(len(sources), device=ids.device), None)
+    sources, tokens, picks = held.nonzero(as_tuple=True)
+    local, order = (ids[sources, tokens, picks] - experts.start).sort(stable=True)
+    counts = local.bincount(minlength=len(experts))
+    aligned = -(-counts // config.alignment) * config.alignment
+    # A row's place among all, and by how much those of its expert are moved up.
+    shift = (aligned - counts).cumsum(0) - (aligned - counts)
+    places = torch.arange(len(local), device=ids.device) + shift[local]
+    return Expected(sources[order], tokens[order], places, local)
 
 
 def _tokens(rank: int, rows: int, config: HighThroughputConfig, device: torch.device) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from moegen import env
 from moegen.bench.config import LowLatencyConfig
 from moegen.bench.failure import BenchError
 from moegen.errors import InputError
@@ -70,6 +71,8 @@ def _run_processes(measure: Measure[Config], config: Config) -> Json:
 
 
 def _process(rank: int, measure: Measure[Config], config: Config, folder: str) -> None:
+    env.configure_logging()
+    torch.set_num_threads(1)  # of ranks that share the cores; more threads each wait for one another
     result = _run_rank(measure, config, rank, rank, f"file://{folder}/store")
     if rank == 0:
         (Path(folder) / _RESULT).write_text(json.dumps(result))

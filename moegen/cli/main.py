@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
 from typing import Any
 
@@ -54,7 +53,7 @@ def root() -> None:
 def main() -> None:
     """Runs the command line; an error that moegen raises on purpose is one message and status 1."""
     try:
-        logging.basicConfig(level=env.log_level(), format="%(levelname)s %(name)s: %(message)s")
+        env.configure_logging()
         app()
     except MoegenError as error:
         sys.stderr.write(f"error: {error}\n")

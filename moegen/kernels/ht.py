@@ -70,6 +70,10 @@ class RowFormat:
     scales_per_word: int = 0
     given: bool = False
 
+    @property
+    def quantised_here(self) -> bool:
+        return self.scales_per_word > 0 and not self.given
+
 
 FORMATS = {
     "bf16": RowFormat(2),
@@ -135,7 +139,7 @@ class HighThroughputSpec(Spec):
 
     @property
     def quantises(self) -> bool:
-        return self.format.scales_per_word > 0 and not self.format.given
+        return self.format.quantised_here
 
     @property
     def row_bytes(self) -> int:

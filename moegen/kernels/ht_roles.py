@@ -17,17 +17,17 @@ class Roles:
     receivers: tuple[int, int]
 
 
-FEW_BLOCKS = 48
 SEND_SHARES = {
-    ("dispatch", "token"): (0.34, 0.25),
-    ("dispatch", "packed"): (0.17, 0.2),
-    ("combine", "token"): (0.5, 0.4),
-    ("combine", "packed"): (0.5, 0.4),
+    ("dispatch", "token"): 0.34,
+    ("dispatch", "packed"): 0.16,
+    ("quantising dispatch", "token"): 0.5,
+    ("quantising dispatch", "packed"): 0.3,
+    ("combine", "token"): 0.5,
+    ("combine", "packed"): 0.5,
 }
-"""Of a launch's blocks, by op and layout: where they are fewer than FEW_BLOCKS, and otherwise. Between two H200
-(bench/results) a multiprocessor stored some 35 GB/s, to a peer as to its own memory, so that with few of them each role
-needs its share of what is stored; with many the link is the limit. With 132 and 24 blocks shares near these were
-measured; FEW_BLOCKS lies between.
+"""Of a launch's blocks, by op and layout: what was fastest, or within 3% of that, with 8, 24, 64 and 132 blocks between
+two H200 (bench/results). A multiprocessor stores some 35 GB/s, to a peer as to its own memory, so that each role needs
+its share of what is stored.
 """
 
 
@@ -35,7 +35,6 @@ def roles(spec: HighThroughputSpec, blocks: int) -> Roles:
     """Senders first, so that rows leave at once."""
     if blocks == 1:
         return Roles(1, (0, 1), (0, 1))
-    few, many = SEND_SHARES[spec.op, spec.layout]
-    share = few if blocks < FEW_BLOCKS else many
+    share = SEND_SHARES["quantising dispatch" if spec.quantises else spec.op, spec.layout]
     send = max(1, min(blocks - 1, round(blocks * share)))
     return Roles(blocks, (0, send), (send, blocks - send))

@@ -468,3 +468,36 @@ def test_what_cannot_be_differentiated_is_an_error(device: str) -> None:
             out.sum().backward()
 
     moegen.LocalWorld(1, device).run(work)
+
+
+@pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck(device: str, layout: str) -> None:
+    """Torch's own comparison with differences of the outputs. Small integers and powers of two make them exact, since
+    the layer is linear in the tokens and in the weights; each rank's outputs depend on its own.
+    """
+    shape = Shape(2, 4, 2, 8, 4)
+    factors = torch.tensor([1.0, 2.0, 4.0, -2.0], device=device)
+    starts = moegen.reference.expert_ranges(shape.experts, shape.ranks)
+
+    def work(world: Any) -> None:
+        generator = torch.Generator().manual_seed(world.rank)
+        x = torch.randint(-2, 3, (2, shape.hidden), generator=generator).to(device, torch.bfloat16)
+        w = torch.randint(1, 4, (2, shape.topk), generator=generator).to(device, torch.float32)
+        ids = torch.tensor([[0, 3], [world.rank + 1, -1]], device=device)
+        own = factors[starts[world.rank].start : starts[world.rank].stop]
+
+        def moe_of(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            rows, local, weights, handle = functional.dispatch(layer, x, ids, w)
+            if local is not None:
+                factor = (weights * own[local.clamp(min=0)] * (local >= 0)).sum(dim=1)
+            else:
+                assert handle.expert_starts is not None
+                number = torch.arange(rows.shape[0], device=device)
+                factor = own[(number.unsqueeze(1) >= handle.expert_starts[1:-1]).sum(dim=1)]
+            return functional.combine(layer, (rows.float() * factor.unsqueeze(1)).bfloat16(), handle).float()
+
+        with make_layer(world, shape, layout) as layer:
+            assert torch.autograd.gradcheck(moe_of, (x.requires_grad_(), w.requires_grad_()), eps=1.0, atol=0, rtol=0)
+
+    moegen.LocalWorld(shape.ranks, device).run(work)
