@@ -562,7 +562,7 @@ BIG = replace(TOKEN, max_tokens=512)
 
 def make_and_destroy(device: str, cycles: int) -> None:
     """After a few, more of them take nothing. What the allocator of a process keeps for its threads goes up and down by
-    tens of MB; a rank of this shape holds as much.
+    as much as a few objects hold, but does not grow each time.
     """
     world = moegen.LocalWorld(BIG.ranks, device)
 
@@ -584,12 +584,15 @@ def make_and_destroy(device: str, cycles: int) -> None:
 
     for _ in range(4):
         cycle()
-    before = held()
     files = sorted(os.listdir("/dev/shm"))
-    for _ in range(cycles):
-        cycle()
-    grown = held() - before
-    assert grown < (2 << 20 if device == "cuda" else 128 << 20), f"{grown:,} bytes"
+    allowed = 2 << 20 if device == "cuda" else 64 << 20
+    grown: list[int] = []
+    while len(grown) < 4 and min(grown, default=allowed) >= allowed:
+        before = held()
+        for _ in range(cycles):
+            cycle()
+        grown.append(held() - before)
+    assert min(grown) < allowed, f"{grown} bytes"
     assert [name for name in os.listdir("/dev/shm") if name.startswith("moegen-") and name not in files] == []
 
 
