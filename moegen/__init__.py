@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from moegen.handle import Dispatched as Dispatched
     from moegen.handle import Handle as Handle
     from moegen.high_throughput import HighThroughput as HighThroughput
+    from moegen.one_sided import OneSided as OneSided
+    from moegen.payloads import DispatchedPayloads as DispatchedPayloads
+    from moegen.payloads import PayloadsHandle as PayloadsHandle
     from moegen.rows import DispatchedRows as DispatchedRows
     from moegen.rows import RowsHandle as RowsHandle
     from moegen.runtime.worlds import GroupWorld as GroupWorld
@@ -26,6 +29,9 @@ _HOMES = {
     "Dispatched": "moegen.handle",
     "Handle": "moegen.handle",
     "HighThroughput": "moegen.high_throughput",
+    "OneSided": "moegen.one_sided",
+    "DispatchedPayloads": "moegen.payloads",
+    "PayloadsHandle": "moegen.payloads",
     "DispatchedRows": "moegen.rows",
     "RowsHandle": "moegen.rows",
     "LocalWorld": "moegen.runtime.worlds",
@@ -37,12 +43,15 @@ _HOMES = {
 
 __all__ = [
     "Dispatched",
+    "DispatchedPayloads",
     "DispatchedRows",
     "ExpertParallel",
     "GroupWorld",
     "Handle",
     "HighThroughput",
     "LocalWorld",
+    "OneSided",
+    "PayloadsHandle",
     "RowsHandle",
     "errors",
     "functional",

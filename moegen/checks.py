@@ -127,7 +127,7 @@ def topk_weights(owner: Owner, weights: torch.Tensor | None, num_tokens: int) ->
     return weights.contiguous()
 
 
-def num_tokens(owner: Owner, count: torch.Tensor | None) -> None:
+def num_tokens(owner: Placed, count: torch.Tensor | None) -> None:
     if count is not None:
         require_tensor(owner, "num_tokens", count, (torch.int32,))
         if count.numel() != 1:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from moegen import tuning
 from moegen.errors import SpecError
+from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch, RowBytes
 from moegen.kernels.ht import FORMATS, HighThroughputCombine, HighThroughputDispatch
 from moegen.kernels.ht_layout import HighThroughputLayout
 from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch
@@ -196,3 +197,53 @@ def _make(cls: type[Op], problem: Problem, chosen: Choice, **more: str) -> Op:
             raise
         # Teams have shared memory each, and what the table's shape had room for another may not.
         return cls(**fields | {"warp_groups": one_team})
+
+
+@dataclass(frozen=True)
+class OneSidedSelection:
+    """Kernels of layout `rank`: those that one object loads together."""
+
+    specs: tuple[OneSidedDispatch | OneSidedCombine, ...]
+
+
+INLINE_TOKENS = 64
+"""Capacity up to which rows of layout `rank` travel with their epoch in each 16 bytes."""
+
+ONE_SIDED_GROUPS = ((132, WarpGroups(1, 16)), (1024, WarpGroups(2, 8)), (None, WarpGroups(16, 2)))
+"""Teams by capacity: as many warps move a row as there are to spare."""
+
+
+def wires_of(problem: Problem) -> tuple[str, str]:
+    """Of dispatch and combine in layout `rank`."""
+    if problem.wire != "auto":
+        return problem.wire, problem.wire
+    wire = "inline" if problem.max_tokens <= INLINE_TOKENS else "row"
+    return wire, wire
+
+
+def dispatch_spec(problem: Problem, widths: tuple[int, ...]) -> OneSidedDispatch:
+    """The kernel that moves payloads of so many bytes per token.
+
+    Raises:
+        SpecError: as `select`.
+    """
+    shape = (problem.num_ranks, problem.num_topk, problem.num_experts, problem.path)
+    return OneSidedDispatch(RowBytes(widths), *shape, _one_sided_groups(problem), wires_of(problem)[0])
+
+
+def combine_spec(problem: Problem, dtype: str, out: str) -> OneSidedCombine:
+    """The kernel that adds rows of `dtype` up to results of `out`, words of `moegen.kernels.a2a`.
+
+    Raises:
+        SpecError: as `select`.
+    """
+    shape = (problem.num_ranks, problem.hidden, problem.num_topk, problem.path)
+    return OneSidedCombine(dtype, out, *shape, _one_sided_groups(problem), wires_of(problem)[1])
+
+
+def _one_sided_groups(problem: Problem) -> WarpGroups:
+    if problem.warp_groups is not None:
+        return WarpGroups.parse(problem.warp_groups)
+    if problem.on_host:
+        return HOST_WARP_GROUPS
+    return next(groups for limit, groups in ONE_SIDED_GROUPS if limit is None or problem.max_tokens <= limit)

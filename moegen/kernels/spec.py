@@ -9,6 +9,7 @@ text show that word. `Spec.parse(stem)` gives the Spec back.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast
 
@@ -42,6 +43,10 @@ class WarpGroups:
         if match is None:
             raise SpecError(f"warp groups are written GROUPSxWARPS, e.g. 1x32; got {text!r}")
         return WarpGroups(int(match[1]), int(match[2]))
+
+
+PARSED: dict[str, Callable[[str], object]] = {"WarpGroups": WarpGroups.parse}
+"""Types of fields that are neither numbers nor words, and how their text is read."""
 
 
 def tag(prefix: str = "", *, one_of: tuple[str, ...] = ()) -> Any:
@@ -150,8 +155,9 @@ def _parse_field(stem: str, f: Any, word: str) -> object:
     if not word.startswith(prefix):
         raise SpecError(f"{stem!r}: expected {f.name} written {prefix}..., got {word!r}")
     text = word[len(prefix) :]
-    if f.type == "WarpGroups":
-        return WarpGroups.parse(text)
+    parse = PARSED.get(f.type)
+    if parse is not None:
+        return parse(text)
     if f.type == "int":
         if not text.isdecimal():
             raise SpecError(f"{stem!r}: {f.name} is a number after {prefix!r}, got {word!r}")

@@ -13,7 +13,7 @@ from moegen.runtime.kernel import LoadedKernel
 
 
 class BoundKernel:
-    """Calling it launches the kernel with new values for the members named `varying`, in that order."""
+    """Calling it launches the kernel with new values for the members, or arrays, named `varying`, in that order."""
 
     def __init__(
         self,
@@ -30,12 +30,13 @@ class BoundKernel:
         places: dict[str, int] = {}
         for member in params.members:
             places[member.name] = len(self._values)
-            value = fixed.get(member.name, 0)
+            value = fixed.get(member.name, 0 if member.length is None else (0,) * member.length)
             self._values += [value] if isinstance(value, int) else list(value)
         unknown = (set(fixed) | set(varying)) ^ set(places)
         if unknown or set(fixed) & set(varying):
             raise AssertionError(f"parameters not bound exactly once: {unknown or set(fixed) & set(varying)}")
-        self._places = [places[name] for name in varying]
+        lengths = {member.name: member.length or 1 for member in params.members}
+        self._places = [places[name] + index for name in varying for index in range(lengths[name])]
 
     def __call__(self, *varying: int) -> None:
         values = self._values

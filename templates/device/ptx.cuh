@@ -131,6 +131,21 @@ __device__ __forceinline__ uint32_t round_to_bf16x2(float low, float high) {
     return pair;
 }
 
+// Two floats rounded to nearest even fp16, `low` in the lower half; and back.
+__device__ __forceinline__ uint32_t round_to_f16x2(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ float low_f16(uint32_t pair) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(uint16_t(pair)));
+    return value;
+}
+
+__device__ __forceinline__ float high_f16(uint32_t pair) { return low_f16(pair >> 16); }
+
 // Two floats rounded to FP8 e4m3 (saturating), `low` in the lower byte.
 __device__ __forceinline__ uint32_t round_to_e4m3x2(float low, float high) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890

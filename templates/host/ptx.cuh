@@ -177,6 +177,33 @@ __device__ __forceinline__ uint32_t round_to_bf16x2(float low, float high) {
     return round_to_bf16(high) << 16 | round_to_bf16(low);
 }
 
+// As cvt.rn.f16x2.f32: to nearest, ties to even, every NaN becomes 0x7fff.
+__device__ __forceinline__ uint32_t round_to_f16(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return 0x7fff;
+    if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and above
+    if (magnitude < 113u << 23) {                         // below 2**-14: a multiple of 2**-24, the last place of 0.5
+        return sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - __float_as_uint(0.5f));
+    }
+    return sign | (((magnitude + 0xfffu + (magnitude >> 13 & 1)) >> 13) - (112u << 10));
+}
+
+__device__ __forceinline__ uint32_t round_to_f16x2(float low, float high) {
+    return round_to_f16(high) << 16 | round_to_f16(low);
+}
+
+__device__ __forceinline__ float low_f16(uint32_t pair) {
+    const uint32_t magnitude = pair & 0x7fffu;
+    // Its exponent, put where a float has its own, is 112 too small; 31 stands for infinity and no number there.
+    const float value = magnitude >= 0x7c00u ? __uint_as_float(0x7f800000u | (magnitude & 0x3ffu) << 13)
+                                             : __uint_as_float(magnitude << 13) * __uint_as_float((127u + 112) << 23);
+    return (pair & 0x8000u) != 0 ? -value : value;
+}
+
+__device__ __forceinline__ float high_f16(uint32_t pair) { return low_f16(pair >> 16); }
+
 __device__ __forceinline__ uint32_t round_to_e4m3x2(float low, float high) {
     return round_to_e4m3(high) << 8 | round_to_e4m3(low);
 }

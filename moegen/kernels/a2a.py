@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Family `a2a`, one-sided: rows of any width go straight to where the receiver's user reads them, rank by rank.
+
+This module is the host half of `templates/a2a_dispatch.cu.jinja` and `templates/a2a_combine.cu.jinja`: their Specs,
+their parameter structs, where things lie in symmetric memory, and which blocks do what.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+from moegen.errors import SpecError
+from moegen.kernels.ht import require_routing
+from moegen.kernels.ll import MAX_SHARED_BYTES, REGION_ALIGNMENT, ceil_div
+from moegen.kernels.params import Param, ParamStruct
+from moegen.kernels.spec import MAX_BLOCK_WARPS, MAX_ROW_BYTES, PARSED, WARP_SIZE, Spec, WarpGroups, tag
+
+PHASES = {
+    "kPeerReady": "the end of its reading of the rows before",
+    "kCounts": "how many rows it sends",
+    "kStats": "its statistics",
+    "kRow": "a row",
+    "kRows": "all its rows",
+    "kPresence": "its beginning",
+    "kPartial": "a row to be added",
+}
+"""What a wait of this family waits for: the name in the kernel, and in words for PeerTimeoutError."""
+
+WIRES = ("inline", "row")
+"""`inline`: 12 bytes and the epoch in each 16, through staging; `row`: as they are, and then a signal."""
+
+HALVES = 2
+"""Staging and counts, for even and odd epochs: whoever begins an epoch has seen all ranks begin the one before, and so
+end the one before that."""
+
+MAX_PAYLOADS = 16
+MAX_STATS = 1024
+MAX_SENDERS = 256
+"""Blocks that send rows in one launch; each signals for itself."""
+
+PIECE_BYTES = 16
+PIECE_WORDS = 3
+PLANE_ALIGNMENT = 128
+AHEAD = 7
+"""Units of a row that a thread has under way at once; seven divide rows of 7168 bf16 between 128 threads."""
+AHEAD_PIECES = 4
+
+ROW_DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "e4m3": 1}
+"""What combine adds up: bytes of an element."""
+OUT_DTYPES = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class RowBytes:
+    """The widths of a token's payloads, in order."""
+
+    widths: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.widths))
+
+    @staticmethod
+    def parse(text: str) -> RowBytes:
+        if re.fullmatch(r"\d+(x\d+)*", text) is None:
+            raise SpecError(f"payloads are written as their bytes per token, e.g. 14336x64x32; got {text!r}")
+        return RowBytes(tuple(map(int, text.split("x"))))
+
+
+PARSED["RowBytes"] = RowBytes.parse
+
+
+class Payload(NamedTuple):
+    """One payload as the kernel moves it: `units` of what C++ knows as `unit`; its first 32-bit word in an inline
+    record, and the word behind its last.
+    """
+
+    number: int
+    row_bytes: int
+    unit: str
+    units: int
+    first_word: int
+    end_word: int
+
+
+UNITS = {16: "uint4", 8: "uint2", 4: "uint32_t", 2: "uint16_t", 1: "uint8_t"}
+
+
+@dataclass(frozen=True)
+class OneSidedSpec(Spec):
+    """What dispatch and combine of this family have in common; both begin with one more field."""
+
+    @property
+    def team_threads(self) -> int:
+        return self.groups.warps * WARP_SIZE
+
+    @property
+    def teams(self) -> int:
+        return self.groups.groups
+
+    @property
+    def block_threads(self) -> int:
+        return self.teams * self.team_threads
+
+    @property
+    def groups(self) -> WarpGroups:
+        raise NotImplementedError
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return tuple(PHASES)
+
+    def require_groups(self) -> None:
+        groups, warps = self.groups.groups, self.groups.warps
+        self.require(
+            groups >= 1 and warps >= 1 and groups * warps <= MAX_BLOCK_WARPS,
+            f"warp groups times warps is 1..{MAX_BLOCK_WARPS}; got {self.groups}",
+        )
+        self.require(groups <= 15 or warps == 1, f"at most 15 warp groups of several warps; got {self.groups}")
+
+
+_BEGIN = (
+    Param("Control*", "control", "this op's epoch"),
+    Param("const Control*", "other_control", "the other op's"),
+    Param("uint32_t*", "aborted", "this object's abort word"),
+    Param("Failure*", "failure", "where the host reads what went wrong"),
+    Param("uint64_t", "active", "bit r: rank r takes part"),
+    Param("uint64_t", "presence_offset", "[rank] pieces: the last dispatch that it has done with, its last combine"),
+    Param("uint64_t", "timeout_ns", "how long one wait may take"),
+)
+HALF_BYTES = Param("uint64_t", "half_bytes", "of a half: room for the longest records, whatever this kernel's")
+_ROLES = (
+    Param("Blocks", "senders", "blocks that send"),
+    Param("Blocks", "receivers", "blocks that receive; the same one if there is only one"),
+    Param("uint32_t", "rank", "this rank"),
+    Param("uint32_t", "tokens", "tokens of this rank"),
+    Param("uint32_t", "slots", "rows that a source may send to a rank in this call"),
+    Param("uint32_t", "max_tokens", "the same in any call"),
+)
+
+
+@dataclass(frozen=True)
+class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
+    """Sends a token's payloads once to every rank that holds one of its experts.
+
+    A source's rows lie there in the order of its tokens, each payload in a plane [ranks, slots, width] of its own.
+    """
+
+    payloads: RowBytes = tag("p")
+    num_ranks: int = tag("r")
+    num_topk: int = tag("k")
+    num_experts: int = tag("e")
+    path: str = tag(one_of=("ipc",))
+    warp_groups: WarpGroups = tag("w")
+    wire: str = tag(one_of=WIRES)
+
+    def validate(self) -> None:
+        require_routing(self)
+        widths = self.payloads.widths
+        self.require(1 <= len(widths) <= MAX_PAYLOADS, f"there are 1..{MAX_PAYLOADS} payloads; got {len(widths)}")
+        self.require(
+            min(widths) >= 1 and max(widths) <= MAX_ROW_BYTES,
+            f"a payload has 1..{MAX_ROW_BYTES} bytes per token; got {self.payloads}",
+        )
+        self.require_groups()
+        self.require(self.shared_bytes <= MAX_SHARED_BYTES, f"{self.shared_bytes} bytes of shared memory are too many")
+
+    @property
+    def groups(self) -> WarpGroups:
+        return self.warp_groups
+
+    @property
+    def max_local_experts(self) -> int:
+        return ceil_div(self.num_experts, self.num_ranks)
+
+    @property
+    def phase(self) -> str:
+        """There is one launch: `parts/experts.cuh.jinja` asks."""
+        return "whole"
+
+    @property
+    def destinations(self) -> int:
+        """Ranks that one token may reach."""
+        return min(self.num_ranks, self.num_topk)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Upper bound of a block's shared memory."""
+        chunk = WARP_SIZE * (8 + 4 * self.destinations)
+        return chunk + 4 * 4 * self.num_ranks + 256
+
+    @cached_property
+    def rows(self) -> tuple[Payload, ...]:
+        """The payloads, in order."""
+        words = [ceil_div(width, 4) for width in self.payloads.widths]
+        ends = list(accumulate(words))
+        made = []
+        for index, width in enumerate(self.payloads.widths):
+            unit = next(size for size in UNITS if width % size == 0)
+            made.append(Payload(index, width, UNITS[unit], width // unit, ends[index] - words[index], ends[index]))
+        return tuple(made)
+
+    @property
+    def narrow(self) -> tuple[Payload, ...]:
+        """Those of which a thread has one unit at most: all are asked for at once, ahead of the others."""
+        return tuple(row for row in self.rows if row.units <= self.team_threads)
+
+    @property
+    def wide(self) -> tuple[Payload, ...]:
+        return tuple(row for row in self.rows if row.units > self.team_threads)
+
+    @property
+    def pieces(self) -> int:
+        """Of an inline record."""
+        return ceil_div(self.rows[-1].end_word, PIECE_WORDS)
+
+    @property
+    def ahead_pieces(self) -> int:
+        return min(AHEAD_PIECES, ceil_div(self.pieces, self.team_threads))
+
+    @property
+    def most_ahead(self) -> int:
+        return AHEAD
+
+    @property
+    def max_senders(self) -> int:
+        return MAX_SENDERS
+
+    @property
+    def stats_pieces(self) -> int:
+        """Of a rank's statistics, at most."""
+        return ceil_div(MAX_STATS, PIECE_WORDS)
+
+    @property
+    def record_bytes(self) -> int:
+        """Of a token in staging."""
+        return self.pieces * PIECE_BYTES if self.wire == "inline" else 0
+
+    @cached_property
+    def params(self) -> ParamStruct:
+        number = len(self.payloads.widths)
+        flags = Param("uint64_t", "flags_offset", f"[source][{MAX_SENDERS}] u32: the last epoch whose rows it has sent")
+        records = Param("uint64_t", "records_offset", "[half][source][max_tokens] records")
+        return ParamStruct(
+            (
+                Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
+                Param("const uint8_t*", "payloads", "[tokens, width] of each", number),
+                Param("uint64_t", "planes", "of each payload: [source][slots, width] in symmetric memory", number),
+                Param("const void*", "topk_idx", "[tokens, topk] int32 or int64"),
+                Param("const int32_t*", "num_tokens", "one number: tokens of this call; null: `tokens`"),
+                Param("uint64_t*", "token_ranks", "[tokens]: bit r: rank r holds an expert of this token"),
+                Param("int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
+                Param("int32_t*", "tokens_sent", "one number: the tokens of this call"),
+                Param("int32_t*", "counts", "[ranks]: rows from each source"),
+                Param("const int32_t*", "stats", "[stats words] of this rank, or null"),
+                Param("int32_t*", "gathered", "[ranks, stats words]"),
+                Param("int32_t*", "unused_ids", "[ranks, slots, id words]: filled behind a source's rows; or null"),
+                *_BEGIN,
+                Param("uint64_t", "counts_offset", "[half][source] pieces"),
+                Param("uint64_t", "stats_offset", "[half][source][stats pieces]"),
+                *((records, HALF_BYTES) if self.wire == "inline" else (flags,)),
+                *_ROLES,
+                Param("uint32_t", "stats_words", "statistics of a rank"),
+                Param("uint32_t", "id_words", "of a row of unused_ids"),
+                Param("int32_t", "unused_id", "what it is filled with"),
+                Param("uint32_t", "wide_ids", "1: topk_idx is int64"),
+            )
+        )
+
+
+@dataclass(frozen=True)
+class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
+    """Sends rows back to where they came from and adds those of a token up, in fp32 and in the order of the ranks."""
+
+    dtype: str = tag(one_of=tuple(ROW_DTYPES))
+    out: str = tag("to", one_of=OUT_DTYPES)
+    num_ranks: int = tag("r")
+    hidden: int = tag("h")
+    num_topk: int = tag("k")
+    path: str = tag(one_of=("ipc",))
+    warp_groups: WarpGroups = tag("w")
+    wire: str = tag(one_of=WIRES)
+
+    def validate(self) -> None:
+        self.require(
+            0 < self.row_bytes <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
+            f"a row is a multiple of 16 bytes up to {MAX_ROW_BYTES}; hidden {self.hidden} in {self.dtype} gives "
+            f"{self.row_bytes}",
+        )
+        self.require_groups()
+
+    @property
+    def groups(self) -> WarpGroups:
+        return self.warp_groups
+
+    @property
+    def row_bytes(self) -> int:
+        return self.hidden * ROW_DTYPES[self.dtype]
+
+    @property
+    def destinations(self) -> int:
+        return min(self.num_ranks, self.num_topk)
+
+    @property
+    def word_floats(self) -> int:
+        """Elements in 32 bits."""
+        return 4 // ROW_DTYPES[self.dtype]
+
+    @property
+    def out_row_bytes(self) -> int:
+        return self.hidden * ROW_DTYPES[self.out]
+
+    @property
+    def out_words(self) -> int:
+        """32-bit words that a vector of 16 bytes becomes."""
+        return 4 * self.word_floats * ROW_DTYPES[self.out] // 4
+
+    @property
+    def pair(self) -> str:
+        """Rounds two sums to 16 bits each."""
+        return {"bf16": "round_to_bf16x2", "fp16": "round_to_f16x2"}.get(self.out, "")
+
+    @property
+    def pieces(self) -> int:
+        return ceil_div(self.row_bytes // 4, PIECE_WORDS)
+
+    @property
+    def ahead_pieces(self) -> int:
+        return min(AHEAD_PIECES, ceil_div(self.pieces, self.team_threads))
+
+    @property
+    def ahead(self) -> int:
+        return max(1, min(AHEAD, ceil_div(self.row_bytes // PIECE_BYTES, self.team_threads)))
+
+    @property
+    def summed_ahead(self) -> int:
+        """Of a row that is added: a thread has its sums, too."""
+        floats = PIECE_BYTES // ROW_DTYPES[self.dtype]
+        return max(1, min(32 // floats, self.ahead))
+
+    @property
+    def record_bytes(self) -> int:
+        return self.pieces * PIECE_BYTES if self.wire == "inline" else self.row_bytes
+
+    @cached_property
+    def params(self) -> ParamStruct:
+        tags = (Param("uint64_t", "tags_offset", "[half][rank][max_tokens] u32: epoch of the row there"),)
+        return ParamStruct(
+            (
+                Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
+                Param("const uint8_t*", "y", "[ranks, slots, hidden]"),
+                Param("uint8_t*", "out", "[tokens, hidden]"),
+                Param("const uint64_t*", "token_ranks", "[tokens]: bit r: rank r holds an expert of this token"),
+                Param("const int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
+                Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
+                Param("const int32_t*", "counts", "[ranks]: rows from each source"),
+                *_BEGIN,
+                Param("uint64_t", "rows_offset", "[half][rank][max_tokens] records"),
+                HALF_BYTES,
+                *(tags if self.wire == "row" else ()),
+                *_ROLES,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Where things lie in every rank's symmetric memory: byte offsets."""
+
+    presence: int
+    counts: int
+    stats: int
+    flags: int
+    records: int
+    planes: int
+    tags: int
+    rows: int
+    end: int
+
+    @property
+    def records_half(self) -> int:
+        """Bytes of one half of dispatch's records."""
+        return (self.planes - self.records) // HALVES
+
+    @property
+    def rows_half(self) -> int:
+        """The same of combine's."""
+        return (self.end - self.rows) // HALVES
+
+
+def regions(num_ranks: int, max_tokens: int, payload_bytes: int, combine_bytes: int, wires: tuple[str, str]) -> Regions:
+    """Lays out room for any payloads of `payload_bytes` and any rows of `combine_bytes` per token.
+
+    Args:
+        wires: of dispatch and combine.
+    """
+    sends_inline, returns_inline = (wire == "inline" for wire in wires)
+    slots = num_ranks * max_tokens
+    sizes = (
+        num_ranks * PIECE_BYTES,
+        HALVES * num_ranks * PIECE_BYTES,
+        HALVES * num_ranks * ceil_div(MAX_STATS, PIECE_WORDS) * PIECE_BYTES,
+        0 if sends_inline else num_ranks * MAX_SENDERS * 4,
+        HALVES * slots * inline_bytes(payload_bytes + 3 * MAX_PAYLOADS) if sends_inline else 0,  # each begins a word
+        slots * payload_bytes + MAX_PAYLOADS * PLANE_ALIGNMENT,
+        0 if returns_inline else HALVES * slots * 4,
+        HALVES * slots * (inline_bytes(combine_bytes) if returns_inline else combine_bytes),
+    )
+    ends = accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=0)
+    return Regions(*ends)
+
+
+def inline_bytes(row_bytes: int) -> int:
+    """Of a row in staging, in wire format inline."""
+    return ceil_div(ceil_div(row_bytes, 4), PIECE_WORDS) * PIECE_BYTES
+
+
+def planes(widths: tuple[int, ...], num_ranks: int, slots: int, start: int) -> list[int]:
+    """Byte offsets of the payloads' planes, for a call with so many slots per source."""
+    sizes = (ceil_div(num_ranks * slots * width, PLANE_ALIGNMENT) * PLANE_ALIGNMENT for width in widths)
+    return list(accumulate(sizes, initial=start))[:-1]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which blocks of a launch send and which receive: (first block, number of blocks)."""
+
+    blocks: int
+    senders: tuple[int, int]
+    receivers: tuple[int, int]
+
+
+COMBINE_SEND_SHARE = 0.5
+"""As in family `ht`, whose combine moves the same rows."""
+
+
+def roles(spec: OneSidedDispatch | OneSidedCombine, max_tokens: int, resident: int) -> Roles:
+    """Senders first, so that rows leave at once. `resident`: blocks that fit on the device together."""
+    if resident == 1:
+        return Roles(1, (0, 1), (0, 1))
+    rows = ceil_div(max_tokens * max(1, spec.num_ranks - 1), spec.teams)
+    tokens = ceil_div(max_tokens, spec.teams)
+    if isinstance(spec, OneSidedDispatch):
+        wanted = (tokens, rows) if spec.wire == "inline" else (tokens, 1)
+        share = 0.5 if spec.wire == "inline" else 1.0
+    else:
+        wanted, share = (rows, tokens), COMBINE_SEND_SHARE
+    senders, receivers = wanted
+    if senders + receivers > resident:
+        senders = min(senders, max(1, min(resident - 1, round(resident * share))))
+        receivers = min(receivers, resident - senders)
+    senders = min(senders, MAX_SENDERS)
+    return Roles(senders + receivers, (0, senders), (senders, receivers))

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`OneSided`: dispatch of any payloads into buffers by source rank, and combine of what experts made of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moegen import checks, payload_checks
+from moegen.kernels.a2a import WIRES, OneSidedCombine, OneSidedDispatch
+from moegen.kernels.problem import Problem
+from moegen.payloads import DispatchedPayloads, PayloadsHandle
+from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
+from moegen.runtime.low_latency import FIRST_EPOCH
+from moegen.runtime.membership import Membership
+from moegen.runtime.one_sided import OneSidedOps
+from moegen.runtime.streams import current_stream, record
+from moegen.runtime.worlds import as_rank_world
+from moegen.select import OneSidedSelection, combine_spec, dispatch_spec, wires_of
+
+log = logging.getLogger(__name__)
+
+Tensor = torch.Tensor
+
+
+class OneSided(Membership[OneSidedOps]):
+    """One rank's end of a one-sided all-to-all. Collective to make and to call: every rank makes the same calls.
+
+    Dispatch pushes one copy of a token's payloads, of whatever dtypes and widths, to every rank that holds one of its
+    experts, into a buffer by source rank; combine pushes one row per (token, rank) back, and the token's owner adds
+    them up. Ranks may have no tokens. The protocol is in docs/design.md.
+
+    Args:
+        group_or_world: a torch process group, a rank world (`LocalWorld(...).run`), or None for the default group.
+        num_experts: of all ranks; the first `num_experts % ranks` ranks hold one more than the others.
+        num_topk: selections per token.
+        max_tokens_per_rank: capacity: tokens that a rank may dispatch at once.
+        payload_bytes: room for a token's payloads: the sum of their bytes per token, at most.
+        hidden: elements of combine's rows.
+        dtype: of combine's rows: bfloat16, float16, float32 or float8_e4m3fn. Rows of another of these may be given to
+            combine, if they have no more bytes.
+        payloads: (columns, dtype) of each payload of the first dispatches, whose kernel is then loaded here. One for
+            another set is loaded by the first dispatch that has it, on all ranks.
+        wire: "inline", "row", or "auto": what is fastest for the capacity.
+        warp_groups: e.g. "1x16"; None: what is fastest.
+        num_sms: thread blocks per launch at most; None: as many as are useful.
+        timeout: seconds that a call may wait for one thing from another rank before it fails with PeerTimeoutError.
+        device: where a process group's tensors are; None: the current GPU, else the CPU.
+
+    All arguments but `num_sms` and `device` must be equal on all ranks.
+
+    Raises:
+        InputError, SpecError: an argument that cannot be; the text says what is allowed.
+        WorldError: ranks gave different arguments, or run different versions of moegen.
+        UnsupportedPlatformError: the ranks cannot map each other's memory, or there is no compiler for the kernels.
+        CapacityError: no room for the buffers.
+        CompileError: a kernel does not compile.
+    """
+
+    def __init__(
+        self,
+        group_or_world: Any = None,
+        *,
+        num_experts: int,
+        num_topk: int,
+        max_tokens_per_rank: int,
+        payload_bytes: int,
+        hidden: int,
+        dtype: torch.dtype = torch.bfloat16,
+        payloads: Sequence[tuple[int, torch.dtype]] = (),
+        wire: str = "auto",
+        warp_groups: str | None = None,
+        num_sms: int | None = None,
+        timeout: float = 30.0,
+        device: str | torch.device | None = None,
+        first_epoch: int = FIRST_EPOCH,
+    ) -> None:
+        checks.one_of("wire", wire, ("auto", *WIRES))
+        checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
+        if num_sms is not None:
+            checks.in_range("num_sms", num_sms, 1, 1024)
+        checks.seconds("timeout", timeout)
+        self.world = as_rank_world(group_or_world, device)
+        self.device = self.world.device
+        self.problem = payload_checks.problem(
+            self.world.size,
+            num_experts=num_experts,
+            num_topk=num_topk,
+            hidden=hidden,
+            max_tokens_per_rank=max_tokens_per_rank,
+            payload_bytes=payload_bytes,
+            dtype=dtype,
+            wire=wire,
+            warp_groups=warp_groups,
+            on_host=self.device.type == "cpu",
+        )
+        self.dtype, self.payload_bytes = dtype, payload_bytes
+        self.combine_bytes = hidden * dtype.itemsize
+        self._settings = (payload_bytes, timeout, first_epoch)
+        foreseen: list[OneSidedDispatch | OneSidedCombine] = [
+            self._combine_spec(dtype, payload_checks.usual_out(dtype))
+        ]
+        if payloads:
+            widths = tuple(columns * each.itemsize for columns, each in payloads)
+            payload_checks.room(self, widths)
+            foreseen.append(dispatch_spec(self.problem, widths))
+        kernels = self._load(foreseen)
+        failure: Exception | None = None
+        try:
+            self._ops = OneSidedOps(
+                self.world,
+                self.problem,
+                wires_of(self.problem),
+                payload_bytes=payload_bytes,
+                combine_bytes=self.combine_bytes,
+                timeout=timeout,
+                num_sms=num_sms,
+                first_epoch=first_epoch,
+            )
+            for kernel in kernels:
+                self._ops.bind(kernel)
+            self._synchronize_device()
+        except Exception as error:  # told to the other ranks below
+            failure = error
+        raise_on_all_ranks(self.world, failure, "could not make its buffers")
+        log.info("rank %d of %s: family a2a, path ipc, %s", self.world.rank, self.world.description, foreseen[0].stem)
+
+    def dispatch(
+        self,
+        topk_idx: Tensor,
+        payloads: Sequence[Tensor],
+        *,
+        max_tokens: int | None = None,
+        num_tokens: Tensor | None = None,
+        unused_ids: tuple[int, int] | None = None,
+        stats: Tensor | None = None,
+        active_ranks: int | None = None,
+        timeout: float | None = None,
+    ) -> DispatchedPayloads:
+        """Sends every token's payloads to the ranks that hold its experts. Every rank calls it, also with zero tokens.
+
+        Args:
+            topk_idx: [T, topk], int32 or int64, ids in [-1, num_experts); -1 selects nothing. 0 <= T <= max_tokens; T
+                may differ between ranks and calls.
+            payloads: 1 to 16 tensors [T, columns] of any dtype. All ranks give the same dtypes and columns.
+            max_tokens: rows of the result per source, equal on all ranks; it may change from call to call. None:
+                max_tokens_per_rank.
+            num_tokens: int32 [1] on the device: how many of the T tokens count, read when the kernel runs, so that
+                one captured graph serves every batch size, none included.
+            unused_ids: (index of an int32 payload, value): its rows that nothing came for are filled with the value.
+            stats: int32 [words], at most 1,024: numbers of this rank that every rank gets with the call.
+            active_ranks: bit r: rank r takes part. The others are neither sent to nor waited for, and make no calls;
+                an object whose ranks have not all made the same calls cannot have them back. None: all ranks.
+            timeout: seconds, for this call in place of the object's.
+
+        Raises:
+            InputError: an argument does not fit; nothing was launched.
+            CapacityError: more tokens, or wider payloads, than there is room for; nothing was launched.
+            PeerTimeoutError: this or an earlier call waited for a rank in vain.
+            InvalidRoutingError: an earlier call on a GPU met an id that names no expert.
+            MissingKernelError: the first dispatch of this set of payloads, while a stream captures.
+            LaunchError: the driver refused the launch.
+            DestroyedError: after `destroy()`.
+        """
+        ops = self._alive()
+        self.check()
+        slots = self.problem.max_tokens if max_tokens is None else max_tokens
+        checks.in_range("max_tokens", slots, 1, self.problem.max_tokens)
+        moved = payload_checks.payloads(self, payloads, slots)
+        checks.num_tokens(self, num_tokens)
+        topk_idx = checks.topk_idx(self, topk_idx, moved[0].shape[0], num_tokens)
+        payload_checks.unused_ids(unused_ids, moved)
+        payload_checks.stats(self, stats)
+        active = payload_checks.active(self, active_ranks)
+        if timeout is not None:
+            checks.seconds("timeout", timeout)
+        widths = tuple(part.shape[1] * part.element_size() for part in moved)
+        spec = self._ready(dispatch_spec(self.problem, widths))
+        handle, counts = self._handle(moved[0].shape[0], slots)
+        gathered = None if stats is None else torch.empty(
+            self.num_ranks, stats.numel(), dtype=torch.int32, device=self.device
+        )  # fmt: skip
+        self._launch(
+            ops.dispatch, spec, moved, topk_idx, num_tokens, handle.addresses, slots, stats, gathered, unused_ids,
+            active, timeout,
+        )  # fmt: skip
+        return DispatchedPayloads(self._views(moved, widths, slots), counts, gathered, handle)
+
+    def combine(
+        self,
+        y: Tensor,
+        handle: PayloadsHandle,
+        *,
+        out_dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+        active_ranks: int | None = None,
+        timeout: float | None = None,
+    ) -> Tensor:
+        """Brings rows back to where their tokens came from and adds those of a token up: in fp32, in the order of the
+        ranks, rounded once. A token that went nowhere gets zeros. Every rank calls it.
+
+        Args:
+            y: [ranks, max_tokens, hidden], max_tokens as in that dispatch: row (s, i) is what this rank's experts made
+                of row (s, i) of dispatch, weights included. It may lie anywhere. Other rows are not read.
+            handle: of the dispatch; may be used more than once.
+            out_dtype: bfloat16, float16 or float32. None: that of y, or bfloat16 if that is float8_e4m3fn.
+            out: the tensor for the result, whose dtype then counts; nothing is allocated.
+            active_ranks, timeout: as for `dispatch`. Rows of ranks that take no part are left out.
+
+        Returns:
+            [T, hidden], T as given to dispatch; rows from `num_tokens` on are undefined.
+
+        Raises:
+            HandleError: the handle is another object's.
+            InputError, PeerTimeoutError, MissingKernelError, LaunchError, DestroyedError: as `dispatch`.
+        """
+        ops = self._alive()
+        self.check()
+        payload_checks.handle(self, handle)
+        y = payload_checks.outputs(self, y, handle.max_tokens)
+        shape = (handle.num_tokens, self.problem.hidden)
+        dtype = payload_checks.out_dtype(self, y.dtype, out_dtype, out, shape)
+        active = payload_checks.active(self, active_ranks)
+        if timeout is not None:
+            checks.seconds("timeout", timeout)
+        spec = self._ready(self._combine_spec(y.dtype, dtype))
+        if handle.stream != current_stream(self.device):  # the handle may be dropped before this stream has read it
+            record(self.device, (handle.memory,))
+        if out is None:
+            out = torch.empty(shape, dtype=dtype, device=self.device)
+        self._launch(ops.combine, spec, y, out, handle.addresses, handle.max_tokens, active, timeout)
+        return out
+
+    def warmup(self) -> None:
+        """Runs the kernels that are loaded once, with zero tokens. Collective."""
+        ids = torch.empty(0, self.problem.num_topk, dtype=torch.int64, device=self.device)
+        payload = torch.empty(0, min(16, self.payload_bytes), dtype=torch.uint8, device=self.device)
+        received = self.dispatch(ids, [payload])
+        y = torch.empty(
+            self.num_ranks, self.problem.max_tokens, self.problem.hidden, dtype=self.dtype, device=self.device
+        )
+        self.combine(y, received.handle)
+        self.synchronize()
+
+    def _ready(self, spec: Any) -> Any:
+        """The Spec, once its kernel is loaded: the first time on all ranks, none of which launches before."""
+        ops = self._alive()
+        if not ops.knows(spec):
+            for kernel in self._load([spec]):
+                ops.bind(kernel)
+            self.world.barrier()
+        return spec
+
+    def _combine_spec(self, dtype: torch.dtype, out: torch.dtype) -> OneSidedCombine:
+        return combine_spec(self.problem, payload_checks.WORDS[dtype], payload_checks.WORDS[out])
+
+    def _load(self, specs: Sequence[OneSidedDispatch | OneSidedCombine]) -> Any:
+        def select(problem: Problem) -> OneSidedSelection:
+            return OneSidedSelection(tuple(specs))
+
+        return load_on_all_ranks(self.world, self.problem, self._settings, select)[1]
+
+    def _handle(self, tokens: int, slots: int) -> tuple[PayloadsHandle, Tensor]:
+        """New memory for a routing: 64-bit masks first; and the counts in it."""
+        ranks, destinations = self.num_ranks, min(self.num_ranks, self.problem.num_topk)
+        sizes = (2 * tokens, tokens * destinations, 1, ranks)
+        memory = torch.empty(sum(sizes), dtype=torch.int32, device=self.device)
+        base = memory.data_ptr()
+        addresses = tuple(base + 4 * sum(sizes[:index]) for index in range(len(sizes)))
+        handle = PayloadsHandle(self, tokens, slots, memory, addresses, current_stream(self.device))
+        return handle, memory[-ranks:]
+
+    def _views(self, moved: Sequence[Tensor], widths: tuple[int, ...], slots: int) -> tuple[Tensor, ...]:
+        """The planes of the receive buffer, as what they hold."""
+        ops = self._alive()
+        views = []
+        for part, width, place in zip(moved, widths, ops.planes(widths, slots), strict=True):
+            rows = ops.memory.local[place : place + self.num_ranks * slots * width]
+            views.append(rows.view(part.dtype).view(self.num_ranks, slots, part.shape[1]))
+        return tuple(views)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the arguments of `OneSided` must be, beyond `moegen.checks`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from moegen import checks
+from moegen.errors import CapacityError, HandleError, InputError
+from moegen.kernels.a2a import MAX_PAYLOADS, MAX_STATS, OUT_DTYPES, ROW_DTYPES
+from moegen.kernels.ll import MAX_TOKENS_PER_RANK
+from moegen.kernels.problem import Problem
+from moegen.kernels.spec import MAX_ROW_BYTES
+from moegen.payloads import PayloadsHandle
+
+if TYPE_CHECKING:
+    from moegen.one_sided import OneSided
+
+WORDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "e4m3"}
+"""dtypes of combine's rows, as kernels name them."""
+
+_ROWS = tuple(dtype for dtype, word in WORDS.items() if word in ROW_DTYPES)
+_OUTS = tuple(dtype for dtype, word in WORDS.items() if word in OUT_DTYPES)
+_ALIGNMENT = 16
+
+
+def problem(
+    num_ranks: int,
+    *,
+    num_experts: int,
+    num_topk: int,
+    hidden: int,
+    max_tokens_per_rank: int,
+    payload_bytes: int,
+    dtype: torch.dtype,
+    wire: str,
+    warp_groups: str | None,
+    on_host: bool,
+) -> Problem:
+    """The arguments that decide the kernels; what only the Spec can judge is judged there."""
+    checks.one_of("dtype", dtype, _ROWS)
+    checks.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
+    checks.in_range("payload_bytes", payload_bytes, 1, MAX_PAYLOADS * MAX_ROW_BYTES)
+    shape = (num_ranks, num_experts, num_topk, hidden, max_tokens_per_rank)
+    return Problem(*shape, WORDS[dtype], "rank", on_host=on_host, wire=wire, warp_groups=warp_groups)
+
+
+def usual_out(dtype: torch.dtype) -> torch.dtype:
+    """What combine makes of rows of that dtype, if nobody says."""
+    return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+
+
+def room(owner: OneSided, widths: Sequence[int]) -> None:
+    """`widths`: bytes per token of each payload."""
+    if sum(widths) > owner.payload_bytes:
+        raise CapacityError(
+            f"these payloads have {sum(widths)} bytes per token, and this object was made for {owner.payload_bytes}; "
+            f"make it with payload_bytes={sum(widths)}"
+        )
+
+
+def payloads(owner: OneSided, given: Sequence[torch.Tensor], slots: int) -> list[torch.Tensor]:
+    """As the kernel reads them: contiguous, and at multiples of 16 bytes, copied if they are not."""
+    if isinstance(given, torch.Tensor) or not 1 <= len(given) <= MAX_PAYLOADS:
+        raise InputError(f"payloads is a list of 1 to {MAX_PAYLOADS} tensors [tokens, columns]")
+    for index, part in enumerate(given):
+        name = f"payloads[{index}]"
+        checks.require_tensor(owner, name, part, (part.dtype,) if isinstance(part, torch.Tensor) else ())
+        if part.dim() != 2 or part.shape[0] != given[0].shape[0] or part.shape[1] == 0:
+            raise InputError(f"{name} is [{len(given[0])} tokens, 1 or more columns]; got {list(part.shape)}")
+    tokens = given[0].shape[0]
+    if tokens > slots:
+        raise CapacityError(
+            f"{tokens} tokens are more than max_tokens={slots}; give a larger one on all ranks (up to "
+            f"max_tokens_per_rank={owner.problem.max_tokens}) or dispatch in parts"
+        )
+    room(owner, [part.shape[1] * part.element_size() for part in given])
+    return [checks.readable(part) for part in given]
+
+
+def unused_ids(given: tuple[int, int] | None, moved: Sequence[torch.Tensor]) -> None:
+    if given is None:
+        return
+    index, value = given
+    checks.in_range("the index of unused_ids", index, 0, len(moved) - 1)
+    checks.in_range("the value of unused_ids", value, -(2**31), 2**31 - 1)
+    if moved[index].dtype != torch.int32:
+        raise InputError(f"unused_ids is about a payload of int32 ids; payloads[{index}] is {moved[index].dtype}")
+
+
+def stats(owner: OneSided, given: torch.Tensor | None) -> None:
+    if given is None:
+        return
+    checks.require_tensor(owner, "stats", given, (torch.int32,))
+    if given.dim() != 1 or not 1 <= given.numel() <= MAX_STATS or not given.is_contiguous():
+        raise InputError(f"stats is a contiguous [1..{MAX_STATS}]; got {list(given.shape)}")
+
+
+def active(owner: OneSided, given: int | None) -> int:
+    """A bit for every rank that takes part."""
+    everyone = (1 << owner.num_ranks) - 1
+    if given is None:
+        return everyone
+    checks.in_range("active_ranks", given, 1, everyone)
+    if not given >> owner.rank & 1:
+        raise InputError(f"active_ranks={given:#x} leaves out rank {owner.rank}, which makes this call")
+    return given
+
+
+def handle(owner: OneSided, given: PayloadsHandle) -> None:
+    if not isinstance(given, PayloadsHandle):
+        raise HandleError(
+            f"combine takes the handle of a dispatch (DispatchedPayloads.handle); got {type(given).__name__}"
+        )
+    if given.owner is not owner:
+        raise HandleError("this handle comes from another OneSided; give it to that one's combine")
+
+
+def outputs(owner: OneSided, y: torch.Tensor, slots: int) -> torch.Tensor:
+    checks.require_tensor(owner, "y", y, _ROWS)
+    checks.require_shape("y", y, (owner.num_ranks, slots, owner.problem.hidden))
+    if y.shape[2] * y.element_size() > owner.combine_bytes:
+        raise CapacityError(
+            f"rows of {y.dtype} have {y.shape[2] * y.element_size()} bytes, and this object was made for "
+            f"{owner.combine_bytes}; make it with dtype={y.dtype}"
+        )
+    return checks.readable(y)
+
+
+def out_dtype(
+    owner: OneSided,
+    rows: torch.dtype,
+    given: torch.dtype | None,
+    out: torch.Tensor | None,
+    shape: tuple[int, int],
+) -> torch.dtype:
+    """What combine's result is made of: said, that of the given tensor, or the usual."""
+    if out is not None:
+        checks.require_tensor(owner, "out", out, _OUTS if given is None else (given,))
+        checks.require_shape("out", out, shape)
+        checks.require_writable("out", out)
+        return out.dtype
+    if given is None:
+        return usual_out(rows)
+    checks.one_of("out_dtype", given, _OUTS)
+    return given

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DispatchedPayloads` and `PayloadsHandle`: what dispatch of `OneSided` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PayloadsHandle:
+    """A routing, for combine. Opaque; owns its memory and pins no buffer, so any number may live.
+
+    Attributes:
+        owner: the object that made it; only that object takes it.
+        num_tokens: T as given to dispatch.
+        max_tokens: rows that a source could send in that call.
+        memory: the device memory behind `addresses`.
+        addresses: of token_ranks, token_slots, tokens_sent and counts.
+        stream: the CUDA stream that its memory was allocated on, as a number; 0 on the CPU.
+    """
+
+    owner: object
+    num_tokens: int
+    max_tokens: int
+    memory: torch.Tensor
+    addresses: tuple[int, ...]
+    stream: int
+
+    def __repr__(self) -> str:
+        return f"PayloadsHandle(num_tokens={self.num_tokens}, max_tokens={self.max_tokens})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a moegen handle belongs to its process and its object; it cannot be pickled or copied")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class DispatchedPayloads:
+    """What came to this rank, layout `rank`.
+
+    Attributes:
+        payloads: [ranks, max_tokens, width] each, of the dtypes given: views of the receive buffer, valid until this
+            rank's next dispatch. Row (s, i) is of the i-th of source s's tokens that select an expert of this rank;
+            rows from counts[s] on were not written.
+        counts: int32 [ranks] on the device: rows from each source.
+        stats: int32 [ranks, words]: every rank's statistics, if they were given; else None.
+        handle: for combine.
+    """
+
+    payloads: tuple[torch.Tensor, ...]
+    counts: torch.Tensor
+    stats: torch.Tensor | None
+    handle: PayloadsHandle

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Family `a2a` at run time: its symmetric buffer and its launches, for one rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from moegen.kernels.a2a import (
+    PHASES,
+    OneSidedCombine,
+    OneSidedDispatch,
+    planes,
+    regions,
+    roles,
+)
+from moegen.kernels.problem import Problem
+from moegen.runtime.bound import BoundKernel, address, signed
+from moegen.runtime.kernel import LoadedKernel
+from moegen.runtime.low_latency import FIRST_EPOCH
+from moegen.runtime.memory import SymmetricMemory
+from moegen.runtime.streams import StreamOrder
+from moegen.runtime.watchdog import Watchdog
+from moegen.runtime.worlds import RankWorld
+
+log = logging.getLogger(__name__)
+
+_CONTROL_WORDS = 32
+"""32-bit words per op: struct Control, on a 128-byte line of its own; the last line holds the abort word."""
+
+_DISPATCH, _COMBINE, _ABORTED = range(3)
+
+OF_HANDLE = ("token_ranks", "token_slots", "tokens_sent", "counts")
+
+_DISPATCH_VARYING = (
+    "payloads",
+    "planes",
+    "topk_idx",
+    "num_tokens",
+    *OF_HANDLE,
+    "stats",
+    "gathered",
+    "unused_ids",
+    "active",
+    "timeout_ns",
+    "tokens",
+    "slots",
+    "stats_words",
+    "id_words",
+    "unused_id",
+    "wide_ids",
+)
+_COMBINE_VARYING = ("y", "out", *OF_HANDLE, "active", "timeout_ns", "tokens", "slots")
+
+
+class OneSidedOps:
+    """One rank's dispatch and combine. Collective to make; kernels are bound when they are first used."""
+
+    def __init__(
+        self,
+        world: RankWorld,
+        problem: Problem,
+        wires: tuple[str, str],
+        *,
+        payload_bytes: int,
+        combine_bytes: int,
+        timeout: float,
+        num_sms: int | None,
+        first_epoch: int = FIRST_EPOCH,
+    ) -> None:
+        self.problem = problem
+        self.at = regions(problem.num_ranks, problem.max_tokens, payload_bytes, combine_bytes, wires)
+        self.buffer_bytes = self.at.end
+        log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
+        self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
+        self._control = torch.zeros(3, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        self._control[:_ABORTED, 0] = signed(first_epoch)
+        before = 0xFFFFFFFF if first_epoch == FIRST_EPOCH else first_epoch - 1
+        words = self.memory.local.view(torch.int32)
+        words[self.at.presence // 4 :][: 2 * problem.num_ranks] = signed(before)
+        self._timeout, self._num_sms, self._world = timeout, num_sms, world
+        self._order = StreamOrder(world.device)
+        self._bound: dict[OneSidedDispatch | OneSidedCombine, tuple[BoundKernel, Watchdog]] = {}
+
+    def bind(self, kernel: LoadedKernel) -> None:
+        """Makes a loaded kernel ready for launches."""
+        spec, world, at = kernel.spec, self._world, self.at
+        assert isinstance(spec, (OneSidedDispatch, OneSidedCombine))
+        watchdog = Watchdog([spec.stem], PHASES, self._timeout, pinned=world.device.type == "cuda")
+        who = roles(spec, self.problem.max_tokens, kernel.blocks(world.ranks_per_device, self._num_sms))
+        dispatch = isinstance(spec, OneSidedDispatch)
+        fixed: dict[str, int | Sequence[int]] = {
+            "peers": self.memory.peers,
+            "control": self._control[_DISPATCH if dispatch else _COMBINE].data_ptr(),
+            "other_control": self._control[_COMBINE if dispatch else _DISPATCH].data_ptr(),
+            "aborted": self._control[_ABORTED].data_ptr(),
+            "failure": watchdog.address(0),
+            "presence_offset": at.presence,
+            "senders": who.senders,
+            "receivers": who.receivers,
+            "rank": world.rank,
+            "max_tokens": self.problem.max_tokens,
+        }
+        if dispatch:
+            wire = (
+                {"records_offset": at.records, "half_bytes": at.records_half}
+                if spec.wire == "inline"
+                else {"flags_offset": at.flags}
+            )
+            fixed |= {"counts_offset": at.counts, "stats_offset": at.stats, **wire}
+        else:
+            fixed |= {
+                "rows_offset": at.rows,
+                "half_bytes": at.rows_half,
+                **({"tags_offset": at.tags} if spec.wire == "row" else {}),
+            }
+        varying = _DISPATCH_VARYING if dispatch else _COMBINE_VARYING
+        self._bound[spec] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying), watchdog
+
+    def knows(self, spec: OneSidedDispatch | OneSidedCombine) -> bool:
+        return spec in self._bound
+
+    def planes(self, widths: tuple[int, ...], slots: int) -> list[int]:
+        """Byte offsets of the payloads' planes in the buffer."""
+        return planes(widths, self.problem.num_ranks, slots, self.at.planes)
+
+    def dispatch(
+        self,
+        spec: OneSidedDispatch,
+        payloads: Sequence[torch.Tensor],
+        topk_idx: torch.Tensor,
+        num_tokens: torch.Tensor | None,
+        addresses: tuple[int, ...],
+        slots: int,
+        stats: torch.Tensor | None,
+        gathered: torch.Tensor | None,
+        unused_ids: tuple[int, int] | None,
+        active: int,
+        timeout: float | None,
+    ) -> None:
+        """Launches dispatch; arguments are checked already."""
+        self._order.follow("a2a")
+        kernel, watchdog = self._bound[spec]
+        places = self.planes(spec.payloads.widths, slots)
+        ids, id_words, unused_id = 0, 0, 0
+        if unused_ids is not None:
+            index, unused_id = unused_ids
+            ids = self.memory.local.data_ptr() + places[index]
+            id_words = spec.payloads.widths[index] // 4
+        kernel(
+            *(payload.data_ptr() for payload in payloads),
+            *places,
+            topk_idx.data_ptr(),
+            address(num_tokens),
+            *addresses,
+            address(stats),
+            address(gathered),
+            ids,
+            active,
+            self._nanoseconds(watchdog, timeout),
+            topk_idx.shape[0],
+            slots,
+            0 if stats is None else stats.numel(),
+            id_words,
+            unused_id,
+            topk_idx.dtype == torch.int64,
+        )
+
+    def combine(
+        self,
+        spec: OneSidedCombine,
+        y: torch.Tensor,
+        out: torch.Tensor,
+        addresses: tuple[int, ...],
+        slots: int,
+        active: int,
+        timeout: float | None,
+    ) -> None:
+        """Launches combine; arguments are checked already."""
+        self._order.follow("a2a")
+        kernel, watchdog = self._bound[spec]
+        nanoseconds = self._nanoseconds(watchdog, timeout)
+        kernel(y.data_ptr(), out.data_ptr(), *addresses, active, nanoseconds, out.shape[0], slots)
+
+    def _nanoseconds(self, watchdog: Watchdog, timeout: float | None) -> int:
+        """Of this call's timeout; a report of an expired wait names the last call's."""
+        watchdog.timeout = seconds = self._timeout if timeout is None else timeout
+        return int(seconds * 1e9)
+
+    def raise_expired(self) -> None:
+        for _, watchdog in self._bound.values():
+            watchdog.raise_expired()
+
+    def raise_what_happened(self) -> None:
+        for _, watchdog in self._bound.values():
+            watchdog.raise_what_happened()
