@@ -213,6 +213,11 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         return tuple(row for row in self.rows if row.units > self.team_threads)
 
     @property
+    def long(self) -> tuple[Payload, ...]:
+        """Those of the wide ones that a team has not under way at once."""
+        return tuple(row for row in self.wide if row.units > AHEAD * self.team_threads)
+
+    @property
     def pieces(self) -> int:
         """Of an inline record."""
         return ceil_div(self.rows[-1].end_word, PIECE_WORDS)
@@ -339,7 +344,8 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     def summed_ahead(self) -> int:
         """Of a row that is added: a thread has its sums, too."""
         floats = PIECE_BYTES // ROW_DTYPES[self.dtype]
-        return max(1, min(32 // floats, self.ahead))
+        most = 32 if self.block_threads <= 512 else 16
+        return max(1, min(most // floats, self.ahead))
 
     @property
     def record_bytes(self) -> int:
