@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.flashinfer_cases import *  # noqa: F403
 from support.flashinfer_cases import MAX_TOKENS, TWO, Case, Rank, given, mapping, run, slots_of, sums
+from support.flashinfer_functional_cases import *  # noqa: F403
 
 import moegen
 from moegen.compat import flashinfer
