@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moegen import checks, payload_checks
-from moegen.kernels.a2a import WIRES, OneSidedCombine, OneSidedDispatch
+from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch
 from moegen.kernels.problem import Problem
 from moegen.payloads import DispatchedPayloads, PayloadsHandle
 from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
@@ -19,7 +19,7 @@ from moegen.runtime.membership import Membership
 from moegen.runtime.one_sided import OneSidedOps
 from moegen.runtime.streams import current_stream, record
 from moegen.runtime.worlds import as_rank_world
-from moegen.select import OneSidedSelection, combine_spec, dispatch_spec, wires_of
+from moegen.select import OneSidedSelection, combine_spec, dispatch_spec
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,7 @@ class OneSided(Membership[OneSidedOps]):
             combine, if they have no more bytes.
         payloads: (columns, dtype) of each payload of the first dispatches, whose kernel is then loaded here. One for
             another set is loaded by the first dispatch that has it, on all ranks.
-        wire: "inline", "row", or "auto": what is fastest for the capacity.
-        warp_groups: e.g. "1x16"; None: what is fastest.
+        warp_groups: e.g. "1x14"; None: what is fastest.
         num_sms: thread blocks per launch at most; None: as many as are useful.
         timeout: seconds that a call may wait for one thing from another rank before it fails with PeerTimeoutError.
         device: where a process group's tensors are; None: the current GPU, else the CPU.
@@ -71,14 +70,12 @@ class OneSided(Membership[OneSidedOps]):
         hidden: int,
         dtype: torch.dtype = torch.bfloat16,
         payloads: Sequence[tuple[int, torch.dtype]] = (),
-        wire: str = "auto",
         warp_groups: str | None = None,
         num_sms: int | None = None,
         timeout: float = 30.0,
         device: str | torch.device | None = None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
-        checks.one_of("wire", wire, ("auto", *WIRES))
         checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
         if num_sms is not None:
             checks.in_range("num_sms", num_sms, 1, 1024)
@@ -93,7 +90,6 @@ class OneSided(Membership[OneSidedOps]):
             max_tokens_per_rank=max_tokens_per_rank,
             payload_bytes=payload_bytes,
             dtype=dtype,
-            wire=wire,
             warp_groups=warp_groups,
             on_host=self.device.type == "cpu",
         )
@@ -113,7 +109,6 @@ class OneSided(Membership[OneSidedOps]):
             self._ops = OneSidedOps(
                 self.world,
                 self.problem,
-                wires_of(self.problem),
                 payload_bytes=payload_bytes,
                 combine_bytes=self.combine_bytes,
                 timeout=timeout,

@@ -36,7 +36,6 @@ def problem(
     max_tokens_per_rank: int,
     payload_bytes: int,
     dtype: torch.dtype,
-    wire: str,
     warp_groups: str | None,
     on_host: bool,
 ) -> Problem:
@@ -45,7 +44,7 @@ def problem(
     checks.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
     checks.in_range("payload_bytes", payload_bytes, 1, MAX_PAYLOADS * MAX_ROW_BYTES)
     shape = (num_ranks, num_experts, num_topk, hidden, max_tokens_per_rank)
-    return Problem(*shape, WORDS[dtype], "rank", on_host=on_host, wire=wire, warp_groups=warp_groups)
+    return Problem(*shape, WORDS[dtype], "rank", on_host=on_host, warp_groups=warp_groups)
 
 
 def usual_out(dtype: torch.dtype) -> torch.dtype:

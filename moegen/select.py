@@ -206,19 +206,15 @@ class OneSidedSelection:
     specs: tuple[OneSidedDispatch | OneSidedCombine, ...]
 
 
-INLINE_TOKENS = 64
-"""Capacity up to which rows of layout `rank` travel with their epoch in each 16 bytes."""
-
-ONE_SIDED_GROUPS = ((132, WarpGroups(1, 16)), (1024, WarpGroups(2, 8)), (None, WarpGroups(16, 2)))
-"""Teams by capacity: as many warps move a row as there are to spare."""
-
-
-def wires_of(problem: Problem) -> tuple[str, str]:
-    """Of dispatch and combine in layout `rank`."""
-    if problem.wire != "auto":
-        return problem.wire, problem.wire
-    wire = "inline" if problem.max_tokens <= INLINE_TOKENS else "row"
-    return wire, wire
+ONE_SIDED_GROUPS = (
+    (32, WarpGroups(1, 14)),
+    (256, WarpGroups(1, 7)),
+    (1024, WarpGroups(2, 7)),
+    (None, WarpGroups(4, 4)),
+)
+"""Teams by capacity, for 7168 elements between two H200 (bench/results): as many warps as there are to spare move a
+row; 14 and 7 of them divide it.
+"""
 
 
 def dispatch_spec(problem: Problem, widths: tuple[int, ...]) -> OneSidedDispatch:
@@ -228,7 +224,7 @@ def dispatch_spec(problem: Problem, widths: tuple[int, ...]) -> OneSidedDispatch
         SpecError: as `select`.
     """
     shape = (problem.num_ranks, problem.num_topk, problem.num_experts, problem.path)
-    return OneSidedDispatch(RowBytes(widths), *shape, _one_sided_groups(problem), wires_of(problem)[0])
+    return OneSidedDispatch(RowBytes(widths), *shape, _one_sided_groups(problem))
 
 
 def combine_spec(problem: Problem, dtype: str, out: str) -> OneSidedCombine:
@@ -238,7 +234,7 @@ def combine_spec(problem: Problem, dtype: str, out: str) -> OneSidedCombine:
         SpecError: as `select`.
     """
     shape = (problem.num_ranks, problem.hidden, problem.num_topk, problem.path)
-    return OneSidedCombine(dtype, out, *shape, _one_sided_groups(problem), wires_of(problem)[1])
+    return OneSidedCombine(dtype, out, *shape, _one_sided_groups(problem))
 
 
 def _one_sided_groups(problem: Problem) -> WarpGroups:

@@ -23,19 +23,16 @@ PHASES = {
     "kPeerReady": "the end of its reading of the rows before",
     "kCounts": "how many rows it sends",
     "kStats": "its statistics",
-    "kRow": "a row",
     "kRows": "all its rows",
     "kPresence": "its beginning",
     "kPartial": "a row to be added",
 }
 """What a wait of this family waits for: the name in the kernel, and in words for PeerTimeoutError."""
 
-WIRES = ("inline", "row")
-"""`inline`: 12 bytes and the epoch in each 16, through staging; `row`: as they are, and then a signal."""
-
 HALVES = 2
-"""Staging and counts, for even and odd epochs: whoever begins an epoch has seen all ranks begin the one before, and so
-end the one before that."""
+"""Of what is staged, for even and odd epochs: whoever begins an epoch has seen all ranks begin the one before, and so end
+the one before that.
+"""
 
 MAX_PAYLOADS = 16
 MAX_STATS = 1024
@@ -47,7 +44,6 @@ PIECE_WORDS = 3
 PLANE_ALIGNMENT = 128
 AHEAD = 7
 """Units of a row that a thread has under way at once; seven divide rows of 7168 bf16 between 128 threads."""
-AHEAD_PIECES = 4
 
 ROW_DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "e4m3": 1}
 """What combine adds up: bytes of an element."""
@@ -74,16 +70,11 @@ PARSED["RowBytes"] = RowBytes.parse
 
 
 class Payload(NamedTuple):
-    """One payload as the kernel moves it: `units` of what C++ knows as `unit`; its first 32-bit word in an inline
-    record, and the word behind its last.
-    """
+    """One payload as the kernel moves it: `units` of what C++ knows as `unit`."""
 
     number: int
-    row_bytes: int
     unit: str
     units: int
-    first_word: int
-    end_word: int
 
 
 UNITS = {16: "uint4", 8: "uint2", 4: "uint32_t", 2: "uint16_t", 1: "uint8_t"}
@@ -131,7 +122,6 @@ _BEGIN = (
     Param("uint64_t", "presence_offset", "[rank] pieces: the last dispatch that it has done with, its last combine"),
     Param("uint64_t", "timeout_ns", "how long one wait may take"),
 )
-HALF_BYTES = Param("uint64_t", "half_bytes", "of a half: room for the longest records, whatever this kernel's")
 _ROLES = (
     Param("Blocks", "senders", "blocks that send"),
     Param("Blocks", "receivers", "blocks that receive; the same one if there is only one"),
@@ -155,7 +145,6 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
     num_experts: int = tag("e")
     path: str = tag(one_of=("ipc",))
     warp_groups: WarpGroups = tag("w")
-    wire: str = tag(one_of=WIRES)
 
     def validate(self) -> None:
         require_routing(self)
@@ -195,12 +184,10 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
     @cached_property
     def rows(self) -> tuple[Payload, ...]:
         """The payloads, in order."""
-        words = [ceil_div(width, 4) for width in self.payloads.widths]
-        ends = list(accumulate(words))
         made = []
-        for index, width in enumerate(self.payloads.widths):
+        for number, width in enumerate(self.payloads.widths):
             unit = next(size for size in UNITS if width % size == 0)
-            made.append(Payload(index, width, UNITS[unit], width // unit, ends[index] - words[index], ends[index]))
+            made.append(Payload(number, UNITS[unit], width // unit))
         return tuple(made)
 
     @property
@@ -218,15 +205,6 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         return tuple(row for row in self.wide if row.units > AHEAD * self.team_threads)
 
     @property
-    def pieces(self) -> int:
-        """Of an inline record."""
-        return ceil_div(self.rows[-1].end_word, PIECE_WORDS)
-
-    @property
-    def ahead_pieces(self) -> int:
-        return min(AHEAD_PIECES, ceil_div(self.pieces, self.team_threads))
-
-    @property
     def most_ahead(self) -> int:
         return AHEAD
 
@@ -239,16 +217,9 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         """Of a rank's statistics, at most."""
         return ceil_div(MAX_STATS, PIECE_WORDS)
 
-    @property
-    def record_bytes(self) -> int:
-        """Of a token in staging."""
-        return self.pieces * PIECE_BYTES if self.wire == "inline" else 0
-
     @cached_property
     def params(self) -> ParamStruct:
         number = len(self.payloads.widths)
-        flags = Param("uint64_t", "flags_offset", f"[source][{MAX_SENDERS}] u32: the last epoch whose rows it has sent")
-        records = Param("uint64_t", "records_offset", "[half][source][max_tokens] records")
         return ParamStruct(
             (
                 Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
@@ -266,7 +237,9 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
                 *_BEGIN,
                 Param("uint64_t", "counts_offset", "[half][source] pieces"),
                 Param("uint64_t", "stats_offset", "[half][source][stats pieces]"),
-                *((records, HALF_BYTES) if self.wire == "inline" else (flags,)),
+                Param(
+                    "uint64_t", "flags_offset", f"[source][{MAX_SENDERS}] u32: the last epoch whose rows it has sent"
+                ),
                 *_ROLES,
                 Param("uint32_t", "stats_words", "statistics of a rank"),
                 Param("uint32_t", "id_words", "of a row of unused_ids"),
@@ -287,7 +260,6 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     num_topk: int = tag("k")
     path: str = tag(one_of=("ipc",))
     warp_groups: WarpGroups = tag("w")
-    wire: str = tag(one_of=WIRES)
 
     def validate(self) -> None:
         self.require(
@@ -329,14 +301,6 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
         return {"bf16": "round_to_bf16x2", "fp16": "round_to_f16x2"}.get(self.out, "")
 
     @property
-    def pieces(self) -> int:
-        return ceil_div(self.row_bytes // 4, PIECE_WORDS)
-
-    @property
-    def ahead_pieces(self) -> int:
-        return min(AHEAD_PIECES, ceil_div(self.pieces, self.team_threads))
-
-    @property
     def ahead(self) -> int:
         return max(1, min(AHEAD, ceil_div(self.row_bytes // PIECE_BYTES, self.team_threads)))
 
@@ -347,13 +311,8 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
         most = 32 if self.block_threads <= 512 else 16
         return max(1, min(most // floats, self.ahead))
 
-    @property
-    def record_bytes(self) -> int:
-        return self.pieces * PIECE_BYTES if self.wire == "inline" else self.row_bytes
-
     @cached_property
     def params(self) -> ParamStruct:
-        tags = (Param("uint64_t", "tags_offset", "[half][rank][max_tokens] u32: epoch of the row there"),)
         return ParamStruct(
             (
                 Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
@@ -364,9 +323,9 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 Param("const int32_t*", "counts", "[ranks]: rows from each source"),
                 *_BEGIN,
-                Param("uint64_t", "rows_offset", "[half][rank][max_tokens] records"),
-                HALF_BYTES,
-                *(tags if self.wire == "row" else ()),
+                Param("uint64_t", "rows_offset", "[half][rank][max_tokens] rows"),
+                Param("uint64_t", "half_bytes", "of a half: room for the longest rows, whatever this kernel's"),
+                Param("uint64_t", "tags_offset", "[half][rank][max_tokens] u32: epoch of the row there"),
                 *_ROLES,
             )
         )
@@ -380,48 +339,31 @@ class Regions:
     counts: int
     stats: int
     flags: int
-    records: int
     planes: int
     tags: int
     rows: int
     end: int
 
     @property
-    def records_half(self) -> int:
-        """Bytes of one half of dispatch's records."""
-        return (self.planes - self.records) // HALVES
-
-    @property
-    def rows_half(self) -> int:
-        """The same of combine's."""
+    def half(self) -> int:
+        """Bytes of one half of combine's rows."""
         return (self.end - self.rows) // HALVES
 
 
-def regions(num_ranks: int, max_tokens: int, payload_bytes: int, combine_bytes: int, wires: tuple[str, str]) -> Regions:
-    """Lays out room for any payloads of `payload_bytes` and any rows of `combine_bytes` per token.
-
-    Args:
-        wires: of dispatch and combine.
-    """
-    sends_inline, returns_inline = (wire == "inline" for wire in wires)
+def regions(num_ranks: int, max_tokens: int, payload_bytes: int, combine_bytes: int) -> Regions:
+    """Lays out room for any payloads of `payload_bytes` and any rows of `combine_bytes` per token."""
     slots = num_ranks * max_tokens
     sizes = (
-        num_ranks * PIECE_BYTES,
+        num_ranks * 8,
         HALVES * num_ranks * PIECE_BYTES,
         HALVES * num_ranks * ceil_div(MAX_STATS, PIECE_WORDS) * PIECE_BYTES,
-        0 if sends_inline else num_ranks * MAX_SENDERS * 4,
-        HALVES * slots * inline_bytes(payload_bytes + 3 * MAX_PAYLOADS) if sends_inline else 0,  # each begins a word
+        num_ranks * MAX_SENDERS * 4,
         slots * payload_bytes + MAX_PAYLOADS * PLANE_ALIGNMENT,
-        0 if returns_inline else HALVES * slots * 4,
-        HALVES * slots * (inline_bytes(combine_bytes) if returns_inline else combine_bytes),
+        HALVES * slots * 4,
+        HALVES * slots * combine_bytes,
     )
     ends = accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=0)
     return Regions(*ends)
-
-
-def inline_bytes(row_bytes: int) -> int:
-    """Of a row in staging, in wire format inline."""
-    return ceil_div(ceil_div(row_bytes, 4), PIECE_WORDS) * PIECE_BYTES
 
 
 def planes(widths: tuple[int, ...], num_ranks: int, slots: int, start: int) -> list[int]:
@@ -450,13 +392,10 @@ def roles(spec: OneSidedDispatch | OneSidedCombine, max_tokens: int, resident: i
     rows = ceil_div(max_tokens * max(1, spec.num_ranks - 1), spec.teams)
     tokens = ceil_div(max_tokens, spec.teams)
     if isinstance(spec, OneSidedDispatch):
-        wanted = (tokens, rows) if spec.wire == "inline" else (tokens, 1)
-        share = 0.5 if spec.wire == "inline" else 1.0
-    else:
-        wanted, share = (rows, tokens), COMBINE_SEND_SHARE
-    senders, receivers = wanted
+        senders = min(tokens, resident - 1, MAX_SENDERS)
+        return Roles(senders + 1, (0, senders), (senders, 1))
+    senders, receivers = rows, tokens
     if senders + receivers > resident:
-        senders = min(senders, max(1, min(resident - 1, round(resident * share))))
+        senders = min(senders, max(1, round(resident * COMBINE_SEND_SHARE)))
         receivers = min(receivers, resident - senders)
-    senders = min(senders, MAX_SENDERS)
     return Roles(senders + receivers, (0, senders), (senders, receivers))

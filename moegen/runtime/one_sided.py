@@ -62,7 +62,6 @@ class OneSidedOps:
         self,
         world: RankWorld,
         problem: Problem,
-        wires: tuple[str, str],
         *,
         payload_bytes: int,
         combine_bytes: int,
@@ -71,7 +70,7 @@ class OneSidedOps:
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
         self.problem = problem
-        self.at = regions(problem.num_ranks, problem.max_tokens, payload_bytes, combine_bytes, wires)
+        self.at = regions(problem.num_ranks, problem.max_tokens, payload_bytes, combine_bytes)
         self.buffer_bytes = self.at.end
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
@@ -104,18 +103,9 @@ class OneSidedOps:
             "max_tokens": self.problem.max_tokens,
         }
         if dispatch:
-            wire = (
-                {"records_offset": at.records, "half_bytes": at.records_half}
-                if spec.wire == "inline"
-                else {"flags_offset": at.flags}
-            )
-            fixed |= {"counts_offset": at.counts, "stats_offset": at.stats, **wire}
+            fixed |= {"counts_offset": at.counts, "stats_offset": at.stats, "flags_offset": at.flags}
         else:
-            fixed |= {
-                "rows_offset": at.rows,
-                "half_bytes": at.rows_half,
-                **({"tags_offset": at.tags} if spec.wire == "row" else {}),
-            }
+            fixed |= {"rows_offset": at.rows, "half_bytes": at.half, "tags_offset": at.tags}
         varying = _DISPATCH_VARYING if dispatch else _COMBINE_VARYING
         self._bound[spec] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying), watchdog
 
