@@ -30,8 +30,8 @@ PHASES = {
 """What a wait of this family waits for: the name in the kernel, and in words for PeerTimeoutError."""
 
 HALVES = 2
-"""Of what is staged, for even and odd epochs: whoever begins an epoch has seen all ranks begin the one before, and so end
-the one before that.
+"""Of what is staged, for even and odd epochs: whoever begins an epoch has seen all ranks begin the one before, and so
+end the one before that.
 """
 
 MAX_PAYLOADS = 16
