@@ -229,6 +229,11 @@ class OneSided(Membership[OneSidedOps]):
         self._launch(ops.combine, spec, y, out, handle.addresses, handle.max_tokens, active, timeout)
         return out
 
+    @property
+    def specs(self) -> tuple[OneSidedDispatch | OneSidedCombine, ...]:
+        """The kernels that are loaded so far."""
+        return self._alive().specs
+
     def warmup(self) -> None:
         """Runs the kernels that are loaded once, with zero tokens. Collective."""
         ids = torch.empty(0, self.problem.num_topk, dtype=torch.int64, device=self.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -21,6 +22,40 @@ OPS = {
     "pair": "dispatch, then combine",
 }
 """The ops that are timed, and what they are."""
+
+
+class TimedCase(Protocol):
+    """What is timed: an op with one routing.
+
+    Attributes:
+        op: "pair" is timed without a barrier before each.
+        error_share: the largest error that was seen, as a share of its bound.
+        columns: that each check of combine compares with the reference.
+    """
+
+    op: str
+
+    @property
+    def error_share(self) -> float: ...
+
+    @property
+    def columns(self) -> int: ...
+
+    def steps(self) -> list[Step]: ...
+
+    def poison(self) -> None: ...
+
+    def verify(self) -> None: ...
+
+
+class CallableCase(Protocol):
+    """An op as it is called from Python; `number` chooses its buffers."""
+
+    def dispatch(self, number: int) -> None: ...
+
+    def combine(self, number: int) -> None: ...
+
+    def pair(self, number: int) -> None: ...
 
 
 class Case:

@@ -100,6 +100,11 @@ class LowLatencyConfig:
         return 2 * self.hidden
 
     @property
+    def combine_row_bytes(self) -> int:
+        """Payload of one row as combine sends it."""
+        return self.row_bytes
+
+    @property
     def dispatch_row_bytes(self) -> int:
         """Payload of one token as dispatch sends it, its scales included."""
         if not self.quantize:

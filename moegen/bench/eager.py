@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from moegen.bench.case import Case
+from moegen.bench.case import CallableCase
 from moegen.bench.timing import Step, meet, synchronize
 from moegen.runtime.worlds import RankWorld
 
@@ -16,7 +16,7 @@ _LOOPS = 5
 _WARMUP_CALLS = 3
 
 
-def measure_eager(world: RankWorld, pair: Case, combine: Case, calls: int) -> dict[str, float]:
+def measure_eager(world: RankWorld, pair: CallableCase, combine: CallableCase, calls: int) -> dict[str, float]:
     """Microseconds per call on this rank: medians of a few loops. Collective.
 
     Returns:

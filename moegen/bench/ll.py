@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from moegen.bench.barrier import DeviceBarrier
-from moegen.bench.case import OPS, Case
+from moegen.bench.case import OPS, Case, TimedCase
 from moegen.bench.config import LowLatencyConfig
 from moegen.bench.eager import measure_eager
 from moegen.bench.halves import HALVES, HalvesCase
@@ -108,15 +108,15 @@ def _measure_tokens(
             for op in OPS:
                 batch = Batch.draw(world, config, tokens, routing, seed_of(config.seed, tokens, routing, op))
                 cases[op] = Case(ep, op, buffers, batch, config.ops)
-                timed = _time(world, config, clock, cases[op])
-                yield _row(world, config, cases[op], op, batch, timed, nodes) | about | _stems(ep, op)
+                timed = time_case(world, config, clock, cases[op])
+                yield row_of(world, config, cases[op], op, batch, timed, nodes) | about | _stems(ep, op)
             if halves_clock is not None:
                 for op in HALVES:
                     seed = seed_of(config.seed, tokens, routing, op, "halves")
                     batch = Batch.draw(world, config, tokens, routing, seed)
                     halves = HalvesCase(ep, op, buffers, batch, config.halves)
                     for half, timed in _time_halves(halves_clock, halves).items():
-                        yield _row(world, config, halves, half, batch, timed, nodes) | about | _stems(ep, half)
+                        yield row_of(world, config, halves, half, batch, timed, nodes) | about | _stems(ep, half)
             mine = measure_eager(world, cases["pair"], cases["combine"], config.calls)
             ep.check()
             answers = world.exchange(mine)
@@ -126,7 +126,7 @@ def _measure_tokens(
         meet(world)
 
 
-def _time(world: RankWorld, config: LowLatencyConfig, clock: OpClock, case: Case) -> tuple[list[float], float]:
+def time_case(world: RankWorld, config: LowLatencyConfig, clock: OpClock, case: TimedCase) -> tuple[list[float], float]:
     """An op's microseconds per replay, and the barrier's that were taken off; verified before and after."""
     steps = case.steps()
     paired = case.op == "pair"
@@ -158,10 +158,10 @@ def _time_halves(clock: OpClock, case: HalvesCase) -> dict[str, tuple[list[float
     return {name: (own, barrier_us) for name, own in zip(HALVES[case.op], times, strict=True) if name}
 
 
-def _row(
+def row_of(
     world: RankWorld,
     config: LowLatencyConfig,
-    case: Case,
+    case: TimedCase,
     op: str,
     batch: Batch,
     timed: tuple[list[float], float],
@@ -171,7 +171,7 @@ def _row(
     answers = world.exchange((*timed, case.error_share))
     times = [answer[0] for answer in answers]
     moved = matrices(batch.ids, config.num_experts)
-    traffic = traffic_of(op, moved, config.dispatch_row_bytes, config.row_bytes, nodes)
+    traffic = traffic_of(op, moved, config.dispatch_row_bytes, config.combine_row_bytes, nodes)
     medians = [quantile(own, 0.5) for own in times]
     over = over_ranks(medians)
     return {

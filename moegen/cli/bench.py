@@ -125,6 +125,41 @@ def ht(
 
 
 @app.command()
+def a2a(
+    ranks: Annotated[int, typer.Option(min=0, help="Ranks; 0: one per GPU, else 2.")] = 0,
+    device: Annotated[str, typer.Option(help="cuda or cpu; empty: cuda if there is a GPU.")] = "",
+    world: Annotated[
+        str, typer.Option(help="processes (one per rank and GPU) or local (virtual ranks); empty: what fits.")
+    ] = "",
+    tokens: Annotated[str, typer.Option(help="Tokens per rank, one case each.")] = "1,16,64,128,512,2048,4096",
+    preset: Annotated[str, typer.Option(help=f"A published model; default {_DEFAULT_PRESET}.")] = "",
+    hidden: Annotated[int, typer.Option(help="Instead of a preset: elements of a token,")] = 0,
+    experts: Annotated[int, typer.Option(help="experts,")] = 0,
+    topk: Annotated[int, typer.Option(help="and selections per token.")] = 0,
+    routing: Annotated[str, typer.Option(help="uniform, zipf, hot (one rank gets everything).")] = "uniform,zipf,hot",
+    ops: Annotated[int, typer.Option(min=0, help="Ops in a graph; 0: 50, on a CPU 2.")] = 0,
+    replays: Annotated[int, typer.Option(min=0, help="Timed replays of a graph; 0: 100, on a CPU 3.")] = 0,
+    calls: Annotated[int, typer.Option(min=0, help="Calls in an eager loop; 0: 100, on a CPU 2.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random inputs.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the table.")] = RESULTS,
+) -> None:
+    """One-sided dispatch and combine: graphs, eager calls, and the link's limit in the same run."""
+    from moegen.bench import launch, report
+    from moegen.bench.a2a import measure
+    from moegen.bench.a2a_config import OneSidedConfig
+    from moegen.cli import common
+
+    shape, counts = (preset, hidden, experts, topk), (ops, replays, calls)
+    base = _config(ranks, device, world, shape, common.numbers(tokens), routing, 0, counts, seed, "", 0)
+    result = launch.run(measure, OneSidedConfig(**vars(base)))
+    if result is None:
+        return
+    report.show(result, common.console())
+    for path in report.save(result, out):
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
 def tune(
     ranks: Annotated[int, typer.Option(min=0, help="Ranks; 0: one per GPU, else 2.")] = 0,
     device: Annotated[str, typer.Option(help="cuda or cpu; empty: cuda if there is a GPU.")] = "",

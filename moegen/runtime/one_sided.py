@@ -109,6 +109,10 @@ class OneSidedOps:
         varying = _DISPATCH_VARYING if dispatch else _COMBINE_VARYING
         self._bound[spec] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying), watchdog
 
+    @property
+    def specs(self) -> tuple[OneSidedDispatch | OneSidedCombine, ...]:
+        return tuple(self._bound)
+
     def knows(self, spec: OneSidedDispatch | OneSidedCombine) -> bool:
         return spec in self._bound
 

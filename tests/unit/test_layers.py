@@ -20,8 +20,8 @@ LAYERS = (
     ("tuning",),
     ("codegen", "select"),
     ("compile",),
-    ("runtime", "handle", "rows", "checks", "row_checks"),
-    ("expert_parallel", "high_throughput", "row_calls"),
+    ("runtime", "handle", "rows", "payloads", "checks", "row_checks", "payload_checks"),
+    ("expert_parallel", "high_throughput", "row_calls", "one_sided"),
     ("functional",),
     ("cli", "bench", "demo", "compat", "__main__"),
 )

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moegen bench a2a`: what every rank does. The result is plain data, ready for JSON, the same on every rank; its
+tables are those of `ll`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from moegen.bench.a2a_case import OPS, Inputs, OneSidedCase
+from moegen.bench.a2a_config import OneSidedConfig
+from moegen.bench.barrier import DeviceBarrier
+from moegen.bench.eager import measure_eager
+from moegen.bench.inputs import Batch
+from moegen.bench.link import measure_link
+from moegen.bench.ll import SCHEMA, nodes_of, row_of, seed_of, time_case, world_of
+from moegen.bench.machine import machine, versions
+from moegen.bench.stats import over_ranks
+from moegen.bench.timing import OpClock, meet
+from moegen.one_sided import OneSided
+from moegen.runtime.worlds import RankWorld
+
+log = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+
+
+def measure(world: RankWorld, config: OneSidedConfig) -> Json:
+    """Runs everything that `config` asks for. Collective.
+
+    Raises:
+        BenchError: a result was wrong, or memory was allocated where it must not be.
+    """
+    nodes = nodes_of(world)
+    barrier = DeviceBarrier(world, config.timeout)
+    clock = OpClock(world, barrier, config.ops, config.replays)
+    link = measure_link(world, barrier, config.link)
+    cases: list[Json] = []
+    eager: list[Json] = []
+    for tokens in config.tokens:
+        for row in _measure_tokens(world, config, clock, tokens, nodes):
+            (eager if row["op"] == "eager" else cases).append(row)
+            if world.rank == 0:
+                log.info("%s, %d tokens, %s: measured", row["op"], tokens, row["routing"])
+    barrier.check()
+    meet(world)
+    barrier.destroy()
+    return {
+        "bench": "a2a",
+        "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": config.command,
+        "machine": machine(world.device),
+        "versions": versions(),
+        "world": world_of(world, config, nodes),
+        "config": asdict(config),
+        "stems": sorted({*link["stems"], barrier.spec.stem, *(stem for case in cases for stem in case["stems"])}),
+        "link": link,
+        "cases": cases,
+        "eager": eager,
+    }
+
+
+def _measure_tokens(
+    world: RankWorld, config: OneSidedConfig, clock: OpClock, tokens: int, nodes: list[int]
+) -> Iterator[Json]:
+    payloads = ((config.hidden, torch.bfloat16), (config.num_topk, torch.int32), (config.num_topk, torch.float32))
+    with OneSided(
+        world,
+        num_experts=config.num_experts,
+        num_topk=config.num_topk,
+        max_tokens_per_rank=tokens,
+        payload_bytes=config.dispatch_row_bytes,
+        hidden=config.hidden,
+        payloads=payloads,
+        timeout=config.timeout,
+    ) as layer:
+        inputs = Inputs(world, config, tokens)
+        meet(world)
+        for routing in config.routings:
+            about = {
+                "tokens": tokens,
+                "max_tokens": tokens,
+                "routing": routing,
+                "rotation": asdict(inputs.rotation) | {"note": inputs.rotation.note},
+                "stems": sorted(spec.stem for spec in layer.specs),
+            }
+            made: dict[str, OneSidedCase] = {}
+            for op in OPS:
+                batch = Batch.draw(world, config, tokens, routing, seed_of(config.seed, tokens, routing, op))
+                made[op] = OneSidedCase(layer, config, op, inputs, batch)
+                timed = time_case(world, config, clock, made[op])
+                yield row_of(world, config, made[op], op, batch, timed, nodes) | about
+            mine = measure_eager(world, made["pair"], made["combine"], config.calls)
+            layer.check()
+            answers = world.exchange(mine)
+            yield {"op": "eager", "tokens": tokens, "routing": routing, "ranks": answers, "calls": config.calls} | {
+                name: over_ranks([answer[name] for answer in answers]) for name in mine
+            }
+        meet(world)
