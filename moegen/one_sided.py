@@ -44,6 +44,7 @@ class OneSided(Membership[OneSidedOps]):
             combine, if they have no more bytes.
         payloads: (columns, dtype) of each payload of the first dispatches, whose kernel is then loaded here. One for
             another set is loaded by the first dispatch that has it, on all ranks.
+        expert_rows: make room for `expert_rows()`, where experts may write what combine then reads from there.
         warp_groups: e.g. "1x14"; None: what is fastest.
         num_sms: thread blocks per launch at most; None: as many as are useful.
         timeout: seconds that a call may wait for one thing from another rank before it fails with PeerTimeoutError.
@@ -70,6 +71,7 @@ class OneSided(Membership[OneSidedOps]):
         hidden: int,
         dtype: torch.dtype = torch.bfloat16,
         payloads: Sequence[tuple[int, torch.dtype]] = (),
+        expert_rows: bool = False,
         warp_groups: str | None = None,
         num_sms: int | None = None,
         timeout: float = 30.0,
@@ -93,12 +95,14 @@ class OneSided(Membership[OneSidedOps]):
             warp_groups=warp_groups,
             on_host=self.device.type == "cpu",
         )
-        self.dtype, self.payload_bytes = dtype, payload_bytes
+        self.dtype, self.payload_bytes, self._expert_rows = dtype, payload_bytes, expert_rows
         self.combine_bytes = hidden * dtype.itemsize
-        self._settings = (payload_bytes, timeout, first_epoch)
+        self._settings = (payload_bytes, expert_rows, timeout, first_epoch)
         foreseen: list[OneSidedDispatch | OneSidedCombine] = [
             self._combine_spec(dtype, payload_checks.usual_out(dtype))
         ]
+        if expert_rows:
+            foreseen.append(self._combine_spec(dtype, payload_checks.usual_out(dtype), pulls=True))
         if payloads:
             widths = tuple(columns * each.itemsize for columns, each in payloads)
             payload_checks.room(self, widths)
@@ -111,6 +115,7 @@ class OneSided(Membership[OneSidedOps]):
                 self.problem,
                 payload_bytes=payload_bytes,
                 combine_bytes=self.combine_bytes,
+                expert_rows=expert_rows,
                 timeout=timeout,
                 num_sms=num_sms,
                 first_epoch=first_epoch,
@@ -199,7 +204,8 @@ class OneSided(Membership[OneSidedOps]):
 
         Args:
             y: [ranks, max_tokens, hidden], max_tokens as in that dispatch: row (s, i) is what this rank's experts made
-                of row (s, i) of dispatch, weights included. It may lie anywhere. Other rows are not read.
+                of row (s, i) of dispatch, weights included. It may lie anywhere; either all ranks give `expert_rows()`
+                or none does. Other rows are not read.
             handle: of the dispatch; may be used more than once.
             out_dtype: bfloat16, float16 or float32. None: that of y, or bfloat16 if that is float8_e4m3fn.
             out: the tensor for the result, whose dtype then counts; nothing is allocated.
@@ -221,7 +227,7 @@ class OneSided(Membership[OneSidedOps]):
         active = payload_checks.active(self, active_ranks)
         if timeout is not None:
             checks.seconds("timeout", timeout)
-        spec = self._ready(self._combine_spec(y.dtype, dtype))
+        spec = self._ready(self._combine_spec(y.dtype, dtype, pulls=ops.holds(y)))
         if handle.stream != current_stream(self.device):  # the handle may be dropped before this stream has read it
             record(self.device, (handle.memory,))
         if out is None:
@@ -233,6 +239,26 @@ class OneSided(Membership[OneSidedOps]):
     def specs(self) -> tuple[OneSidedDispatch | OneSidedCombine, ...]:
         """The kernels that are loaded so far."""
         return self._alive().specs
+
+    def expert_rows(self, max_tokens: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for combine's `y`, which the other ranks read where it lies; an object made with `expert_rows` has it.
+        What was given to a combine may be overwritten behind the next dispatch.
+
+        Args:
+            max_tokens: of the dispatch; None: max_tokens_per_rank.
+            dtype: of the rows; None: the object's.
+
+        Returns:
+            [ranks, max_tokens, hidden], always the same memory.
+
+        Raises:
+            InputError: the object was made without, or has no room for such rows.
+        """
+        ops = self._alive()
+        slots = self.problem.max_tokens if max_tokens is None else max_tokens
+        checks.in_range("max_tokens", slots, 1, self.problem.max_tokens)
+        payload_checks.expert_rows(self, self._expert_rows, dtype)
+        return ops.expert_rows(slots, self.problem.hidden, self.dtype if dtype is None else dtype)
 
     def warmup(self) -> None:
         """Runs the kernels that are loaded once, with zero tokens. Collective."""
@@ -254,8 +280,8 @@ class OneSided(Membership[OneSidedOps]):
             self.world.barrier()
         return spec
 
-    def _combine_spec(self, dtype: torch.dtype, out: torch.dtype) -> OneSidedCombine:
-        return combine_spec(self.problem, payload_checks.WORDS[dtype], payload_checks.WORDS[out])
+    def _combine_spec(self, dtype: torch.dtype, out: torch.dtype, *, pulls: bool = False) -> OneSidedCombine:
+        return combine_spec(self.problem, payload_checks.WORDS[dtype], payload_checks.WORDS[out], pulls=pulls)
 
     def _load(self, specs: Sequence[OneSidedDispatch | OneSidedCombine]) -> Any:
         def select(problem: Problem) -> OneSidedSelection:

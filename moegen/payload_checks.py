@@ -129,6 +129,17 @@ def outputs(owner: OneSided, y: torch.Tensor, slots: int) -> torch.Tensor:
     return checks.readable(y)
 
 
+def expert_rows(owner: OneSided, has_them: bool, dtype: torch.dtype | None) -> None:
+    if not has_them:
+        raise InputError("this object has no room for experts' rows; make it with expert_rows=True")
+    if dtype is not None:
+        checks.one_of("dtype", dtype, _ROWS)
+        if owner.problem.hidden * dtype.itemsize > owner.combine_bytes:
+            raise InputError(
+                f"rows of {dtype} are longer than those of {owner.dtype}; make the object with dtype={dtype}"
+            )
+
+
 def out_dtype(
     owner: OneSided,
     rows: torch.dtype,

@@ -227,14 +227,17 @@ def dispatch_spec(problem: Problem, widths: tuple[int, ...]) -> OneSidedDispatch
     return OneSidedDispatch(RowBytes(widths), *shape, _one_sided_groups(problem))
 
 
-def combine_spec(problem: Problem, dtype: str, out: str) -> OneSidedCombine:
+def combine_spec(problem: Problem, dtype: str, out: str, *, pulls: bool = False) -> OneSidedCombine:
     """The kernel that adds rows of `dtype` up to results of `out`, words of `moegen.kernels.a2a`.
+
+    Args:
+        pulls: rows are read where the other ranks have them; else they are sent.
 
     Raises:
         SpecError: as `select`.
     """
     shape = (problem.num_ranks, problem.hidden, problem.num_topk, problem.path)
-    return OneSidedCombine(dtype, out, *shape, _one_sided_groups(problem))
+    return OneSidedCombine(dtype, out, *shape, _one_sided_groups(problem), rows="pulled" if pulls else "pushed")
 
 
 def _one_sided_groups(problem: Problem) -> WarpGroups:

@@ -79,6 +79,7 @@ def _measure_tokens(
         payload_bytes=config.dispatch_row_bytes,
         hidden=config.hidden,
         payloads=payloads,
+        expert_rows=True,
         timeout=config.timeout,
     ) as layer:
         inputs = Inputs(world, config, tokens)

@@ -19,7 +19,8 @@ from moegen.payloads import DispatchedPayloads
 from moegen.reference import expert_ranges
 from moegen.runtime.worlds import RankWorld
 
-OPS = ("dispatch", "combine", "pair")
+OPS = ("dispatch", "combine", "combine_in_place", "pair", "pair_in_place")
+"""In place: combine takes rows that lie in symmetric memory."""
 
 _BUFFERS = 16
 """Of tokens and of expert outputs, at most; as many as are larger than twice the L2 cache."""
@@ -77,18 +78,22 @@ class OneSidedCase:
         self._ids = batch.own_ids.int()
         self._out = torch.empty(inputs.tokens, config.hidden, dtype=torch.bfloat16, device=layer.device)
         self._last = self._call_dispatch(0)
+        self._in_place: torch.Tensor | None = None
+        if op.endswith("_in_place"):
+            self._in_place = layer.expert_rows().copy_(inputs.y[0])
         meet(layer.world)
 
     def steps(self) -> list[Step]:
         """The op, as often as a recording holds it."""
-        run = {"dispatch": self.dispatch, "combine": self.combine, "pair": self.pair}[self.op]
+        whole = self.op.removesuffix("_in_place")
+        run = {"dispatch": self.dispatch, "combine": self.combine, "pair": self.pair}[whole]
         return [partial(run, number) for number in range(self._config.ops)]
 
     def dispatch(self, number: int) -> None:
         self._last = self._call_dispatch(number)
 
     def combine(self, number: int) -> None:
-        y = self._inputs.y[number % len(self._inputs.y)]
+        y = self._in_place if self._in_place is not None else self._inputs.y[number % len(self._inputs.y)]
         self._layer.combine(y, self._last.handle, out=self._out)
 
     def pair(self, number: int) -> None:
@@ -117,10 +122,10 @@ class OneSidedCase:
         meet(self._layer.world)
         self._layer.check()
         last = self._config.ops - 1
-        if self.op != "combine":
+        if not self.op.startswith("combine"):
             self._check_rows(last % len(self._inputs.x))
         if self.op != "dispatch":
-            self._check_sums(last % len(self._inputs.y))
+            self._check_sums(0 if self._in_place is not None else last % len(self._inputs.y))
         meet(self._layer.world)
 
     def _goes(self, source: int, rank: int) -> torch.Tensor:

@@ -129,7 +129,7 @@ def _measure_tokens(
 def time_case(world: RankWorld, config: LowLatencyConfig, clock: OpClock, case: TimedCase) -> tuple[list[float], float]:
     """An op's microseconds per replay, and the barrier's that were taken off; verified before and after."""
     steps = case.steps()
-    paired = case.op == "pair"
+    paired = case.op.startswith("pair")
     recording = record(world, steps) if paired else clock.record(steps)
     case.poison()
     recording.replay()

@@ -17,7 +17,7 @@ from moegen.errors import SpecError
 from moegen.kernels.ht import require_routing
 from moegen.kernels.ll import MAX_SHARED_BYTES, REGION_ALIGNMENT, ceil_div
 from moegen.kernels.params import Param, ParamStruct
-from moegen.kernels.spec import MAX_BLOCK_WARPS, MAX_ROW_BYTES, PARSED, WARP_SIZE, Spec, WarpGroups, tag
+from moegen.kernels.spec import MAX_BLOCK_WARPS, MAX_ROW_BYTES, PARSED, WARP_SIZE, Spec, WarpGroups, rare, tag
 
 PHASES = {
     "kPeerReady": "the end of its reading of the rows before",
@@ -260,6 +260,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     num_topk: int = tag("k")
     path: str = tag(one_of=("ipc",))
     warp_groups: WarpGroups = tag("w")
+    rows: str = rare("pushed", "pulled")
 
     def validate(self) -> None:
         self.require(
@@ -272,6 +273,11 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     @property
     def groups(self) -> WarpGroups:
         return self.warp_groups
+
+    @property
+    def pulls(self) -> bool:
+        """Whether the token's owner reads the rows where the experts' ranks have them; else these send them."""
+        return self.rows == "pulled"
 
     @property
     def row_bytes(self) -> int:
@@ -311,21 +317,29 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
         most = 32 if self.block_threads <= 512 else 16
         return max(1, min(most // floats, self.ahead))
 
+    @property
+    def _places(self) -> tuple[Param, ...]:
+        if self.pulls:
+            return (Param("uint64_t", "rows_offset", "[source][slots, hidden]: what the experts of each rank made"),)
+        return (
+            Param("uint64_t", "rows_offset", "[half][rank][max_tokens] rows"),
+            Param("uint64_t", "half_bytes", "of a half: room for the longest rows, whatever this kernel's"),
+            Param("uint64_t", "tags_offset", "[half][rank][max_tokens] u32: epoch of the row there"),
+        )
+
     @cached_property
     def params(self) -> ParamStruct:
         return ParamStruct(
             (
                 Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
-                Param("const uint8_t*", "y", "[ranks, slots, hidden]"),
+                *(() if self.pulls else (Param("const uint8_t*", "y", "[ranks, slots, hidden]"),)),
                 Param("uint8_t*", "out", "[tokens, hidden]"),
                 Param("const uint64_t*", "token_ranks", "[tokens]: bit r: rank r holds an expert of this token"),
                 Param("const int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 Param("const int32_t*", "counts", "[ranks]: rows from each source"),
                 *_BEGIN,
-                Param("uint64_t", "rows_offset", "[half][rank][max_tokens] rows"),
-                Param("uint64_t", "half_bytes", "of a half: room for the longest rows, whatever this kernel's"),
-                Param("uint64_t", "tags_offset", "[half][rank][max_tokens] u32: epoch of the row there"),
+                *self._places,
                 *_ROLES,
             )
         )
@@ -342,16 +356,21 @@ class Regions:
     planes: int
     tags: int
     rows: int
+    expert_rows: int
     end: int
 
     @property
     def half(self) -> int:
         """Bytes of one half of combine's rows."""
-        return (self.end - self.rows) // HALVES
+        return (self.expert_rows - self.rows) // HALVES
 
 
-def regions(num_ranks: int, max_tokens: int, payload_bytes: int, combine_bytes: int) -> Regions:
-    """Lays out room for any payloads of `payload_bytes` and any rows of `combine_bytes` per token."""
+def regions(num_ranks: int, max_tokens: int, payload_bytes: int, combine_bytes: int, expert_rows: bool) -> Regions:
+    """Lays out room for any payloads of `payload_bytes` and any rows of `combine_bytes` per token.
+
+    Args:
+        expert_rows: whether experts may write their rows into this memory, too.
+    """
     slots = num_ranks * max_tokens
     sizes = (
         num_ranks * 8,
@@ -361,6 +380,7 @@ def regions(num_ranks: int, max_tokens: int, payload_bytes: int, combine_bytes: 
         slots * payload_bytes + MAX_PAYLOADS * PLANE_ALIGNMENT,
         HALVES * slots * 4,
         HALVES * slots * combine_bytes,
+        slots * combine_bytes if expert_rows else 0,
     )
     ends = accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=0)
     return Regions(*ends)
@@ -394,6 +414,9 @@ def roles(spec: OneSidedDispatch | OneSidedCombine, max_tokens: int, resident: i
     if isinstance(spec, OneSidedDispatch):
         senders = min(tokens, resident - 1, MAX_SENDERS)
         return Roles(senders + 1, (0, senders), (senders, 1))
+    if spec.pulls:
+        blocks = min(tokens, resident)
+        return Roles(blocks, (0, 0), (0, blocks))
     senders, receivers = rows, tokens
     if senders + receivers > resident:
         senders = min(senders, max(1, round(resident * COMBINE_SEND_SHARE)))

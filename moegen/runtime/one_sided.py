@@ -65,12 +65,13 @@ class OneSidedOps:
         *,
         payload_bytes: int,
         combine_bytes: int,
+        expert_rows: bool,
         timeout: float,
         num_sms: int | None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
         self.problem = problem
-        self.at = regions(problem.num_ranks, problem.max_tokens, payload_bytes, combine_bytes)
+        self.at = regions(problem.num_ranks, problem.max_tokens, payload_bytes, combine_bytes, expert_rows)
         self.buffer_bytes = self.at.end
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
@@ -102,16 +103,30 @@ class OneSidedOps:
             "rank": world.rank,
             "max_tokens": self.problem.max_tokens,
         }
-        if dispatch:
+        varying: tuple[str, ...] = _COMBINE_VARYING
+        if isinstance(spec, OneSidedDispatch):
             fixed |= {"counts_offset": at.counts, "stats_offset": at.stats, "flags_offset": at.flags}
+            varying = _DISPATCH_VARYING
+        elif spec.pulls:
+            fixed |= {"rows_offset": at.expert_rows}
+            varying = _COMBINE_VARYING[1:]  # the rows lie where they always do
         else:
             fixed |= {"rows_offset": at.rows, "half_bytes": at.half, "tags_offset": at.tags}
-        varying = _DISPATCH_VARYING if dispatch else _COMBINE_VARYING
         self._bound[spec] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying), watchdog
 
     @property
     def specs(self) -> tuple[OneSidedDispatch | OneSidedCombine, ...]:
         return tuple(self._bound)
+
+    def expert_rows(self, slots: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
+        """The region of experts' rows: [ranks, slots, hidden]."""
+        ranks = self.problem.num_ranks
+        size = ranks * slots * hidden * dtype.itemsize
+        return self.memory.local[self.at.expert_rows :][:size].view(dtype).view(ranks, slots, hidden)
+
+    def holds(self, y: torch.Tensor) -> bool:
+        """Whether these rows are that region."""
+        return self.at.expert_rows < self.at.end and y.data_ptr() == self.memory.local.data_ptr() + self.at.expert_rows
 
     def knows(self, spec: OneSidedDispatch | OneSidedCombine) -> bool:
         return spec in self._bound
@@ -176,7 +191,8 @@ class OneSidedOps:
         self._order.follow("a2a")
         kernel, watchdog = self._bound[spec]
         nanoseconds = self._nanoseconds(watchdog, timeout)
-        kernel(y.data_ptr(), out.data_ptr(), *addresses, active, nanoseconds, out.shape[0], slots)
+        rows = () if spec.pulls else (y.data_ptr(),)
+        kernel(*rows, out.data_ptr(), *addresses, active, nanoseconds, out.shape[0], slots)
 
     def _nanoseconds(self, watchdog: Watchdog, timeout: float | None) -> int:
         """Of this call's timeout; a report of an expired wait names the last call's."""
