@@ -9,21 +9,22 @@ from typing import Any
 from moegen import tuning
 from moegen.errors import InputError
 from moegen.kernels.ht import LAYOUTS
+from moegen.kernels.ll import MAX_TOKENS_PER_RANK
 from moegen.kernels.presets import preset
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
-from moegen.select import RowSelection, select, select_rows
+from moegen.select import ONE_SIDED_GROUPS, RowSelection, combine_spec, dispatch_spec, select, select_rows
 
 MAX_CATALOG = 50
 
 _CATALOG: tuple[tuple[str, int, dict[str, Any], tuple[int, ...]], ...] = (
-    ("deepseek-v3", 2, {}, (32, 64, 128)),
-    ("deepseek-v3", 8, {}, (32, 64, 128)),
+    ("deepseek-v3", 2, {}, (128,)),
+    ("deepseek-v3", 8, {}, (32, 128)),
     ("deepseek-v3", 8, {"dtype": "fp8", "hooks": True}, (128,)),
     ("deepseek-v3", 8, {"dtype": "fp8ue8m0"}, (64,)),
     ("deepseek-v3", 8, {"masked": True}, (64,)),
-    ("gpt-oss-120b", 4, {}, (32, 128)),
-    ("tiny", 4, {"on_host": True}, (32, 128)),
+    ("gpt-oss-120b", 4, {}, (128,)),
+    ("tiny", 4, {"on_host": True}, (32,)),
     ("tiny", 4, {"on_host": True, "dtype": "fp8", "hooks": True}, (32,)),
 )
 """Preset, number of ranks, what else the Problem says, capacities."""
@@ -37,7 +38,10 @@ _ROWS_CATALOG: tuple[tuple[str, int, dict[str, Any]], ...] = (
 whole ops.
 """
 
-FAMILIES = ("ll", "ht")
+_PAYLOADS = (2, 4, 4)
+"""Of the one-sided kernels that are built beforehand: bytes of hidden's elements, of ids and of weights."""
+
+FAMILIES = ("ll", "ht", "a2a")
 
 
 def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = None, target: str = "sm90") -> list[Spec]:
@@ -52,12 +56,19 @@ def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = No
     on_host = target == "host"
     specs: dict[Spec, None] = {}
     for r in ranks:
-        if family != "ht":
+        if family in (None, "ll"):
             specs.update(dict.fromkeys(_specs(preset_name, r, all_capacities(), on_host=on_host)))
-        if family != "ll":
+        if family in (None, "a2a"):
+            specs.update(dict.fromkeys(_one_sided(preset_name, r, all_one_sided_capacities(), on_host=on_host)))
+        if family in (None, "ht"):
             for layout in LAYOUTS:
                 specs.update(dict.fromkeys(_rows(preset_name, r, layout=layout, on_host=on_host).specs))
     return list(specs)
+
+
+def all_one_sided_capacities() -> list[int]:
+    """The same of layout `rank`."""
+    return [limit or MAX_TOKENS_PER_RANK for limit, _ in ONE_SIDED_GROUPS]
 
 
 def all_capacities() -> list[int]:
@@ -73,6 +84,8 @@ def catalog() -> list[Spec]:
     for number, (name, num_ranks, options) in enumerate(_ROWS_CATALOG):
         selection = _rows(name, num_ranks, **options)
         specs.update(dict.fromkeys(selection.specs if number == 0 else (selection.dispatch, selection.combine)))
+    specs.update(dict.fromkeys(_one_sided("deepseek-v3", 8, (128,))))
+    specs.update(dict.fromkeys(_one_sided("tiny", 4, (128,), on_host=True)))
     if len(specs) > MAX_CATALOG:
         raise AssertionError(f"{len(specs)} kernels are too many to read; the catalog holds at most {MAX_CATALOG}")
     return list(specs)
@@ -83,6 +96,19 @@ def _specs(name: str, num_ranks: int, capacities: Sequence[int], **options: Any)
     for capacity in capacities:
         problem = Problem(num_ranks, layer.num_experts, layer.num_topk, layer.hidden, capacity, **options)
         yield from select(problem).specs
+
+
+def _one_sided(name: str, num_ranks: int, capacities: Sequence[int], **options: Any) -> Iterator[Spec]:
+    """Dispatch of tokens, ids and weights, and combine from any memory and in place."""
+    layer = preset(name)
+    element, id_bytes, weight_bytes = _PAYLOADS
+    widths = (element * layer.hidden, id_bytes * layer.num_topk, weight_bytes * layer.num_topk)
+    for capacity in capacities:
+        problem = Problem(
+            num_ranks, layer.num_experts, layer.num_topk, layer.hidden, capacity, layout="rank", **options
+        )
+        yield dispatch_spec(problem, widths)
+        yield from (combine_spec(problem, "bf16", "bf16", pulls=pulls) for pulls in (False, True))
 
 
 def _rows(name: str, num_ranks: int, **options: Any) -> RowSelection:
