@@ -236,7 +236,8 @@ def combine_spec(problem: Problem, dtype: str, out: str, *, pulls: bool = False)
     Raises:
         SpecError: as `select`.
     """
-    shape = (problem.num_ranks, problem.hidden, problem.num_topk, problem.path)
+    destinations = min(problem.num_ranks, problem.num_topk)
+    shape = (problem.num_ranks, problem.hidden, destinations, problem.path)
     return OneSidedCombine(dtype, out, *shape, _one_sided_groups(problem), rows="pulled" if pulls else "pushed")
 
 

@@ -17,7 +17,17 @@ from moegen.errors import SpecError
 from moegen.kernels.ht import require_routing
 from moegen.kernels.ll import MAX_SHARED_BYTES, REGION_ALIGNMENT, ceil_div
 from moegen.kernels.params import Param, ParamStruct
-from moegen.kernels.spec import MAX_BLOCK_WARPS, MAX_ROW_BYTES, PARSED, WARP_SIZE, Spec, WarpGroups, rare, tag
+from moegen.kernels.spec import (
+    MAX_BLOCK_WARPS,
+    MAX_RANKS,
+    MAX_ROW_BYTES,
+    PARSED,
+    WARP_SIZE,
+    Spec,
+    WarpGroups,
+    rare,
+    tag,
+)
 
 PHASES = {
     "kPeerReady": "the end of its reading of the rows before",
@@ -257,7 +267,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     out: str = tag("to", one_of=OUT_DTYPES)
     num_ranks: int = tag("r")
     hidden: int = tag("h")
-    num_topk: int = tag("k")
+    destinations: int = tag("d")
     path: str = tag(one_of=("ipc",))
     warp_groups: WarpGroups = tag("w")
     rows: str = rare("pushed", "pulled")
@@ -267,6 +277,11 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
             0 < self.row_bytes <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
             f"a row is a multiple of 16 bytes up to {MAX_ROW_BYTES}; hidden {self.hidden} in {self.dtype} gives "
             f"{self.row_bytes}",
+        )
+        self.require(1 <= self.num_ranks <= MAX_RANKS, f"num_ranks is 1..{MAX_RANKS}; got {self.num_ranks}")
+        self.require(
+            1 <= self.destinations <= self.num_ranks,
+            f"a token reaches 1..{self.num_ranks} ranks; got destinations={self.destinations}",
         )
         self.require_groups()
 
@@ -282,10 +297,6 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     @property
     def row_bytes(self) -> int:
         return self.hidden * ROW_DTYPES[self.dtype]
-
-    @property
-    def destinations(self) -> int:
-        return min(self.num_ranks, self.num_topk)
 
     @property
     def word_floats(self) -> int:

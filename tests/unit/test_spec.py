@@ -15,6 +15,7 @@ from moegen.codegen.render import render
 from moegen.compile import nvrtc
 from moegen.compile.target import Target
 from moegen.errors import SpecError
+from moegen.kernels.a2a import RowBytes
 from moegen.kernels.spec import Spec, WarpGroups
 
 SPECS = catalog()
@@ -26,6 +27,8 @@ def other_values(field: dataclasses.Field[Any], value: Any) -> Iterator[Any]:
         yield from (word for word in field.metadata["one_of"] if word != value)
     elif isinstance(value, int):
         yield from (value * 2, value // 2, value + 1, value - 1, value + 8, value + 16)
+    elif isinstance(value, RowBytes):
+        yield from (RowBytes((*value.widths, 4)), RowBytes(value.widths[1:]), RowBytes(value.widths[::-1]))
     else:
         groups = [WarpGroups(a, b) for a in (1, 2, 4) for b in (1, 2, 8)]
         yield from (other for other in groups if other != value)
