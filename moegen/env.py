@@ -84,6 +84,13 @@ VARIABLES: dict[str, Variable] = {
             ("0", "1"),
         ),
         Variable(
+            "MOEGEN_PEER_ACCESS",
+            "0 or 1",
+            "1",
+            "0 takes other ranks' memory for one that cannot be mapped: path auto then takes collectives.",
+            ("0", "1"),
+        ),
+        Variable(
             "MOEGEN_LOG",
             "debug, info, warning or error",
             "warning",
@@ -145,6 +152,11 @@ def cxx() -> str:
 def lineinfo() -> bool:
     """Whether GPU kernels carry line numbers."""
     return raw("MOEGEN_NVRTC_LINEINFO") == "1"
+
+
+def peer_access() -> bool:
+    """Whether other ranks' memory may be mapped."""
+    return raw("MOEGEN_PEER_ACCESS") != "0"
 
 
 def configure_logging() -> None:

@@ -10,23 +10,26 @@ from typing import Any
 import torch
 
 from moegen import checks, payload_checks
-from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch
+from moegen.kernels.a2a import OneSidedCombine
 from moegen.kernels.problem import Problem
+from moegen.kernels.spec import Spec
 from moegen.payloads import DispatchedPayloads, PayloadsHandle
 from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
+from moegen.runtime.collective import CollectiveOps
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.membership import Membership
 from moegen.runtime.one_sided import OneSidedOps
+from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.streams import current_stream, record
 from moegen.runtime.worlds import as_rank_world
-from moegen.select import OneSidedSelection, combine_spec, dispatch_spec
+from moegen.select import OneSidedSelection, combine_spec, dispatch_spec, open_spec
 
 log = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 
 
-class OneSided(Membership[OneSidedOps]):
+class OneSided(Membership[OneSidedOps | CollectiveOps]):
     """One rank's end of a one-sided all-to-all. Collective to make and to call: every rank makes the same calls.
 
     Dispatch pushes one copy of a token's payloads, of whatever dtypes and widths, to every rank that holds one of its
@@ -44,6 +47,8 @@ class OneSided(Membership[OneSidedOps]):
             combine, if they have no more bytes.
         payloads: (columns, dtype) of each payload of the first dispatches, whose kernel is then loaded here. One for
             another set is loaded by the first dispatch that has it, on all ranks.
+        path: "ipc": ranks map each other's memory; "collective": an all-to-all of torch.distributed on whatever backend
+            the group has, fixed sizes, no mask; "auto": ipc where it is possible.
         expert_rows: make room for `expert_rows()`, where experts may write what combine then reads from there.
         warp_groups: e.g. "1x14"; None: what is fastest.
         num_sms: thread blocks per launch at most; None: as many as are useful.
@@ -71,6 +76,7 @@ class OneSided(Membership[OneSidedOps]):
         hidden: int,
         dtype: torch.dtype = torch.bfloat16,
         payloads: Sequence[tuple[int, torch.dtype]] = (),
+        path: str = "auto",
         expert_rows: bool = False,
         warp_groups: str | None = None,
         num_sms: int | None = None,
@@ -84,6 +90,7 @@ class OneSided(Membership[OneSidedOps]):
         checks.seconds("timeout", timeout)
         self.world = as_rank_world(group_or_world, device)
         self.device = self.world.device
+        checks.one_of("path", path, ("auto", *PATHS))
         self.problem = payload_checks.problem(
             self.world.size,
             num_experts=num_experts,
@@ -93,15 +100,17 @@ class OneSided(Membership[OneSidedOps]):
             payload_bytes=payload_bytes,
             dtype=dtype,
             warp_groups=warp_groups,
+            path=choose(self.world, path),
             on_host=self.device.type == "cpu",
         )
         self.dtype, self.payload_bytes, self._expert_rows = dtype, payload_bytes, expert_rows
         self.combine_bytes = hidden * dtype.itemsize
         self._settings = (payload_bytes, expert_rows, timeout, first_epoch)
-        foreseen: list[OneSidedDispatch | OneSidedCombine] = [
-            self._combine_spec(dtype, payload_checks.usual_out(dtype))
-        ]
-        if expert_rows:
+        collective = self.problem.path == "collective"
+        foreseen: list[Spec] = [self._combine_spec(dtype, payload_checks.usual_out(dtype))]
+        if collective:
+            foreseen.append(open_spec(self.problem))
+        elif expert_rows:
             foreseen.append(self._combine_spec(dtype, payload_checks.usual_out(dtype), pulls=True))
         if payloads:
             widths = tuple(columns * each.itemsize for columns, each in payloads)
@@ -110,23 +119,23 @@ class OneSided(Membership[OneSidedOps]):
         kernels = self._load(foreseen)
         failure: Exception | None = None
         try:
-            self._ops = OneSidedOps(
-                self.world,
-                self.problem,
-                payload_bytes=payload_bytes,
-                combine_bytes=self.combine_bytes,
-                expert_rows=expert_rows,
-                timeout=timeout,
-                num_sms=num_sms,
-                first_epoch=first_epoch,
-            )
+            self._ops = self._make_ops(num_sms)
             for kernel in kernels:
                 self._ops.bind(kernel)
             self._synchronize_device()
         except Exception as error:  # told to the other ranks below
             failure = error
         raise_on_all_ranks(self.world, failure, "could not make its buffers")
-        log.info("rank %d of %s: family a2a, path ipc, %s", self.world.rank, self.world.description, foreseen[0].stem)
+        described = (self.world.rank, self.world.description, self.problem.path, foreseen[0].stem)
+        log.info("rank %d of %s: family a2a, path %s, %s", *described)
+
+    def _make_ops(self, num_sms: int | None) -> OneSidedOps | CollectiveOps:
+        payload_bytes, expert_rows, timeout, first_epoch = self._settings
+        sizes = {"payload_bytes": payload_bytes, "combine_bytes": self.combine_bytes}
+        how: dict[str, Any] = {"timeout": timeout, "num_sms": num_sms, "first_epoch": first_epoch}
+        if self.problem.path == "collective":
+            return CollectiveOps(self.world, self.problem, **sizes, **how)
+        return OneSidedOps(self.world, self.problem, **sizes, expert_rows=expert_rows, **how)
 
     def dispatch(
         self,
@@ -187,7 +196,7 @@ class OneSided(Membership[OneSidedOps]):
             ops.dispatch, spec, moved, topk_idx, num_tokens, handle.addresses, slots, stats, gathered, unused_ids,
             active, timeout,
         )  # fmt: skip
-        return DispatchedPayloads(self._views(moved, widths, slots), counts, gathered, handle)
+        return DispatchedPayloads(ops.views(moved, widths, slots), counts, gathered, handle)
 
     def combine(
         self,
@@ -236,7 +245,7 @@ class OneSided(Membership[OneSidedOps]):
         return out
 
     @property
-    def specs(self) -> tuple[OneSidedDispatch | OneSidedCombine, ...]:
+    def specs(self) -> tuple[Spec, ...]:
         """The kernels that are loaded so far."""
         return self._alive().specs
 
@@ -283,7 +292,7 @@ class OneSided(Membership[OneSidedOps]):
     def _combine_spec(self, dtype: torch.dtype, out: torch.dtype, *, pulls: bool = False) -> OneSidedCombine:
         return combine_spec(self.problem, payload_checks.WORDS[dtype], payload_checks.WORDS[out], pulls=pulls)
 
-    def _load(self, specs: Sequence[OneSidedDispatch | OneSidedCombine]) -> Any:
+    def _load(self, specs: Sequence[Spec]) -> Any:
         def select(problem: Problem) -> OneSidedSelection:
             return OneSidedSelection(tuple(specs))
 
@@ -298,12 +307,3 @@ class OneSided(Membership[OneSidedOps]):
         addresses = tuple(base + 4 * sum(sizes[:index]) for index in range(len(sizes)))
         handle = PayloadsHandle(self, tokens, slots, memory, addresses, current_stream(self.device))
         return handle, memory[-ranks:]
-
-    def _views(self, moved: Sequence[Tensor], widths: tuple[int, ...], slots: int) -> tuple[Tensor, ...]:
-        """The planes of the receive buffer, as what they hold."""
-        ops = self._alive()
-        views = []
-        for part, width, place in zip(moved, widths, ops.planes(widths, slots), strict=True):
-            rows = ops.memory.local[place : place + self.num_ranks * slots * width]
-            views.append(rows.view(part.dtype).view(self.num_ranks, slots, part.shape[1]))
-        return tuple(views)

@@ -37,6 +37,7 @@ def problem(
     payload_bytes: int,
     dtype: torch.dtype,
     warp_groups: str | None,
+    path: str,
     on_host: bool,
 ) -> Problem:
     """The arguments that decide the kernels; what only the Spec can judge is judged there."""
@@ -44,7 +45,7 @@ def problem(
     checks.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
     checks.in_range("payload_bytes", payload_bytes, 1, MAX_PAYLOADS * MAX_ROW_BYTES)
     shape = (num_ranks, num_experts, num_topk, hidden, max_tokens_per_rank)
-    return Problem(*shape, WORDS[dtype], "rank", on_host=on_host, warp_groups=warp_groups)
+    return Problem(*shape, WORDS[dtype], "rank", path, on_host=on_host, warp_groups=warp_groups)
 
 
 def usual_out(dtype: torch.dtype) -> torch.dtype:
@@ -106,6 +107,8 @@ def active(owner: OneSided, given: int | None) -> int:
     checks.in_range("active_ranks", given, 1, everyone)
     if not given >> owner.rank & 1:
         raise InputError(f"active_ranks={given:#x} leaves out rank {owner.rank}, which makes this call")
+    if owner.problem.path == "collective" and given != everyone:
+        raise InputError("on path collective all ranks take part in every call; leave active_ranks out")
     return given
 
 

@@ -42,7 +42,8 @@ class DispatchedPayloads:
 
     Attributes:
         payloads: [ranks, max_tokens, width] each, of the dtypes given: views of the receive buffer, valid until this
-            rank's next dispatch. Row (s, i) is of the i-th of source s's tokens that select an expert of this rank;
+            rank's next call, combine's kernel included: other ranks may then write again. On path collective a source's
+            rows lie side by side and sources further apart. Row (s, i) is of the i-th of source s's tokens that select an expert of this rank;
             rows from counts[s] on were not written.
         counts: int32 [ranks] on the device: rows from each source.
         stats: int32 [ranks, words]: every rank's statistics, if they were given; else None.

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 from moegen import tuning
 from moegen.errors import SpecError
 from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch, RowBytes
+from moegen.kernels.coll import CollectiveOpen, CollectivePack, CollectiveSum
 from moegen.kernels.ht import FORMATS, HighThroughputCombine, HighThroughputDispatch
 from moegen.kernels.ht_layout import HighThroughputLayout
 from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch
 from moegen.kernels.problem import Problem
-from moegen.kernels.spec import DTYPE_BYTES, MAX_BLOCK_WARPS, WARP_SIZE, WarpGroups
+from moegen.kernels.spec import DTYPE_BYTES, MAX_BLOCK_WARPS, WARP_SIZE, Spec, WarpGroups
 from moegen.tuning import Choice, Table
 
 Op = TypeVar("Op", LowLatencyDispatch, LowLatencyCombine)
@@ -203,7 +204,7 @@ def _make(cls: type[Op], problem: Problem, chosen: Choice, **more: str) -> Op:
 class OneSidedSelection:
     """Kernels of layout `rank`: those that one object loads together."""
 
-    specs: tuple[OneSidedDispatch | OneSidedCombine, ...]
+    specs: tuple[Spec, ...]
 
 
 ONE_SIDED_GROUPS = (
@@ -218,13 +219,14 @@ row; 14 and 7 of them divide it.
 
 
 def dispatch_spec(problem: Problem, widths: tuple[int, ...]) -> OneSidedDispatch:
-    """The kernel that moves payloads of so many bytes per token.
+    """The kernel that moves payloads of so many bytes per token; on path collective, into the chunks to be exchanged.
 
     Raises:
         SpecError: as `select`.
     """
     shape = (problem.num_ranks, problem.num_topk, problem.num_experts, problem.path)
-    return OneSidedDispatch(RowBytes(widths), *shape, _one_sided_groups(problem))
+    kind = CollectivePack if problem.path == "collective" else OneSidedDispatch
+    return kind(RowBytes(widths), *shape, _one_sided_groups(problem))
 
 
 def combine_spec(problem: Problem, dtype: str, out: str, *, pulls: bool = False) -> OneSidedCombine:
@@ -238,7 +240,14 @@ def combine_spec(problem: Problem, dtype: str, out: str, *, pulls: bool = False)
     """
     destinations = min(problem.num_ranks, problem.num_topk)
     shape = (problem.num_ranks, problem.hidden, destinations, problem.path)
+    if problem.path == "collective":
+        return CollectiveSum(dtype, out, *shape, _one_sided_groups(problem))
     return OneSidedCombine(dtype, out, *shape, _one_sided_groups(problem), rows="pulled" if pulls else "pushed")
+
+
+def open_spec(problem: Problem) -> CollectiveOpen:
+    """The kernel that reads the headers of exchanged chunks."""
+    return CollectiveOpen(problem.num_ranks, "collective", WarpGroups(1, 1) if problem.on_host else WarpGroups(1, 8))
 
 
 def _one_sided_groups(problem: Problem) -> WarpGroups:

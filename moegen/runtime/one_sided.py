@@ -17,6 +17,7 @@ from moegen.kernels.a2a import (
     roles,
 )
 from moegen.kernels.problem import Problem
+from moegen.kernels.spec import Spec
 from moegen.runtime.bound import BoundKernel, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.low_latency import FIRST_EPOCH
@@ -82,7 +83,7 @@ class OneSidedOps:
         words[self.at.presence // 4 :][: 2 * problem.num_ranks] = signed(before)
         self._timeout, self._num_sms, self._world = timeout, num_sms, world
         self._order = StreamOrder(world.device)
-        self._bound: dict[OneSidedDispatch | OneSidedCombine, tuple[BoundKernel, Watchdog]] = {}
+        self._bound: dict[Spec, tuple[BoundKernel, Watchdog]] = {}
 
     def bind(self, kernel: LoadedKernel) -> None:
         """Makes a loaded kernel ready for launches."""
@@ -115,8 +116,17 @@ class OneSidedOps:
         self._bound[spec] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying), watchdog
 
     @property
-    def specs(self) -> tuple[OneSidedDispatch | OneSidedCombine, ...]:
+    def specs(self) -> tuple[Spec, ...]:
         return tuple(self._bound)
+
+    def views(self, parts: Sequence[torch.Tensor], widths: tuple[int, ...], slots: int) -> tuple[torch.Tensor, ...]:
+        """The planes, as what they hold: [ranks, slots, columns] of each payload."""
+        ranks = self.problem.num_ranks
+        planes = (self.memory.local[place:] for place in self.planes(widths, slots))
+        return tuple(
+            plane[: ranks * slots * width].view(part.dtype).view(ranks, slots, part.shape[1])
+            for part, width, plane in zip(parts, widths, planes, strict=True)
+        )
 
     def expert_rows(self, slots: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """The region of experts' rows: [ranks, slots, hidden]."""
@@ -128,7 +138,7 @@ class OneSidedOps:
         """Whether these rows are that region."""
         return self.at.expert_rows < self.at.end and y.data_ptr() == self.memory.local.data_ptr() + self.at.expert_rows
 
-    def knows(self, spec: OneSidedDispatch | OneSidedCombine) -> bool:
+    def knows(self, spec: Spec) -> bool:
         return spec in self._bound
 
     def planes(self, widths: tuple[int, ...], slots: int) -> list[int]:

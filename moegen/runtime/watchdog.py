@@ -6,10 +6,22 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 
-from moegen.errors import CapacityError, InvalidRoutingError, PeerTimeoutError
+from moegen.errors import CapacityError, InvalidRoutingError, PeerTimeoutError, WorldError
 from moegen.runtime.memory import HostWords
 
-_FIELDS = ("valid", "phase", "rank", "peer", "index", "epoch", "expected", "seen", "invalid_token", "rows_needed")
+_FIELDS = (
+    "valid",
+    "phase",
+    "rank",
+    "peer",
+    "index",
+    "epoch",
+    "expected",
+    "seen",
+    "invalid_token",
+    "mismatched",
+    "rows_needed",
+)
 _FAILURE_BYTES = 4 * len(_FIELDS)
 
 
@@ -53,7 +65,16 @@ class Watchdog:
         self.raise_expired()
         for kernel, stem in enumerate(self._stems):
             self._raise_invalid(kernel, stem)
+            self._raise_mismatched(kernel, stem)
             self._raise_overfull(kernel, stem)
+
+    def _raise_mismatched(self, kernel: int, stem: str) -> None:
+        rank = self._taken(kernel, "mismatched") - 1
+        if rank >= 0:
+            raise WorldError(
+                f"{stem}: what rank {rank} has sent belongs to another call: all ranks make the same calls of the same "
+                "objects, with the same max_tokens, in the same order. Its rows were left out"
+            )
 
     def _taken(self, kernel: int, word: str) -> int:
         """A word, which is cleared."""

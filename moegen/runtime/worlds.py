@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from moegen.errors import CapacityError, InputError, WorldError
+from moegen.errors import CapacityError, InputError, UnsupportedPlatformError, WorldError
 from moegen.runtime.memory import SymmetricMemory, raise_first, share_between_gpus, share_between_processes
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,15 @@ class RankWorld(ABC):
     @abstractmethod
     def allocate(self, size: int) -> SymmetricMemory:
         """`size` bytes on every rank, zeroed and mapped into all. Collective."""
+
+    def all_to_all(self, output: torch.Tensor, given: torch.Tensor) -> None:
+        """Sends the r-th equal part of `given` to rank r and leaves what rank r has sent to this one in the r-th part
+        of `output`: both contiguous, of equal sizes on all ranks. Collective, on the current stream.
+
+        Raises:
+            UnsupportedPlatformError: the ranks have no way to.
+        """
+        raise UnsupportedPlatformError(f"{self.description} exchange no tensors: path collective needs a process group")
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""
@@ -133,6 +142,15 @@ class LocalRank(RankWorld):
     def exchange(self, value: Any) -> list[Any]:
         return self._world._gather(self.rank, value)
 
+    def all_to_all(self, output: torch.Tensor, given: torch.Tensor) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()  # the parts are made, and others may copy theirs
+        for part, source in zip(output.chunk(self.size), self.exchange(given), strict=True):
+            part.copy_(source.chunk(self.size)[self.rank])
+        if self._stream is not None:
+            self._stream.synchronize()
+        self.barrier()
+
     def allocate(self, size: int) -> SymmetricMemory:
         failed, local = "", torch.empty(0, dtype=torch.uint8)
         try:
@@ -180,6 +198,15 @@ class GroupWorld(RankWorld):
         values: list[Any] = [None] * self.size
         self._dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def all_to_all(self, output: torch.Tensor, given: torch.Tensor) -> None:
+        try:
+            self._dist.all_to_all_single(output, given, group=self._group)
+        except RuntimeError as error:
+            raise UnsupportedPlatformError(
+                f"the group cannot exchange tensors on {self.device.type}: {error}. Path collective needs one whose "
+                "backend can (nccl for GPUs, gloo or mpi for CPUs)"
+            ) from error
 
     def allocate(self, size: int) -> SymmetricMemory:
         if self.device.type == "cuda":

@@ -23,6 +23,7 @@ struct Failure {
     uint32_t expected;
     uint32_t seen;
     uint32_t invalid_token;  // 1 + a token that selected an expert that does not exist; 0: none did
+    uint32_t mismatched;     // 1 + a rank whose rows belong to another call than this rank's; 0: none
     uint32_t rows_needed;    // more rows came than there was room for: room for at least so many; 0: all had room
 };
 

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Family `coll`, collective: what goes before and behind an all-to-all of torch.distributed, where no memory is shared.
+
+This module is the host half of `templates/coll_pack.cu.jinja`, `templates/coll_open.cu.jinja` and
+`templates/coll_sum.cu.jinja`: their Specs, their parameter structs, and where things lie in the buffers. None of these
+kernels waits for anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from moegen.kernels.a2a import MAX_STATS, OneSidedCombine, OneSidedDispatch, OneSidedSpec, planes
+from moegen.kernels.ll import ceil_div
+from moegen.kernels.params import Param, ParamStruct
+from moegen.kernels.spec import MAX_RANKS, WarpGroups, tag
+
+HEADER_WORDS = 8
+"""32-bit words of a chunk's header, ahead of the statistics: its rows, the tokens of its source, the rows that it has
+room for, the object and the call that it belongs to, and zeros.
+"""
+
+HEADER_BYTES = 4 * (HEADER_WORDS + MAX_STATS)
+CHUNK_ALIGNMENT = 128
+
+_SENDERS = Param("Blocks", "senders", "blocks that pack rows")
+_RECEIVERS = Param("Blocks", "receivers", "the block that writes headers")
+
+
+@dataclass(frozen=True)
+class CollectivePack(OneSidedDispatch, family="coll", op="pack"):
+    """Puts a token's payloads once into the chunk of every rank that holds one of its experts, in the order of the
+    tokens. A chunk is a header and a plane [slots, width] for each payload.
+    """
+
+    path: str = tag(one_of=("collective",))
+
+    @property
+    def header_words(self) -> int:
+        return HEADER_WORDS
+
+    @cached_property
+    def params(self) -> ParamStruct:
+        number = len(self.payloads.widths)
+        return ParamStruct(
+            (
+                Param("uint8_t*", "chunks", "[ranks][chunk bytes]: what goes to each rank"),
+                Param("const uint8_t*", "payloads", "[tokens, width] of each", number),
+                Param("uint64_t", "planes", "of each payload: [slots, width], bytes from the chunk's begin", number),
+                Param("const void*", "topk_idx", "[tokens, topk] int32 or int64"),
+                Param("const int32_t*", "num_tokens", "one number: tokens of this call; null: `tokens`"),
+                Param("uint64_t*", "token_ranks", "[tokens]: bit r: rank r holds an expert of this token"),
+                Param("int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
+                Param("int32_t*", "tokens_sent", "one number: the tokens of this call"),
+                Param("const int32_t*", "stats", "[stats words] of this rank, or null"),
+                Param("Control*", "control", "the number of the call"),
+                Param("Failure*", "failure", "where the host reads what went wrong"),
+                Param("uint64_t", "active", "all ones: every rank takes part"),
+                Param("uint64_t", "chunk_bytes", "of one rank"),
+                _SENDERS,
+                _RECEIVERS,
+                Param("uint32_t", "object", "a number that all ranks' ends of this object share"),
+                Param("uint32_t", "tokens", "tokens of this rank"),
+                Param("uint32_t", "slots", "rows that a source may send to a rank in this call"),
+                Param("uint32_t", "stats_words", "statistics of a rank"),
+                Param("uint32_t", "ids_payload", "payload whose unused rows are filled"),
+                Param("uint32_t", "id_words", "of its rows; 0: none is filled"),
+                Param("int32_t", "unused_id", "what they are filled with"),
+                Param("uint32_t", "wide_ids", "1: topk_idx is int64"),
+            )
+        )
+
+
+@dataclass(frozen=True)
+class CollectiveOpen(OneSidedSpec, family="coll", op="open"):
+    """Reads the headers of what has come: how many rows from each source, and whether they belong to this call."""
+
+    num_ranks: int = tag("r")
+    path: str = tag(one_of=("collective",))
+    warp_groups: WarpGroups = tag("w")
+
+    def validate(self) -> None:
+        self.require(1 <= self.num_ranks <= MAX_RANKS, f"num_ranks is 1..{MAX_RANKS}; got {self.num_ranks}")
+        self.require_groups()
+
+    @property
+    def groups(self) -> WarpGroups:
+        return self.warp_groups
+
+    @property
+    def header_words(self) -> int:
+        return HEADER_WORDS
+
+    @cached_property
+    def params(self) -> ParamStruct:
+        return ParamStruct(
+            (
+                Param("const uint8_t*", "chunks", "[ranks][chunk bytes]: what has come from each rank"),
+                Param("int32_t*", "counts", "[ranks]: rows from each source"),
+                Param("int32_t*", "gathered", "[ranks, stats words], or null"),
+                Param("const Control*", "control", "the number of the call behind this one"),
+                Param("Failure*", "failure", "where the host reads what went wrong"),
+                Param("uint64_t", "chunk_bytes", "of one rank"),
+                Param("uint32_t", "object", "a number that all ranks' ends of this object share"),
+                Param("uint32_t", "slots", "rows that a source may send to a rank in this call"),
+                Param("uint32_t", "stats_words", "statistics of a rank"),
+            )
+        )
+
+
+@dataclass(frozen=True)
+class CollectiveSum(OneSidedCombine, family="coll", op="sum"):
+    """Adds a token's rows up, which have come back from the ranks that it went to."""
+
+    path: str = tag(one_of=("collective",))
+
+    @property
+    def pulls(self) -> bool:
+        """They are all here."""
+        return True
+
+    @cached_property
+    def params(self) -> ParamStruct:
+        return ParamStruct(
+            (
+                Param("const uint8_t*", "rows", "[ranks, slots, hidden]: what has come back from each rank"),
+                Param("uint8_t*", "out", "[tokens, hidden]"),
+                Param("const uint64_t*", "token_ranks", "[tokens]: bit r: rank r holds an expert of this token"),
+                Param("const int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
+                Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
+                Param("Blocks", "receivers", "all blocks"),
+                Param("uint32_t", "tokens", "tokens of this rank"),
+                Param("uint32_t", "slots", "rows that a source could send to a rank in that dispatch"),
+            )
+        )
+
+
+def chunk_planes(widths: tuple[int, ...], slots: int) -> list[int]:
+    """Where each payload's plane begins in a chunk, and how long the chunk is: bytes."""
+    end = planes((*widths, 1), 1, slots, HEADER_BYTES)
+    return [*end[:-1], ceil_div(end[-1], CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT]

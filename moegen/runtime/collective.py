@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Family `coll` at run time: buffers of this rank's own, launches, and all-to-alls of torch.distributed in between."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Sequence
+
+import torch
+
+from moegen.kernels.a2a import MAX_PAYLOADS, PHASES, PLANE_ALIGNMENT, roles
+from moegen.kernels.coll import (
+    CHUNK_ALIGNMENT,
+    HEADER_BYTES,
+    CollectiveOpen,
+    CollectivePack,
+    CollectiveSum,
+    chunk_planes,
+)
+from moegen.kernels.problem import Problem
+from moegen.kernels.spec import Spec
+from moegen.runtime.bound import BoundKernel, address, signed
+from moegen.runtime.kernel import LoadedKernel
+from moegen.runtime.low_latency import FIRST_EPOCH
+from moegen.runtime.memory import SymmetricMemory
+from moegen.runtime.one_sided import OF_HANDLE
+from moegen.runtime.streams import StreamOrder
+from moegen.runtime.watchdog import Watchdog
+from moegen.runtime.worlds import RankWorld
+
+log = logging.getLogger(__name__)
+
+_CONTROL_WORDS = 32
+
+_VARYING: dict[type, tuple[str, ...]] = {
+    CollectivePack: (
+        "payloads",
+        "planes",
+        "topk_idx",
+        "num_tokens",
+        *OF_HANDLE[:3],
+        "stats",
+        "chunk_bytes",
+        "tokens",
+        "slots",
+        "stats_words",
+        "ids_payload",
+        "id_words",
+        "unused_id",
+        "wide_ids",
+    ),
+    CollectiveOpen: ("counts", "gathered", "chunk_bytes", "slots", "stats_words"),
+    CollectiveSum: ("out", *OF_HANDLE[:3], "tokens", "slots"),
+}
+
+
+class CollectiveOps:
+    """One rank's dispatch and combine, as `moegen.runtime.one_sided.OneSidedOps`. Nothing of one rank's is mapped into
+    another: `memory` is this rank's, [chunks to send][chunks that came][rows that came back].
+    """
+
+    def __init__(
+        self,
+        world: RankWorld,
+        problem: Problem,
+        *,
+        payload_bytes: int,
+        combine_bytes: int,
+        timeout: float,
+        num_sms: int | None,
+        first_epoch: int = FIRST_EPOCH,
+    ) -> None:
+        self.problem = problem
+        ranks, slots = problem.num_ranks, problem.max_tokens
+        padding = (MAX_PAYLOADS + 1) * PLANE_ALIGNMENT + CHUNK_ALIGNMENT
+        self._chunks = ranks * (HEADER_BYTES + slots * payload_bytes + padding)
+        rows = ranks * slots * combine_bytes
+        self.buffer_bytes = 2 * self._chunks + rows
+        log.info("rank %d allocates %s bytes for chunks and rows", world.rank, f"{self.buffer_bytes:,}")
+        local = torch.zeros(self.buffer_bytes, dtype=torch.uint8, device=world.device)
+        self.memory = SymmetricMemory(local, (local.data_ptr(),))
+        self._control = torch.zeros(_CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        self._control[0] = signed(first_epoch)
+        self._object = world.exchange(secrets.randbits(32))[0]
+        self._timeout, self._num_sms, self._world = timeout, num_sms, world
+        self._order = StreamOrder(world.device)
+        self._expert_rows: torch.Tensor | None = None
+        self._bound: dict[Spec, tuple[BoundKernel, Watchdog]] = {}
+
+    def bind(self, kernel: LoadedKernel) -> None:
+        """Makes a loaded kernel ready for launches."""
+        spec, base = kernel.spec, self.memory.local.data_ptr()
+        watchdog = Watchdog([spec.stem], PHASES, self._timeout, pinned=self._world.device.type == "cuda")
+        resident = kernel.blocks(1, self._num_sms)
+        common: dict[str, int | Sequence[int]] = {"control": self._control.data_ptr(), "failure": watchdog.address(0)}
+        blocks = 1
+        if isinstance(spec, CollectivePack):
+            who = roles(spec, self.problem.max_tokens, resident)
+            everyone = (1 << self.problem.num_ranks) - 1
+            blocks, common = who.blocks, common | {"chunks": base, "active": everyone, "object": self._object}
+            common |= {"senders": who.senders, "receivers": who.receivers}
+        elif isinstance(spec, CollectiveOpen):
+            common |= {"chunks": base + self._chunks, "object": self._object}
+        else:
+            assert isinstance(spec, CollectiveSum)
+            who = roles(spec, self.problem.max_tokens, resident)
+            blocks, common = who.blocks, {"rows": base + 2 * self._chunks, "receivers": (0, who.blocks)}
+        params = spec.params
+        self._bound[spec] = BoundKernel(kernel, params, blocks, common, _VARYING[type(spec)]), watchdog
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        return tuple(self._bound)
+
+    def expert_rows(self, slots: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows may lie anywhere here; this is some memory for them."""
+        if self._expert_rows is None:
+            size = self.buffer_bytes - 2 * self._chunks
+            self._expert_rows = torch.zeros(size, dtype=torch.uint8, device=self._world.device)
+        ranks = self.problem.num_ranks
+        size = ranks * slots * hidden * dtype.itemsize
+        return self._expert_rows[:size].view(dtype).view(ranks, slots, hidden)
+
+    def holds(self, y: torch.Tensor) -> bool:
+        """All rows are exchanged in the same way."""
+        return False
+
+    def knows(self, spec: Spec) -> bool:
+        return spec in self._bound
+
+    def views(self, parts: Sequence[torch.Tensor], widths: tuple[int, ...], slots: int) -> tuple[torch.Tensor, ...]:
+        """What has come, as [ranks, slots, columns] of each payload: a source's rows side by side, sources a chunk
+        apart.
+        """
+        *places, chunk_bytes = chunk_planes(widths, slots)
+        ranks = self.problem.num_ranks
+        came = self.memory.local[self._chunks :][: ranks * chunk_bytes].view(ranks, chunk_bytes)
+        planes = (came[:, place : place + slots * width] for place, width in zip(places, widths, strict=True))
+        return tuple(
+            plane.view(part.dtype).unflatten(1, (slots, part.shape[1]))
+            for part, plane in zip(parts, planes, strict=True)
+        )
+
+    def dispatch(
+        self,
+        spec: CollectivePack,
+        payloads: Sequence[torch.Tensor],
+        topk_idx: torch.Tensor,
+        num_tokens: torch.Tensor | None,
+        addresses: tuple[int, ...],
+        slots: int,
+        stats: torch.Tensor | None,
+        gathered: torch.Tensor | None,
+        unused_ids: tuple[int, int] | None,
+        active: int,
+        timeout: float | None,
+    ) -> None:
+        """Packs, exchanges, and reads the headers; arguments are checked already. `active`: all ranks."""
+        self._order.follow("coll")
+        widths = spec.payloads.widths
+        *places, chunk_bytes = chunk_planes(widths, slots)
+        index, unused_id = unused_ids or (0, 0)
+        words = 0 if stats is None else stats.numel()
+        pack, _ = self._bound[spec]
+        pack(
+            *(payload.data_ptr() for payload in payloads),
+            *places,
+            topk_idx.data_ptr(),
+            address(num_tokens),
+            *addresses[:3],
+            address(stats),
+            chunk_bytes,
+            topk_idx.shape[0],
+            slots,
+            words,
+            index,
+            0 if unused_ids is None else widths[index] // 4,
+            unused_id,
+            topk_idx.dtype == torch.int64,
+        )
+        size = self.problem.num_ranks * chunk_bytes
+        self._world.all_to_all(self.memory.local[self._chunks :][:size], self.memory.local[:size])
+        opens, _ = self._bound[self._open]
+        opens(addresses[3], address(gathered), chunk_bytes, slots, words)
+
+    def combine(
+        self,
+        spec: CollectiveSum,
+        y: torch.Tensor,
+        out: torch.Tensor,
+        addresses: tuple[int, ...],
+        slots: int,
+        active: int,
+        timeout: float | None,
+    ) -> None:
+        """Exchanges rows and adds them up; arguments are checked already. Rows lie in `y` as they are to be sent."""
+        self._order.follow("coll")
+        rows = y.view(torch.uint8).view(-1)
+        self._world.all_to_all(self.memory.local[2 * self._chunks :][: rows.numel()], rows)
+        add, _ = self._bound[spec]
+        add(out.data_ptr(), *addresses[:3], out.shape[0], slots)
+
+    @property
+    def _open(self) -> CollectiveOpen:
+        return next(spec for spec in self._bound if isinstance(spec, CollectiveOpen))
+
+    def raise_expired(self) -> None:
+        """Nothing here waits for a rank; torch.distributed does, and raises for itself."""
+
+    def raise_what_happened(self) -> None:
+        for _, watchdog in self._bound.values():
+            watchdog.raise_what_happened()
