@@ -41,10 +41,10 @@ class DispatchedPayloads:
     """What came to this rank, layout `rank`.
 
     Attributes:
-        payloads: [ranks, max_tokens, width] each, of the dtypes given: views of the receive buffer, valid until this
-            rank's next call, combine's kernel included: other ranks may then write again. On path collective a source's
-            rows lie side by side and sources further apart. Row (s, i) is of the i-th of source s's tokens that select an expert of this rank;
-            rows from counts[s] on were not written.
+        payloads: [ranks, max_tokens, width] each, of the dtypes given. Row (s, i) is of the i-th of source s's tokens
+            that select an expert of this rank; rows from counts[s] on were not written. They are views of the receive
+            buffer, valid until this rank's next call, combine's kernel included: other ranks may then write again. On
+            path collective, rows of a source lie side by side, and sources further apart.
         counts: int32 [ranks] on the device: rows from each source.
         stats: int32 [ranks, words]: every rank's statistics, if they were given; else None.
         handle: for combine.
