@@ -196,7 +196,9 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
             ops.dispatch, spec, moved, topk_idx, num_tokens, handle.addresses, slots, stats, gathered, unused_ids,
             active, timeout,
         )  # fmt: skip
-        return DispatchedPayloads(ops.views(moved, widths, slots), counts, gathered, handle)
+        return DispatchedPayloads(
+            ops.views(moved, widths, slots, 0 if stats is None else stats.numel()), counts, gathered, handle
+        )
 
     def combine(
         self,

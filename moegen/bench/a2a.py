@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moegen.bench.a2a_case import OPS, Inputs, OneSidedCase
+from moegen.bench.a2a_case import Inputs, OneSidedCase
 from moegen.bench.a2a_config import OneSidedConfig
 from moegen.bench.barrier import DeviceBarrier
 from moegen.bench.eager import measure_eager
@@ -52,7 +52,7 @@ def measure(world: RankWorld, config: OneSidedConfig) -> Json:
     meet(world)
     barrier.destroy()
     return {
-        "bench": "a2a",
+        "bench": "coll" if config.path == "collective" else "a2a",
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": config.command,
@@ -79,7 +79,8 @@ def _measure_tokens(
         payload_bytes=config.dispatch_row_bytes,
         hidden=config.hidden,
         payloads=payloads,
-        expert_rows=True,
+        expert_rows=config.path == "ipc",
+        path=config.path,
         timeout=config.timeout,
     ) as layer:
         inputs = Inputs(world, config, tokens)
@@ -93,7 +94,7 @@ def _measure_tokens(
                 "stems": sorted(spec.stem for spec in layer.specs),
             }
             made: dict[str, OneSidedCase] = {}
-            for op in OPS:
+            for op in config.ops_timed:
                 batch = Batch.draw(world, config, tokens, routing, seed_of(config.seed, tokens, routing, op))
                 made[op] = OneSidedCase(layer, config, op, inputs, batch)
                 timed = time_case(world, config, clock, made[op])

@@ -19,9 +19,6 @@ from moegen.payloads import DispatchedPayloads
 from moegen.reference import expert_ranges
 from moegen.runtime.worlds import RankWorld
 
-OPS = ("dispatch", "combine", "combine_in_place", "pair", "pair_in_place")
-"""In place: combine takes rows that lie in symmetric memory."""
-
 _BUFFERS = 16
 """Of tokens and of expert outputs, at most; as many as are larger than twice the L2 cache."""
 
@@ -78,6 +75,7 @@ class OneSidedCase:
         self._ids = batch.own_ids.int()
         self._out = torch.empty(inputs.tokens, config.hidden, dtype=torch.bfloat16, device=layer.device)
         self._last = self._call_dispatch(0)
+        self._exchanged = self._exchange_buffers() if op == "pair_of_exchanges" else []
         self._in_place: torch.Tensor | None = None
         if op.endswith("_in_place"):
             self._in_place = layer.expert_rows().copy_(inputs.y[0])
@@ -85,8 +83,13 @@ class OneSidedCase:
 
     def steps(self) -> list[Step]:
         """The op, as often as a recording holds it."""
-        whole = self.op.removesuffix("_in_place")
-        run = {"dispatch": self.dispatch, "combine": self.combine, "pair": self.pair}[whole]
+        whole = self.op.removesuffix("_in_place")  # then combine takes rows that lie in symmetric memory
+        run = {
+            "dispatch": self.dispatch,
+            "combine": self.combine,
+            "pair": self.pair,
+            "pair_of_exchanges": self.exchanges,
+        }[whole]
         return [partial(run, number) for number in range(self._config.ops)]
 
     def dispatch(self, number: int) -> None:
@@ -99,6 +102,19 @@ class OneSidedCase:
     def pair(self, number: int) -> None:
         self.dispatch(number)
         self.combine(number)
+
+    def exchanges(self, number: int) -> None:
+        """Two all-to-alls of the rows that the routing needs on average, and nothing else."""
+        for given, came in self._exchanged:
+            self._layer.world.all_to_all(came, given)
+
+    def _exchange_buffers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        ranks = self._config.ranks
+        rows = sum(int(self._goes(source, rank).sum()) for source in range(ranks) for rank in range(ranks))
+        sizes = (rows // ranks * each for each in (self._config.dispatch_row_bytes, self._config.row_bytes))
+        device = self._layer.device
+        given = [torch.zeros(size // ranks * ranks, dtype=torch.uint8, device=device) for size in sizes]
+        return [(each, torch.empty_like(each)) for each in given]
 
     def _call_dispatch(self, number: int) -> DispatchedPayloads:
         x = self._inputs.x[number % len(self._inputs.x)]
@@ -122,9 +138,9 @@ class OneSidedCase:
         meet(self._layer.world)
         self._layer.check()
         last = self._config.ops - 1
-        if not self.op.startswith("combine"):
+        if not self._exchanged and not self.op.startswith("combine"):
             self._check_rows(last % len(self._inputs.x))
-        if self.op != "dispatch":
+        if not self._exchanged and self.op != "dispatch":
             self._check_sums(0 if self._in_place is not None else last % len(self._inputs.y))
         meet(self._layer.world)
 

@@ -12,7 +12,20 @@ from moegen.bench.config import LowLatencyConfig
 class OneSidedConfig(LowLatencyConfig):
     """One run: bfloat16 tokens, int32 ids and float32 weights there, bfloat16 rows back. Each number of tokens is a
     capacity, too.
+
+    Attributes:
+        path: of the objects, as `OneSided`.
     """
+
+    path: str = "ipc"
+
+    @property
+    def ops_timed(self) -> tuple[str, ...]:
+        """Names of ops: of path collective one that makes only the exchanges, of as many bytes as the routing needs."""
+        both = ("dispatch", "combine", "pair")
+        return (
+            (*both, "pair_of_exchanges") if self.path == "collective" else (*both, "combine_in_place", "pair_in_place")
+        )
 
     @property
     def dispatch_row_bytes(self) -> int:
@@ -20,4 +33,4 @@ class OneSidedConfig(LowLatencyConfig):
 
     @property
     def command(self) -> str:
-        return super().command.replace("moegen bench ll", "moegen bench a2a")
+        return super().command.replace("moegen bench ll", f"moegen bench a2a --path {self.path}")

@@ -85,7 +85,10 @@ def _run_rank(measure: Measure[Config], config: Config, rank: int, local_rank: i
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=config.ranks)
+    # Object collectives go by the CPU's backend; tensors are exchanged by that of their device.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=config.ranks
+    )
     # Graphs cannot be captured on the default stream.
     with torch.cuda.stream(torch.cuda.Stream(device)) if cuda else nullcontext():
         result = _prepared(GroupWorld(None, device), measure, config)

@@ -113,7 +113,7 @@ def traffic_of(
     if op.endswith("_receive"):
         whole = op.removesuffix("_receive")
         return [one.unpacked() for one in traffic_of(whole, moved, dispatch_row_bytes, combine_row_bytes, nodes)]
-    op = op.removesuffix("_send").removesuffix("_in_place")
+    op = op.removesuffix("_send").removesuffix("_in_place").removesuffix("_of_exchanges")
     there = dispatch_traffic(moved, dispatch_row_bytes, nodes)
     if op == "dispatch":
         return there

@@ -137,13 +137,14 @@ def a2a(
     experts: Annotated[int, typer.Option(help="experts,")] = 0,
     topk: Annotated[int, typer.Option(help="and selections per token.")] = 0,
     routing: Annotated[str, typer.Option(help="uniform, zipf, hot (one rank gets everything).")] = "uniform,zipf,hot",
+    path: Annotated[str, typer.Option(help="ipc or collective.")] = "ipc",
     ops: Annotated[int, typer.Option(min=0, help="Ops in a graph; 0: 50, on a CPU 2.")] = 0,
     replays: Annotated[int, typer.Option(min=0, help="Timed replays of a graph; 0: 100, on a CPU 3.")] = 0,
     calls: Annotated[int, typer.Option(min=0, help="Calls in an eager loop; 0: 100, on a CPU 2.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of all random inputs.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the table.")] = RESULTS,
 ) -> None:
-    """One-sided dispatch and combine: graphs, eager calls, and the link's limit in the same run."""
+    """One-sided dispatch and combine, or the same over collectives: graphs, eager calls, and the link's limit."""
     from moegen.bench import launch, report
     from moegen.bench.a2a import measure
     from moegen.bench.a2a_config import OneSidedConfig
@@ -151,12 +152,12 @@ def a2a(
 
     shape, counts = (preset, hidden, experts, topk), (ops, replays, calls)
     base = _config(ranks, device, world, shape, common.numbers(tokens), routing, 0, counts, seed, "", 0)
-    result = launch.run(measure, OneSidedConfig(**vars(base)))
+    result = launch.run(measure, OneSidedConfig(**vars(base), path=path))
     if result is None:
         return
     report.show(result, common.console())
-    for path in report.save(result, out):
-        typer.echo(f"wrote {path}")
+    for file in report.save(result, out):
+        typer.echo(f"wrote {file}")
 
 
 @app.command()

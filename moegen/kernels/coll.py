@@ -21,7 +21,7 @@ HEADER_WORDS = 8
 room for, the object and the call that it belongs to, and zeros.
 """
 
-HEADER_BYTES = 4 * (HEADER_WORDS + MAX_STATS)
+MAX_HEADER_BYTES = 4 * (HEADER_WORDS + MAX_STATS)
 CHUNK_ALIGNMENT = 128
 
 _SENDERS = Param("Blocks", "senders", "blocks that pack rows")
@@ -136,7 +136,8 @@ class CollectiveSum(OneSidedCombine, family="coll", op="sum"):
         )
 
 
-def chunk_planes(widths: tuple[int, ...], slots: int) -> list[int]:
+def chunk_planes(widths: tuple[int, ...], slots: int, stats_words: int) -> list[int]:
     """Where each payload's plane begins in a chunk, and how long the chunk is: bytes."""
-    end = planes((*widths, 1), 1, slots, HEADER_BYTES)
+    header = ceil_div(4 * (HEADER_WORDS + stats_words), CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
+    end = planes((*widths, 1), 1, slots, header)
     return [*end[:-1], ceil_div(end[-1], CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT]

@@ -12,7 +12,7 @@ import torch
 from moegen.kernels.a2a import MAX_PAYLOADS, PHASES, PLANE_ALIGNMENT, roles
 from moegen.kernels.coll import (
     CHUNK_ALIGNMENT,
-    HEADER_BYTES,
+    MAX_HEADER_BYTES,
     CollectiveOpen,
     CollectivePack,
     CollectiveSum,
@@ -74,7 +74,7 @@ class CollectiveOps:
         self.problem = problem
         ranks, slots = problem.num_ranks, problem.max_tokens
         padding = (MAX_PAYLOADS + 1) * PLANE_ALIGNMENT + CHUNK_ALIGNMENT
-        self._chunks = ranks * (HEADER_BYTES + slots * payload_bytes + padding)
+        self._chunks = ranks * (MAX_HEADER_BYTES + slots * payload_bytes + padding)
         rows = ranks * slots * combine_bytes
         self.buffer_bytes = 2 * self._chunks + rows
         log.info("rank %d allocates %s bytes for chunks and rows", world.rank, f"{self.buffer_bytes:,}")
@@ -129,11 +129,13 @@ class CollectiveOps:
     def knows(self, spec: Spec) -> bool:
         return spec in self._bound
 
-    def views(self, parts: Sequence[torch.Tensor], widths: tuple[int, ...], slots: int) -> tuple[torch.Tensor, ...]:
+    def views(
+        self, parts: Sequence[torch.Tensor], widths: tuple[int, ...], slots: int, words: int
+    ) -> tuple[torch.Tensor, ...]:
         """What has come, as [ranks, slots, columns] of each payload: a source's rows side by side, sources a chunk
         apart.
         """
-        *places, chunk_bytes = chunk_planes(widths, slots)
+        *places, chunk_bytes = chunk_planes(widths, slots, words)
         ranks = self.problem.num_ranks
         came = self.memory.local[self._chunks :][: ranks * chunk_bytes].view(ranks, chunk_bytes)
         planes = (came[:, place : place + slots * width] for place, width in zip(places, widths, strict=True))
@@ -159,9 +161,9 @@ class CollectiveOps:
         """Packs, exchanges, and reads the headers; arguments are checked already. `active`: all ranks."""
         self._order.follow("coll")
         widths = spec.payloads.widths
-        *places, chunk_bytes = chunk_planes(widths, slots)
-        index, unused_id = unused_ids or (0, 0)
         words = 0 if stats is None else stats.numel()
+        *places, chunk_bytes = chunk_planes(widths, slots, words)
+        index, unused_id = unused_ids or (0, 0)
         pack, _ = self._bound[spec]
         pack(
             *(payload.data_ptr() for payload in payloads),

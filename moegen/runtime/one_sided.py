@@ -119,8 +119,12 @@ class OneSidedOps:
     def specs(self) -> tuple[Spec, ...]:
         return tuple(self._bound)
 
-    def views(self, parts: Sequence[torch.Tensor], widths: tuple[int, ...], slots: int) -> tuple[torch.Tensor, ...]:
-        """The planes, as what they hold: [ranks, slots, columns] of each payload."""
+    def views(
+        self, parts: Sequence[torch.Tensor], widths: tuple[int, ...], slots: int, words: int
+    ) -> tuple[torch.Tensor, ...]:
+        """The planes, as what they hold: [ranks, slots, columns] of each payload. Statistics, of so many `words`, lie
+        elsewhere.
+        """
         ranks = self.problem.num_ranks
         planes = (self.memory.local[place:] for place in self.planes(widths, slots))
         return tuple(
