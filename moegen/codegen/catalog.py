@@ -13,7 +13,7 @@ from moegen.kernels.ll import MAX_TOKENS_PER_RANK
 from moegen.kernels.presets import preset
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
-from moegen.select import ONE_SIDED_GROUPS, RowSelection, combine_spec, dispatch_spec, select, select_rows
+from moegen.select import ONE_SIDED_GROUPS, RowSelection, combine_spec, dispatch_spec, open_spec, select, select_rows
 
 MAX_CATALOG = 50
 
@@ -41,7 +41,7 @@ whole ops.
 _PAYLOADS = (2, 4, 4)
 """Of the one-sided kernels that are built beforehand: bytes of hidden's elements, of ids and of weights."""
 
-FAMILIES = ("ll", "ht", "a2a")
+FAMILIES = ("ll", "ht", "a2a", "coll")
 
 
 def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = None, target: str = "sm90") -> list[Spec]:
@@ -60,6 +60,9 @@ def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = No
             specs.update(dict.fromkeys(_specs(preset_name, r, all_capacities(), on_host=on_host)))
         if family in (None, "a2a"):
             specs.update(dict.fromkeys(_one_sided(preset_name, r, all_one_sided_capacities(), on_host=on_host)))
+        if family in (None, "coll"):
+            capacities = all_one_sided_capacities()
+            specs.update(dict.fromkeys(_one_sided(preset_name, r, capacities, on_host=on_host, path="collective")))
         if family in (None, "ht"):
             for layout in LAYOUTS:
                 specs.update(dict.fromkeys(_rows(preset_name, r, layout=layout, on_host=on_host).specs))
@@ -85,6 +88,7 @@ def catalog() -> list[Spec]:
         selection = _rows(name, num_ranks, **options)
         specs.update(dict.fromkeys(selection.specs if number == 0 else (selection.dispatch, selection.combine)))
     specs.update(dict.fromkeys(_one_sided("deepseek-v3", 8, (128,))))
+    specs.update(dict.fromkeys(_one_sided("deepseek-v3", 8, (128,), path="collective")))
     specs.update(dict.fromkeys(_one_sided("tiny", 4, (128,), on_host=True)))
     if len(specs) > MAX_CATALOG:
         raise AssertionError(f"{len(specs)} kernels are too many to read; the catalog holds at most {MAX_CATALOG}")
@@ -99,7 +103,7 @@ def _specs(name: str, num_ranks: int, capacities: Sequence[int], **options: Any)
 
 
 def _one_sided(name: str, num_ranks: int, capacities: Sequence[int], **options: Any) -> Iterator[Spec]:
-    """Dispatch of tokens, ids and weights, and combine from any memory and in place."""
+    """Dispatch of tokens, ids and weights, and combine: from any memory and in place, or what path collective has."""
     layer = preset(name)
     element, id_bytes, weight_bytes = _PAYLOADS
     widths = (element * layer.hidden, id_bytes * layer.num_topk, weight_bytes * layer.num_topk)
@@ -108,7 +112,10 @@ def _one_sided(name: str, num_ranks: int, capacities: Sequence[int], **options: 
             num_ranks, layer.num_experts, layer.num_topk, layer.hidden, capacity, layout="rank", **options
         )
         yield dispatch_spec(problem, widths)
-        yield from (combine_spec(problem, "bf16", "bf16", pulls=pulls) for pulls in (False, True))
+        both = (False,) if problem.path == "collective" else (False, True)
+        yield from (combine_spec(problem, "bf16", "bf16", pulls=pulls) for pulls in both)
+        if problem.path == "collective":
+            yield open_spec(problem)
 
 
 def _rows(name: str, num_ranks: int, **options: Any) -> RowSelection:
