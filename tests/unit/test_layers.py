@@ -28,7 +28,7 @@ LAYERS = (
 """Lowest first; what stands on one line may import each other."""
 
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-ALONE = {"reference": {"torch"}, "reference_rows": {"torch"}}
+ALONE = {name: {"torch"} for name in ("reference", "reference_payloads", "reference_rows")}
 """Modules that import nothing of moegen but each other, and of others only these."""
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
