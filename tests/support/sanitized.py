@@ -10,8 +10,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+from support.a2a_data import How, PayloadShape, random_batch  # noqa: E402
+from support.a2a_layer import PayloadLayer  # noqa: E402
 from support.ht_layer import RowsLayer, RowsShape  # noqa: E402
 from support.layer import Layer, Shape, random_routing  # noqa: E402
 
@@ -29,6 +33,25 @@ ROWS_SHAPES = (
     RowsShape(4, 16, 4, 512, "token", "given"),
 )
 """Mode exact makes results between two launches, and what torch loads for that waits for the other ranks."""
+
+PAYLOAD_SHAPES = (
+    PayloadShape(1, 8, 8, 512, "sixteen", "pulled", "bf16", "fp32"),
+    PayloadShape(2, 13, 3, 512, "sixteen", "pushed", "fp32", "bf16"),
+    PayloadShape(3, 9, 2, 24, "small", "pushed", "fp32"),
+    PayloadShape(4, 384, 8, 2880, "fp8", "pulled", "fp8", "fp16", max_tokens=70),
+)
+
+
+def one_sided() -> None:
+    for shape in PAYLOAD_SHAPES:
+        layer = PayloadLayer(shape, "cuda", timeout=60.0)
+        ids = [index for index, (_, dtype) in enumerate(shape.columns) if dtype == torch.int32]
+        for seed, kind in enumerate(("uniform", "free", "none")):
+            tokens = [(11 * seed + 17 * rank) % (shape.max_tokens + 1) for rank in range(shape.ranks)]
+            how = How(narrow=seed % 2 == 1, stats=7 * seed, unused_ids=(ids[0], -1) if ids else None)
+            layer.round_trip(random_batch(shape, tokens, seed, kind), how)
+        layer.destroy()
+        print(f"{shape}: ok", flush=True)
 
 
 def high_throughput() -> None:
@@ -55,6 +78,7 @@ def main() -> None:
         layer.destroy()
         print(f"{shape}: ok", flush=True)
     high_throughput()
+    one_sided()
 
 
 if __name__ == "__main__":
