@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -152,4 +153,26 @@ def test_masks_that_cannot_be(device: str) -> None:
         assert combined.shape == (1, PULLED.hidden)
 
     layer.world.run(work)
+    layer.destroy()
+
+
+def test_what_is_not_loaded_is_not_loaded_without_everybody(device: str) -> None:
+    """Loading a kernel is for all ranks: one that makes no calls would be waited for without end."""
+    layer = PayloadLayer(PULLED, device)
+    batch, how = random_batch(PULLED, [1] * PULLED.ranks, 1, columns=((7, torch.uint8),)), How(active=0b0111)
+    refused = []
+
+    def work(world: RankWorld) -> None:
+        if world.rank == 3:
+            time.sleep(1)
+            raise RuntimeError("the rank that is left out ends")  # and with it what waits for it here
+        try:
+            layer.call(world, layer.given(batch, how, world.rank))
+        except errors.MissingKernelError as error:
+            refused.append(str(error))
+
+    with pytest.raises(RuntimeError, match="is left out"):
+        layer.world.run(work)
+    assert len(refused) == 3
+    assert "active_ranks" in refused[0]
     layer.destroy()
