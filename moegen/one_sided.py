@@ -160,9 +160,11 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
             num_tokens: int32 [1] on the device: how many of the T tokens count, read when the kernel runs, so that
                 one captured graph serves every batch size, none included.
             unused_ids: (index of an int32 payload, value): its rows that nothing came for are filled with the value.
-            stats: int32 [words], at most 1,024: numbers of this rank that every rank gets with the call.
+            stats: int32 [words], at most 1,024: numbers of this rank that every rank gets with the call. Those of ranks
+                that take no part are zeros.
             active_ranks: bit r: rank r takes part. The others are neither sent to nor waited for, and make no calls;
-                an object whose ranks have not all made the same calls cannot have them back. None: all ranks.
+                an object whose ranks have not all made the same calls cannot have them back. A call
+                that needs a kernel that is not loaded yet raises MissingKernelError then. None: all ranks.
             timeout: seconds, for this call in place of the object's.
 
         Raises:
@@ -187,7 +189,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         if timeout is not None:
             checks.seconds("timeout", timeout)
         widths = tuple(part.shape[1] * part.element_size() for part in moved)
-        spec = self._ready(dispatch_spec(self.problem, widths))
+        spec = self._ready(dispatch_spec(self.problem, widths), active)
         handle, counts = self._handle(moved[0].shape[0], slots)
         gathered = None if stats is None else torch.empty(
             self.num_ranks, stats.numel(), dtype=torch.int32, device=self.device
@@ -233,12 +235,14 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         self.check()
         payload_checks.handle(self, handle)
         y = payload_checks.outputs(self, y, handle.max_tokens)
+        if ops.receives_in(y):
+            y = y.clone()  # when combine begins, other ranks may dispatch again, and write there
         shape = (handle.num_tokens, self.problem.hidden)
         dtype = payload_checks.out_dtype(self, y.dtype, out_dtype, out, shape)
         active = payload_checks.active(self, active_ranks)
         if timeout is not None:
             checks.seconds("timeout", timeout)
-        spec = self._ready(self._combine_spec(y.dtype, dtype, pulls=ops.holds(y)))
+        spec = self._ready(self._combine_spec(y.dtype, dtype, pulls=ops.holds(y)), active)
         if handle.stream != current_stream(self.device):  # the handle may be dropped before this stream has read it
             record(self.device, (handle.memory,))
         if out is None:
@@ -282,10 +286,11 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         self.combine(y, received.handle)
         self.synchronize()
 
-    def _ready(self, spec: Any) -> Any:
+    def _ready(self, spec: Any, active: int) -> Any:
         """The Spec, once its kernel is loaded: the first time on all ranks, none of which launches before."""
         ops = self._alive()
         if not ops.knows(spec):
+            payload_checks.everyone_loads(self, spec, active)
             for kernel in self._load([spec]):
                 ops.bind(kernel)
             self.world.barrier()

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from moegen import checks
-from moegen.errors import CapacityError, HandleError, InputError
+from moegen.errors import CapacityError, HandleError, InputError, MissingKernelError
 from moegen.kernels.a2a import MAX_PAYLOADS, MAX_STATS, OUT_DTYPES, ROW_DTYPES
 from moegen.kernels.ll import MAX_TOKENS_PER_RANK
 from moegen.kernels.problem import Problem
-from moegen.kernels.spec import MAX_ROW_BYTES
+from moegen.kernels.spec import MAX_ROW_BYTES, MAX_TOPK, Spec
 from moegen.payloads import PayloadsHandle
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def problem(
 ) -> Problem:
     """The arguments that decide the kernels; what only the Spec can judge is judged there."""
     checks.one_of("dtype", dtype, _ROWS)
+    checks.in_range("num_topk", num_topk, 1, MAX_TOPK)
     checks.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
     checks.in_range("payload_bytes", payload_bytes, 1, MAX_PAYLOADS * MAX_ROW_BYTES)
     shape = (num_ranks, num_experts, num_topk, hidden, max_tokens_per_rank)
@@ -64,13 +65,14 @@ def room(owner: OneSided, widths: Sequence[int]) -> None:
 
 def payloads(owner: OneSided, given: Sequence[torch.Tensor], slots: int) -> list[torch.Tensor]:
     """As the kernel reads them: contiguous, and at multiples of 16 bytes, copied if they are not."""
-    if isinstance(given, torch.Tensor) or not 1 <= len(given) <= MAX_PAYLOADS:
+    if not isinstance(given, (list, tuple)) or not 1 <= len(given) <= MAX_PAYLOADS:
         raise InputError(f"payloads is a list of 1 to {MAX_PAYLOADS} tensors [tokens, columns]")
     for index, part in enumerate(given):
         name = f"payloads[{index}]"
         checks.require_tensor(owner, name, part, (part.dtype,) if isinstance(part, torch.Tensor) else ())
         if part.dim() != 2 or part.shape[0] != given[0].shape[0] or part.shape[1] == 0:
-            raise InputError(f"{name} is [{len(given[0])} tokens, 1 or more columns]; got {list(part.shape)}")
+            tokens = given[0].shape[0] if given[0].dim() else "a number of"
+            raise InputError(f"{name} is [{tokens} tokens, 1 or more columns]; got {list(part.shape)}")
     tokens = given[0].shape[0]
     if tokens > slots:
         raise CapacityError(
@@ -84,6 +86,8 @@ def payloads(owner: OneSided, given: Sequence[torch.Tensor], slots: int) -> list
 def unused_ids(given: tuple[int, int] | None, moved: Sequence[torch.Tensor]) -> None:
     if given is None:
         return
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise InputError(f"unused_ids is (index of a payload, value); got {given!r}")
     index, value = given
     checks.in_range("the index of unused_ids", index, 0, len(moved) - 1)
     checks.in_range("the value of unused_ids", value, -(2**31), 2**31 - 1)
@@ -110,6 +114,15 @@ def active(owner: OneSided, given: int | None) -> int:
     if owner.problem.path == "collective" and given != everyone:
         raise InputError("on path collective all ranks take part in every call; leave active_ranks out")
     return given
+
+
+def everyone_loads(owner: OneSided, spec: Spec, active: int) -> None:
+    """A kernel is loaded by all ranks together, and those that are left out make no calls."""
+    if active != (1 << owner.num_ranks) - 1:
+        raise MissingKernelError(
+            f"{spec.stem} is not loaded, and active_ranks leaves out ranks that would have to load it, too: make "
+            "such a call once with all ranks before"
+        )
 
 
 def handle(owner: OneSided, given: PayloadsHandle) -> None:

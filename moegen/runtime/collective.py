@@ -126,6 +126,10 @@ class CollectiveOps:
         """All rows are exchanged in the same way."""
         return False
 
+    def receives_in(self, y: torch.Tensor) -> bool:
+        """Nobody writes there but this rank's next dispatch."""
+        return False
+
     def knows(self, spec: Spec) -> bool:
         return spec in self._bound
 

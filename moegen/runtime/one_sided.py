@@ -142,6 +142,11 @@ class OneSidedOps:
         """Whether these rows are that region."""
         return self.at.expert_rows < self.at.end and y.data_ptr() == self.memory.local.data_ptr() + self.at.expert_rows
 
+    def receives_in(self, y: torch.Tensor) -> bool:
+        """Whether these rows lie where dispatch receives."""
+        place = y.data_ptr() - self.memory.local.data_ptr()
+        return self.at.planes <= place < self.at.tags
+
     def knows(self, spec: Spec) -> bool:
         return spec in self._bound
 

@@ -148,7 +148,7 @@ def test_call(rank: Rank, call: Callable[[Rank], object], error: type[Exception]
 CONSTRUCTORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_experts": 0}, errors.SpecError, "num_experts is num_ranks"),
     ({"num_topk": 5}, errors.SpecError, r"at most num_experts \(4\)"),
-    ({"num_topk": 0}, errors.SpecError, "num_topk is"),
+    ({"num_topk": 0}, errors.InputError, "num_topk is"),
     ({"max_tokens_per_rank": 0}, errors.InputError, r"max_tokens_per_rank is an integer in 1\.\."),
     ({"payload_bytes": 0}, errors.InputError, r"payload_bytes is an integer in 1\.\."),
     ({"payload_bytes": 271}, errors.CapacityError, "272 bytes per token.*payload_bytes=272"),
