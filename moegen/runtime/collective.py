@@ -18,6 +18,7 @@ from moegen.kernels.coll import (
     CollectiveSum,
     chunk_planes,
 )
+from moegen.kernels.ll import ceil_div
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
 from moegen.runtime.bound import BoundKernel, address, signed
@@ -74,7 +75,9 @@ class CollectiveOps:
         self.problem = problem
         ranks, slots = problem.num_ranks, problem.max_tokens
         padding = (MAX_PAYLOADS + 1) * PLANE_ALIGNMENT + CHUNK_ALIGNMENT
-        self._chunks = ranks * (MAX_HEADER_BYTES + slots * payload_bytes + padding)
+        most = MAX_HEADER_BYTES + slots * payload_bytes + padding
+        # Rows lie behind them, which are read by 16 bytes.
+        self._chunks = ranks * ceil_div(most, CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
         rows = ranks * slots * combine_bytes
         self.buffer_bytes = 2 * self._chunks + rows
         log.info("rank %d allocates %s bytes for chunks and rows", world.rank, f"{self.buffer_bytes:,}")
