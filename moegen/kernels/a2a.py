@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Family `a2a`, one-sided: rows of any width go straight to where the receiver's user reads them, rank by rank.
 
-This module is the host half of `templates/a2a_dispatch.cu.jinja` and `templates/a2a_combine.cu.jinja`: their Specs,
-their parameter structs, where things lie in symmetric memory, and which blocks do what.
+This module is the host half of `templates/a2a_dispatch.cu.jinja` and `templates/a2a_combine.cu.jinja`: their Specs and
+their parameter structs. Where things lie and which blocks do what is in `moegen.kernels.a2a_layout`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import NamedTuple
 
 from moegen.errors import SpecError
 from moegen.kernels.ht import require_routing
-from moegen.kernels.ll import MAX_SHARED_BYTES, REGION_ALIGNMENT, ceil_div
+from moegen.kernels.ll import MAX_SHARED_BYTES, ceil_div
 from moegen.kernels.params import Param, ParamStruct
 from moegen.kernels.spec import (
     MAX_BLOCK_WARPS,
@@ -39,11 +38,6 @@ PHASES = {
 }
 """What a wait of this family waits for: the name in the kernel, and in words for PeerTimeoutError."""
 
-HALVES = 2
-"""Of what is staged, for even and odd epochs: whoever begins an epoch has seen all ranks begin the one before, and so
-end the one before that.
-"""
-
 MAX_PAYLOADS = 16
 MAX_STATS = 1024
 MAX_SENDERS = 256
@@ -51,7 +45,6 @@ MAX_SENDERS = 256
 
 PIECE_BYTES = 16
 PIECE_WORDS = 3
-PLANE_ALIGNMENT = 128
 AHEAD = 7
 """Units of a row that a thread has under way at once; seven divide rows of 7168 bf16 between 128 threads."""
 
@@ -354,82 +347,3 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
                 *_ROLES,
             )
         )
-
-
-@dataclass(frozen=True)
-class Regions:
-    """Where things lie in every rank's symmetric memory: byte offsets."""
-
-    presence: int
-    counts: int
-    stats: int
-    flags: int
-    planes: int
-    tags: int
-    rows: int
-    expert_rows: int
-    end: int
-
-    @property
-    def half(self) -> int:
-        """Bytes of one half of combine's rows."""
-        return (self.expert_rows - self.rows) // HALVES
-
-
-def regions(num_ranks: int, max_tokens: int, payload_bytes: int, combine_bytes: int, expert_rows: bool) -> Regions:
-    """Lays out room for any payloads of `payload_bytes` and any rows of `combine_bytes` per token.
-
-    Args:
-        expert_rows: whether experts may write their rows into this memory, too.
-    """
-    slots = num_ranks * max_tokens
-    sizes = (
-        num_ranks * 8,
-        HALVES * num_ranks * PIECE_BYTES,
-        HALVES * num_ranks * ceil_div(MAX_STATS, PIECE_WORDS) * PIECE_BYTES,
-        num_ranks * MAX_SENDERS * 4,
-        slots * payload_bytes + MAX_PAYLOADS * PLANE_ALIGNMENT,
-        HALVES * slots * 4,
-        HALVES * slots * combine_bytes,
-        slots * combine_bytes if expert_rows else 0,
-    )
-    ends = accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=0)
-    return Regions(*ends)
-
-
-def planes(widths: tuple[int, ...], num_ranks: int, slots: int, start: int) -> list[int]:
-    """Byte offsets of the payloads' planes, for a call with so many slots per source."""
-    sizes = (ceil_div(num_ranks * slots * width, PLANE_ALIGNMENT) * PLANE_ALIGNMENT for width in widths)
-    return list(accumulate(sizes, initial=start))[:-1]
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Which blocks of a launch send and which receive: (first block, number of blocks)."""
-
-    blocks: int
-    senders: tuple[int, int]
-    receivers: tuple[int, int]
-
-
-COMBINE_SEND_SHARE = 0.5
-"""As in family `ht`, whose combine moves the same rows."""
-
-
-def roles(spec: OneSidedDispatch | OneSidedCombine, max_tokens: int, resident: int) -> Roles:
-    """Senders first, so that rows leave at once. `resident`: blocks that fit on the device together."""
-    if resident == 1:
-        return Roles(1, (0, 1), (0, 1))
-    rows = ceil_div(max_tokens * max(1, spec.num_ranks - 1), spec.teams)
-    tokens = ceil_div(max_tokens, spec.teams)
-    if isinstance(spec, OneSidedDispatch):
-        senders = min(tokens, resident - 1, MAX_SENDERS)
-        return Roles(senders + 1, (0, senders), (senders, 1))
-    if spec.pulls:
-        blocks = min(tokens, resident)
-        return Roles(blocks, (0, 0), (0, blocks))
-    senders, receivers = rows, tokens
-    if senders + receivers > resident:
-        senders = min(senders, max(1, round(resident * COMBINE_SEND_SHARE)))
-        receivers = min(receivers, resident - senders)
-    return Roles(senders + receivers, (0, senders), (senders, receivers))

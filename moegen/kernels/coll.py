@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from moegen.kernels.a2a import MAX_STATS, OneSidedCombine, OneSidedDispatch, OneSidedSpec, planes
+from moegen.kernels.a2a import MAX_STATS, OneSidedCombine, OneSidedDispatch, OneSidedSpec
+from moegen.kernels.a2a_layout import planes
 from moegen.kernels.ll import ceil_div
 from moegen.kernels.params import Param, ParamStruct
 from moegen.kernels.spec import MAX_RANKS, WarpGroups, tag

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from moegen.kernels.a2a import MAX_PAYLOADS, PHASES, PLANE_ALIGNMENT, roles
+from moegen.kernels.a2a import MAX_PAYLOADS, PHASES
+from moegen.kernels.a2a_layout import PLANE_ALIGNMENT, roles
 from moegen.kernels.coll import (
     CHUNK_ALIGNMENT,
     MAX_HEADER_BYTES,

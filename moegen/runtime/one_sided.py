@@ -8,14 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from moegen.kernels.a2a import (
-    PHASES,
-    OneSidedCombine,
-    OneSidedDispatch,
-    planes,
-    regions,
-    roles,
-)
+from moegen.kernels.a2a import PHASES, OneSidedCombine, OneSidedDispatch
+from moegen.kernels.a2a_layout import planes, regions, roles
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
 from moegen.runtime.bound import BoundKernel, address, signed
