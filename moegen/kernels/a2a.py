@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from moegen.errors import SpecError
+from moegen.kernels.a2a_results import RESULTS, Result, in_whole_tiles
 from moegen.kernels.ht import require_routing
 from moegen.kernels.ll import MAX_SHARED_BYTES, ceil_div
 from moegen.kernels.params import Param, ParamStruct
@@ -50,7 +51,6 @@ AHEAD = 7
 
 ROW_DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "e4m3": 1}
 """What combine adds up: bytes of an element."""
-OUT_DTYPES = ("bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     """Sends rows back to where they came from and adds those of a token up, in fp32 and in the order of the ranks."""
 
     dtype: str = tag(one_of=tuple(ROW_DTYPES))
-    out: str = tag("to", one_of=OUT_DTYPES)
+    out: str = tag("to", one_of=tuple(RESULTS))
     num_ranks: int = tag("r")
     hidden: int = tag("h")
     destinations: int = tag("d")
@@ -275,6 +275,11 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
         self.require(
             1 <= self.destinations <= self.num_ranks,
             f"a token reaches 1..{self.num_ranks} ranks; got destinations={self.destinations}",
+        )
+        group = self.result.group or 1
+        self.require(
+            self.hidden % group == 0,
+            f"{self.out} has a scale for every {group} elements; hidden is a multiple of that, and got {self.hidden}",
         )
         self.require_groups()
 
@@ -297,13 +302,45 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
         return 4 // ROW_DTYPES[self.dtype]
 
     @property
+    def result(self) -> Result:
+        return RESULTS[self.out]
+
+    @property
+    def quantised(self) -> bool:
+        return self.result.group != 0
+
+    @property
+    def out_place(self) -> str:
+        """How the kernel's functions are told where a token's result goes."""
+        return "const Result& out" if self.quantised else "uint8_t* out"
+
+    @property
     def out_row_bytes(self) -> int:
-        return self.hidden * ROW_DTYPES[self.out]
+        return self.hidden * self.result.bits // 8
+
+    @property
+    def out_bytes(self) -> int:
+        """What a vector of 16 bytes becomes."""
+        return 4 * self.word_floats * self.result.bits // 8
 
     @property
     def out_words(self) -> int:
-        """32-bit words that a vector of 16 bytes becomes."""
-        return 4 * self.word_floats * ROW_DTYPES[self.out] // 4
+        """32-bit words of it, the last perhaps in part."""
+        return ceil_div(self.out_bytes, 4)
+
+    @property
+    def group_lanes(self) -> int:
+        """Lanes whose vectors share a scale."""
+        return self.result.group * ROW_DTYPES[self.dtype] // PIECE_BYTES
+
+    @property
+    def row_scales(self) -> int:
+        return self.hidden // self.result.group
+
+    @property
+    def padded_scales(self) -> int:
+        """Scales of a row that there is room for."""
+        return in_whole_tiles(0, self.row_scales)[1] if self.result.tiled else self.row_scales
 
     @property
     def pair(self) -> str:
@@ -318,7 +355,8 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     def summed_ahead(self) -> int:
         """Of a row that is added: a thread has its sums, too."""
         floats = PIECE_BYTES // ROW_DTYPES[self.dtype]
-        most = 32 if self.block_threads <= 512 else 16
+        few = self.block_threads <= (256 if self.quantised and floats == 4 else 512)  # more would spill
+        most = 32 if few else 16
         return max(1, min(most // floats, self.ahead))
 
     @property
@@ -338,6 +376,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
                 Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
                 *(() if self.pulls else (Param("const uint8_t*", "y", "[ranks, slots, hidden]"),)),
                 Param("uint8_t*", "out", "[tokens, hidden]"),
+                *self.result.params,
                 Param("const uint64_t*", "token_ranks", "[tokens]: bit r: rank r holds an expert of this token"),
                 Param("const int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),

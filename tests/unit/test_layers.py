@@ -20,7 +20,7 @@ LAYERS = (
     ("tuning",),
     ("codegen", "select"),
     ("compile",),
-    ("runtime", "handle", "rows", "payloads", "checks", "row_checks", "payload_checks"),
+    ("runtime", "handle", "rows", "payloads", "checks", "row_checks", "payload_checks", "payload_results"),
     ("expert_parallel", "high_throughput", "row_calls", "one_sided"),
     ("functional",),
     ("cli", "bench", "demo", "compat", "__main__"),
@@ -28,7 +28,7 @@ LAYERS = (
 """Lowest first; what stands on one line may import each other."""
 
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-ALONE = {"reference": {"torch"}, "reference_rows": {"torch"}}
+ALONE = {"reference": {"torch"}, "reference_rows": {"torch"}, "reference_quantise": {"torch"}}
 """Modules that import nothing of moegen but each other, and of others only these."""
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
