@@ -53,8 +53,13 @@ _VARYING: dict[type, tuple[str, ...]] = {
         "wide_ids",
     ),
     CollectiveOpen: ("counts", "gathered", "chunk_bytes", "slots", "stats_words"),
-    CollectiveSum: ("out", *OF_HANDLE[:3], "tokens", "slots"),
 }
+
+
+def _varying(spec: Spec) -> tuple[str, ...]:
+    if isinstance(spec, CollectiveSum):
+        return ("out", *(param.name for param in spec.result.params), *OF_HANDLE[:3], "tokens", "slots")
+    return _VARYING[type(spec)]
 
 
 class CollectiveOps:
@@ -110,8 +115,7 @@ class CollectiveOps:
             assert isinstance(spec, CollectiveSum)
             who = roles(spec, self.problem.max_tokens, resident)
             blocks, common = who.blocks, {"rows": base + 2 * self._chunks, "receivers": (0, who.blocks)}
-        params = spec.params
-        self._bound[spec] = BoundKernel(kernel, params, blocks, common, _VARYING[type(spec)]), watchdog
+        self._bound[spec] = BoundKernel(kernel, spec.params, blocks, common, _varying(spec)), watchdog
 
     @property
     def specs(self) -> tuple[Spec, ...]:
@@ -194,8 +198,9 @@ class CollectiveOps:
         self,
         spec: CollectiveSum,
         y: torch.Tensor,
-        out: torch.Tensor,
+        results: tuple[int, ...],
         addresses: tuple[int, ...],
+        tokens: int,
         slots: int,
         active: int,
         timeout: float | None,
@@ -205,7 +210,7 @@ class CollectiveOps:
         rows = y.view(torch.uint8).view(-1)
         self._world.all_to_all(self.memory.local[2 * self._chunks :][: rows.numel()], rows)
         add, _ = self._bound[spec]
-        add(out.data_ptr(), *addresses[:3], out.shape[0], slots)
+        add(*results, *addresses[:3], tokens, slots)
 
     @property
     def _open(self) -> CollectiveOpen:
