@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moegen.one_sided import OneSided as OneSided
     from moegen.payloads import DispatchedPayloads as DispatchedPayloads
     from moegen.payloads import PayloadsHandle as PayloadsHandle
+    from moegen.payloads import Quantised as Quantised
     from moegen.rows import DispatchedRows as DispatchedRows
     from moegen.rows import RowsHandle as RowsHandle
     from moegen.runtime.worlds import GroupWorld as GroupWorld
@@ -32,6 +33,7 @@ _HOMES = {
     "OneSided": "moegen.one_sided",
     "DispatchedPayloads": "moegen.payloads",
     "PayloadsHandle": "moegen.payloads",
+    "Quantised": "moegen.payloads",
     "DispatchedRows": "moegen.rows",
     "RowsHandle": "moegen.rows",
     "LocalWorld": "moegen.runtime.worlds",
@@ -52,6 +54,7 @@ __all__ = [
     "LocalWorld",
     "OneSided",
     "PayloadsHandle",
+    "Quantised",
     "RowsHandle",
     "errors",
     "functional",

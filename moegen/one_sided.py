@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 
-from moegen import checks, payload_checks
+from moegen import checks, payload_checks, payload_results
 from moegen.kernels.a2a import OneSidedCombine
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
-from moegen.payloads import DispatchedPayloads, PayloadsHandle
+from moegen.payloads import DispatchedPayloads, PayloadsHandle, Quantised
 from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
 from moegen.runtime.collective import CollectiveOps
 from moegen.runtime.low_latency import FIRST_EPOCH
@@ -202,6 +202,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
             ops.views(moved, widths, slots, 0 if stats is None else stats.numel()), counts, gathered, handle
         )
 
+    @overload
     def combine(
         self,
         y: Tensor,
@@ -211,7 +212,35 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         out: Tensor | None = None,
         active_ranks: int | None = None,
         timeout: float | None = None,
-    ) -> Tensor:
+    ) -> Tensor: ...
+
+    @overload
+    def combine(
+        self,
+        y: Tensor,
+        handle: PayloadsHandle,
+        *,
+        out: Quantised | None = None,
+        quantize: str,
+        output_scale: Tensor | None = None,
+        scale_layout: str = "linear",
+        active_ranks: int | None = None,
+        timeout: float | None = None,
+    ) -> Quantised: ...
+
+    def combine(
+        self,
+        y: Tensor,
+        handle: PayloadsHandle,
+        *,
+        out_dtype: torch.dtype | None = None,
+        out: Tensor | Quantised | None = None,
+        quantize: str | None = None,
+        output_scale: Tensor | None = None,
+        scale_layout: str = "linear",
+        active_ranks: int | None = None,
+        timeout: float | None = None,
+    ) -> Tensor | Quantised:
         """Brings rows back to where their tokens came from and adds those of a token up: in fp32, in the order of the
         ranks, rounded once. A token that went nowhere gets zeros. Every rank calls it.
 
@@ -221,11 +250,20 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
                 or none does. Other rows are not read.
             handle: of the dispatch; may be used more than once.
             out_dtype: bfloat16, float16 or float32. None: that of y, or bfloat16 if that is float8_e4m3fn.
-            out: the tensor for the result, whose dtype then counts; nothing is allocated.
+            out: the tensor for the result, whose dtype then counts, or with `quantize` those of a `Quantised`; nothing
+                is allocated.
+            quantize: "mxfp8" or "nvfp4": the fp32 sums become e4m3 or e2m1 numbers that share scales, by the rules of
+                `moegen.reference_quantise`. MXFP8's scale is the least power of two that brings a group to 448 or
+                less: the OCP specification (MX v1.0, 6.3) rounds it down instead, so that elements saturate; rounding
+                up loses none, and is what TensorRT-LLM's and FlashInfer's kernels do. A group with a NaN or an
+                infinity becomes NaN. hidden is a multiple of 32 or 16.
+            output_scale: float32 [1] on the device, positive: what NVFP4 multiplies sums by; None: 1.
+            scale_layout: "linear" or "128x4", of `Quantised`; there the columns beyond a row's groups are zero, and the
+                rows beyond T are undefined.
             active_ranks, timeout: as for `dispatch`. Rows of ranks that take no part are left out.
 
         Returns:
-            [T, hidden], T as given to dispatch; rows from `num_tokens` on are undefined.
+            [T, hidden], T as given to dispatch, or a `Quantised` of that; rows from `num_tokens` on are undefined.
 
         Raises:
             HandleError: the handle is another object's.
@@ -237,18 +275,21 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         y = payload_checks.outputs(self, y, handle.max_tokens)
         if ops.receives_in(y):
             y = y.clone()  # when combine begins, other ranks may dispatch again, and write there
-        shape = (handle.num_tokens, self.problem.hidden)
-        dtype = payload_checks.out_dtype(self, y.dtype, out_dtype, out, shape)
+        to = payload_results.destination(
+            self, y.dtype, handle.num_tokens, out_dtype=out_dtype, out=out, quantize=quantize,
+            output_scale=output_scale, scale_layout=scale_layout,
+        )  # fmt: skip
         active = payload_checks.active(self, active_ranks)
         if timeout is not None:
             checks.seconds("timeout", timeout)
-        spec = self._ready(self._combine_spec(y.dtype, dtype, pulls=ops.holds(y)), active)
+        word = payload_checks.WORDS[y.dtype]
+        spec = self._ready(combine_spec(self.problem, word, to.word, pulls=ops.holds(y)), active)
         if handle.stream != current_stream(self.device):  # the handle may be dropped before this stream has read it
             record(self.device, (handle.memory,))
-        if out is None:
-            out = torch.empty(shape, dtype=dtype, device=self.device)
-        self._launch(ops.combine, spec, y, out, handle.addresses, handle.max_tokens, active, timeout)
-        return out
+        self._launch(
+            ops.combine, spec, y, to.addresses, handle.addresses, handle.num_tokens, handle.max_tokens, active, timeout
+        )
+        return to.made
 
     @property
     def specs(self) -> tuple[Spec, ...]:

@@ -10,7 +10,8 @@ import torch
 
 from moegen import checks
 from moegen.errors import CapacityError, HandleError, InputError, MissingKernelError
-from moegen.kernels.a2a import MAX_PAYLOADS, MAX_STATS, OUT_DTYPES, ROW_DTYPES
+from moegen.kernels.a2a import MAX_PAYLOADS, MAX_STATS, ROW_DTYPES
+from moegen.kernels.a2a_results import OUT_DTYPES
 from moegen.kernels.ll import MAX_TOKENS_PER_RANK
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import MAX_ROW_BYTES, MAX_TOPK, Spec

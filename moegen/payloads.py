@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DispatchedPayloads` and `PayloadsHandle`: what dispatch of `OneSided` returns."""
+"""What `OneSided` returns: `DispatchedPayloads` with their `PayloadsHandle`, and `Quantised` sums."""
 
 from __future__ import annotations
 
@@ -54,3 +54,21 @@ class DispatchedPayloads:
     counts: torch.Tensor
     stats: torch.Tensor | None
     handle: PayloadsHandle
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Quantised:
+    """Numbers of few bits whose groups share scales, [T, hidden]. An element stands for data * scale, NVFP4 besides
+    divided by the `output_scale` that it was made with.
+
+    Attributes:
+        data: MXFP8: float8_e4m3fn [T, hidden]; NVFP4: uint8 [T, hidden / 2], two e2m1 in a byte, the first in its low
+            half.
+        scales: MXFP8: uint8, E8M0 (2**(byte - 127)), one per 32 elements; NVFP4: float8_e4m3fn, one per 16. Layout
+            "linear": [T, groups]. Layout "128x4": [ceil(T / 128) * 128, ceil(groups / 4) * 4], as the tensor cores of
+            Blackwell take them: tiles of 128 tokens and 4 groups, of 512 bytes, one after the other along a row of
+            tiles; in a tile the scale of token m and group k is at (m % 32) * 16 + (m % 128) // 32 * 4 + k % 4.
+    """
+
+    data: torch.Tensor
+    scales: torch.Tensor

@@ -315,13 +315,14 @@ __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, u
         store_sums(out, first, sums);
     }
 }
-    __device__ __forceinline__ void add_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
+
+__device__ __forceinline__ void add_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
 #pragma unroll 1
-        for (uint32_t token = turn_of_team(p.receivers); token < tokens; token += teams_of(p.receivers)) {
-            const int32_t* slots = p.token_slots + uint64_t(token) * kDestinations;
-            add_token(p, watch, p.token_ranks[token], slots, p.out + uint64_t(token) * 256);
-        }
+    for (uint32_t token = turn_of_team(p.receivers); token < tokens; token += teams_of(p.receivers)) {
+        const int32_t* slots = p.token_slots + uint64_t(token) * kDestinations;
+        add_token(p, watch, p.token_ranks[token], slots, p.out + uint64_t(token) * 256);
     }
+}
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_combine_bf16_tobf16_r4_h128_d4_ipc_w2x1(const __grid_constant__ Params p) {
     const Watch watch = start_watch(p);

@@ -146,11 +146,11 @@ __device__ __forceinline__ void add_token(const Params& p, uint64_t ranks, const
 
 __device__ __forceinline__ void add_tokens(const Params& p, uint32_t tokens) {
 #pragma unroll 1
-        for (uint32_t token = turn_of_team(p.receivers); token < tokens; token += teams_of(p.receivers)) {
-            const int32_t* slots = p.token_slots + uint64_t(token) * kDestinations;
-            add_token(p, p.token_ranks[token], slots, p.out + uint64_t(token) * 14336);
-        }
+    for (uint32_t token = turn_of_team(p.receivers); token < tokens; token += teams_of(p.receivers)) {
+        const int32_t* slots = p.token_slots + uint64_t(token) * kDestinations;
+        add_token(p, p.token_ranks[token], slots, p.out + uint64_t(token) * 14336);
     }
+}
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_coll_sum_bf16_tobf16_r8_h7168_d8_collective_w1x7(const __grid_constant__ Params p) {
     add_tokens(p, min(uint32_t(*p.tokens_sent), p.tokens));

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Family `a2a`, one-sided: rows of any width go straight to where the receiver's user reads them, rank by rank.
 
-This module is the host half of `templates/a2a_dispatch.cu.jinja` and `templates/a2a_combine.cu.jinja`: their Specs,
-their parameter structs, where things lie in symmetric memory, and which blocks do what.
+This module is the host half of `templates/a2a_dispatch.cu.jinja` and `templates/a2a_combine.cu.jinja`: their Specs and
+their parameter structs. Where things lie and which blocks do what is in `moegen.kernels.a2a_layout`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import NamedTuple
 
 from moegen.errors import SpecError
+from moegen.kernels.a2a_results import RESULTS, Result, in_whole_tiles
 from moegen.kernels.ht import require_routing
-from moegen.kernels.ll import MAX_SHARED_BYTES, REGION_ALIGNMENT, ceil_div
+from moegen.kernels.ll import MAX_SHARED_BYTES, ceil_div
 from moegen.kernels.params import Param, ParamStruct
 from moegen.kernels.spec import (
     MAX_BLOCK_WARPS,
@@ -39,11 +39,6 @@ PHASES = {
 }
 """What a wait of this family waits for: the name in the kernel, and in words for PeerTimeoutError."""
 
-HALVES = 2
-"""Of what is staged, for even and odd epochs: whoever begins an epoch has seen all ranks begin the one before, and so
-end the one before that.
-"""
-
 MAX_PAYLOADS = 16
 MAX_STATS = 1024
 MAX_SENDERS = 256
@@ -51,13 +46,11 @@ MAX_SENDERS = 256
 
 PIECE_BYTES = 16
 PIECE_WORDS = 3
-PLANE_ALIGNMENT = 128
 AHEAD = 7
 """Units of a row that a thread has under way at once; seven divide rows of 7168 bf16 between 128 threads."""
 
 ROW_DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "e4m3": 1}
 """What combine adds up: bytes of an element."""
-OUT_DTYPES = ("bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -264,7 +257,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     """Sends rows back to where they came from and adds those of a token up, in fp32 and in the order of the ranks."""
 
     dtype: str = tag(one_of=tuple(ROW_DTYPES))
-    out: str = tag("to", one_of=OUT_DTYPES)
+    out: str = tag("to", one_of=tuple(RESULTS))
     num_ranks: int = tag("r")
     hidden: int = tag("h")
     destinations: int = tag("d")
@@ -282,6 +275,11 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
         self.require(
             1 <= self.destinations <= self.num_ranks,
             f"a token reaches 1..{self.num_ranks} ranks; got destinations={self.destinations}",
+        )
+        group = self.result.group or 1
+        self.require(
+            self.hidden % group == 0,
+            f"{self.out} has a scale for every {group} elements; hidden is a multiple of that, and got {self.hidden}",
         )
         self.require_groups()
 
@@ -304,13 +302,45 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
         return 4 // ROW_DTYPES[self.dtype]
 
     @property
+    def result(self) -> Result:
+        return RESULTS[self.out]
+
+    @property
+    def quantised(self) -> bool:
+        return self.result.group != 0
+
+    @property
+    def out_place(self) -> str:
+        """How the kernel's functions are told where a token's result goes."""
+        return "const Result& out" if self.quantised else "uint8_t* out"
+
+    @property
     def out_row_bytes(self) -> int:
-        return self.hidden * ROW_DTYPES[self.out]
+        return self.hidden * self.result.bits // 8
+
+    @property
+    def out_bytes(self) -> int:
+        """What a vector of 16 bytes becomes."""
+        return 4 * self.word_floats * self.result.bits // 8
 
     @property
     def out_words(self) -> int:
-        """32-bit words that a vector of 16 bytes becomes."""
-        return 4 * self.word_floats * ROW_DTYPES[self.out] // 4
+        """32-bit words of it, the last perhaps in part."""
+        return ceil_div(self.out_bytes, 4)
+
+    @property
+    def group_lanes(self) -> int:
+        """Lanes whose vectors share a scale."""
+        return self.result.group * ROW_DTYPES[self.dtype] // PIECE_BYTES
+
+    @property
+    def row_scales(self) -> int:
+        return self.hidden // self.result.group
+
+    @property
+    def padded_scales(self) -> int:
+        """Scales of a row that there is room for."""
+        return in_whole_tiles(0, self.row_scales)[1] if self.result.tiled else self.row_scales
 
     @property
     def pair(self) -> str:
@@ -325,7 +355,8 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     def summed_ahead(self) -> int:
         """Of a row that is added: a thread has its sums, too."""
         floats = PIECE_BYTES // ROW_DTYPES[self.dtype]
-        most = 32 if self.block_threads <= 512 else 16
+        few = self.block_threads <= (256 if self.quantised and floats == 4 else 512)  # more would spill
+        most = 32 if few else 16
         return max(1, min(most // floats, self.ahead))
 
     @property
@@ -345,6 +376,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
                 Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
                 *(() if self.pulls else (Param("const uint8_t*", "y", "[ranks, slots, hidden]"),)),
                 Param("uint8_t*", "out", "[tokens, hidden]"),
+                *self.result.params,
                 Param("const uint64_t*", "token_ranks", "[tokens]: bit r: rank r holds an expert of this token"),
                 Param("const int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
@@ -354,82 +386,3 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
                 *_ROLES,
             )
         )
-
-
-@dataclass(frozen=True)
-class Regions:
-    """Where things lie in every rank's symmetric memory: byte offsets."""
-
-    presence: int
-    counts: int
-    stats: int
-    flags: int
-    planes: int
-    tags: int
-    rows: int
-    expert_rows: int
-    end: int
-
-    @property
-    def half(self) -> int:
-        """Bytes of one half of combine's rows."""
-        return (self.expert_rows - self.rows) // HALVES
-
-
-def regions(num_ranks: int, max_tokens: int, payload_bytes: int, combine_bytes: int, expert_rows: bool) -> Regions:
-    """Lays out room for any payloads of `payload_bytes` and any rows of `combine_bytes` per token.
-
-    Args:
-        expert_rows: whether experts may write their rows into this memory, too.
-    """
-    slots = num_ranks * max_tokens
-    sizes = (
-        num_ranks * 8,
-        HALVES * num_ranks * PIECE_BYTES,
-        HALVES * num_ranks * ceil_div(MAX_STATS, PIECE_WORDS) * PIECE_BYTES,
-        num_ranks * MAX_SENDERS * 4,
-        slots * payload_bytes + MAX_PAYLOADS * PLANE_ALIGNMENT,
-        HALVES * slots * 4,
-        HALVES * slots * combine_bytes,
-        slots * combine_bytes if expert_rows else 0,
-    )
-    ends = accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=0)
-    return Regions(*ends)
-
-
-def planes(widths: tuple[int, ...], num_ranks: int, slots: int, start: int) -> list[int]:
-    """Byte offsets of the payloads' planes, for a call with so many slots per source."""
-    sizes = (ceil_div(num_ranks * slots * width, PLANE_ALIGNMENT) * PLANE_ALIGNMENT for width in widths)
-    return list(accumulate(sizes, initial=start))[:-1]
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Which blocks of a launch send and which receive: (first block, number of blocks)."""
-
-    blocks: int
-    senders: tuple[int, int]
-    receivers: tuple[int, int]
-
-
-COMBINE_SEND_SHARE = 0.5
-"""As in family `ht`, whose combine moves the same rows."""
-
-
-def roles(spec: OneSidedDispatch | OneSidedCombine, max_tokens: int, resident: int) -> Roles:
-    """Senders first, so that rows leave at once. `resident`: blocks that fit on the device together."""
-    if resident == 1:
-        return Roles(1, (0, 1), (0, 1))
-    rows = ceil_div(max_tokens * max(1, spec.num_ranks - 1), spec.teams)
-    tokens = ceil_div(max_tokens, spec.teams)
-    if isinstance(spec, OneSidedDispatch):
-        senders = min(tokens, resident - 1, MAX_SENDERS)
-        return Roles(senders + 1, (0, senders), (senders, 1))
-    if spec.pulls:
-        blocks = min(tokens, resident)
-        return Roles(blocks, (0, 0), (0, blocks))
-    senders, receivers = rows, tokens
-    if senders + receivers > resident:
-        senders = min(senders, max(1, round(resident * COMBINE_SEND_SHARE)))
-        receivers = min(receivers, resident - senders)
-    return Roles(senders + receivers, (0, senders), (senders, receivers))

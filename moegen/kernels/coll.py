@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from moegen.kernels.a2a import MAX_STATS, OneSidedCombine, OneSidedDispatch, OneSidedSpec, planes
+from moegen.kernels.a2a import MAX_STATS, OneSidedCombine, OneSidedDispatch, OneSidedSpec
+from moegen.kernels.a2a_layout import planes
 from moegen.kernels.ll import ceil_div
 from moegen.kernels.params import Param, ParamStruct
 from moegen.kernels.spec import MAX_RANKS, WarpGroups, tag
@@ -126,6 +127,7 @@ class CollectiveSum(OneSidedCombine, family="coll", op="sum"):
             (
                 Param("const uint8_t*", "rows", "[ranks, slots, hidden]: what has come back from each rank"),
                 Param("uint8_t*", "out", "[tokens, hidden]"),
+                *self.result.params,
                 Param("const uint64_t*", "token_ranks", "[tokens]: bit r: rank r holds an expert of this token"),
                 Param("const int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from moegen.kernels.a2a import MAX_PAYLOADS, PHASES, PLANE_ALIGNMENT, roles
+from moegen.kernels.a2a import MAX_PAYLOADS, PHASES
+from moegen.kernels.a2a_layout import PLANE_ALIGNMENT, roles
 from moegen.kernels.coll import (
     CHUNK_ALIGNMENT,
     MAX_HEADER_BYTES,
@@ -18,6 +19,7 @@ from moegen.kernels.coll import (
     CollectiveSum,
     chunk_planes,
 )
+from moegen.kernels.ll import ceil_div
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
 from moegen.runtime.bound import BoundKernel, address, signed
@@ -51,8 +53,13 @@ _VARYING: dict[type, tuple[str, ...]] = {
         "wide_ids",
     ),
     CollectiveOpen: ("counts", "gathered", "chunk_bytes", "slots", "stats_words"),
-    CollectiveSum: ("out", *OF_HANDLE[:3], "tokens", "slots"),
 }
+
+
+def _varying(spec: Spec) -> tuple[str, ...]:
+    if isinstance(spec, CollectiveSum):
+        return ("out", *(param.name for param in spec.result.params), *OF_HANDLE[:3], "tokens", "slots")
+    return _VARYING[type(spec)]
 
 
 class CollectiveOps:
@@ -74,7 +81,9 @@ class CollectiveOps:
         self.problem = problem
         ranks, slots = problem.num_ranks, problem.max_tokens
         padding = (MAX_PAYLOADS + 1) * PLANE_ALIGNMENT + CHUNK_ALIGNMENT
-        self._chunks = ranks * (MAX_HEADER_BYTES + slots * payload_bytes + padding)
+        most = MAX_HEADER_BYTES + slots * payload_bytes + padding
+        # Rows lie behind them, which are read by 16 bytes.
+        self._chunks = ranks * ceil_div(most, CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
         rows = ranks * slots * combine_bytes
         self.buffer_bytes = 2 * self._chunks + rows
         log.info("rank %d allocates %s bytes for chunks and rows", world.rank, f"{self.buffer_bytes:,}")
@@ -106,8 +115,7 @@ class CollectiveOps:
             assert isinstance(spec, CollectiveSum)
             who = roles(spec, self.problem.max_tokens, resident)
             blocks, common = who.blocks, {"rows": base + 2 * self._chunks, "receivers": (0, who.blocks)}
-        params = spec.params
-        self._bound[spec] = BoundKernel(kernel, params, blocks, common, _VARYING[type(spec)]), watchdog
+        self._bound[spec] = BoundKernel(kernel, spec.params, blocks, common, _varying(spec)), watchdog
 
     @property
     def specs(self) -> tuple[Spec, ...]:
@@ -194,8 +202,9 @@ class CollectiveOps:
         self,
         spec: CollectiveSum,
         y: torch.Tensor,
-        out: torch.Tensor,
+        results: tuple[int, ...],
         addresses: tuple[int, ...],
+        tokens: int,
         slots: int,
         active: int,
         timeout: float | None,
@@ -205,7 +214,7 @@ class CollectiveOps:
         rows = y.view(torch.uint8).view(-1)
         self._world.all_to_all(self.memory.local[2 * self._chunks :][: rows.numel()], rows)
         add, _ = self._bound[spec]
-        add(out.data_ptr(), *addresses[:3], out.shape[0], slots)
+        add(*results, *addresses[:3], tokens, slots)
 
     @property
     def _open(self) -> CollectiveOpen:

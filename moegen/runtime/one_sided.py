@@ -8,14 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from moegen.kernels.a2a import (
-    PHASES,
-    OneSidedCombine,
-    OneSidedDispatch,
-    planes,
-    regions,
-    roles,
-)
+from moegen.kernels.a2a import PHASES, OneSidedCombine, OneSidedDispatch
+from moegen.kernels.a2a_layout import planes, regions, roles
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
 from moegen.runtime.bound import BoundKernel, address, signed
@@ -53,7 +47,12 @@ _DISPATCH_VARYING = (
     "unused_id",
     "wide_ids",
 )
-_COMBINE_VARYING = ("y", "out", *OF_HANDLE, "active", "timeout_ns", "tokens", "slots")
+
+
+def _combine_varying(spec: OneSidedCombine) -> tuple[str, ...]:
+    rows = () if spec.pulls else ("y",)  # what is pulled lies where it always does
+    results = (param.name for param in spec.result.params)
+    return (*rows, "out", *results, *OF_HANDLE, "active", "timeout_ns", "tokens", "slots")
 
 
 class OneSidedOps:
@@ -104,15 +103,13 @@ class OneSidedOps:
             "rank": world.rank,
             "max_tokens": self.problem.max_tokens,
         }
-        varying: tuple[str, ...] = _COMBINE_VARYING
         if isinstance(spec, OneSidedDispatch):
             fixed |= {"counts_offset": at.counts, "stats_offset": at.stats, "flags_offset": at.flags}
-            varying = _DISPATCH_VARYING
         elif spec.pulls:
             fixed |= {"rows_offset": at.expert_rows}
-            varying = _COMBINE_VARYING[1:]  # the rows lie where they always do
         else:
             fixed |= {"rows_offset": at.rows, "half_bytes": at.half, "tags_offset": at.tags}
+        varying = _DISPATCH_VARYING if isinstance(spec, OneSidedDispatch) else _combine_varying(spec)
         self._bound[spec] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying), watchdog
 
     @property
@@ -200,18 +197,21 @@ class OneSidedOps:
         self,
         spec: OneSidedCombine,
         y: torch.Tensor,
-        out: torch.Tensor,
+        results: tuple[int, ...],
         addresses: tuple[int, ...],
+        tokens: int,
         slots: int,
         active: int,
         timeout: float | None,
     ) -> None:
-        """Launches combine; arguments are checked already."""
+        """Launches combine; arguments are checked already. `results`: the address of `out`, and of what else the
+        kernel's results have.
+        """
         self._order.follow("a2a")
         kernel, watchdog = self._bound[spec]
         nanoseconds = self._nanoseconds(watchdog, timeout)
         rows = () if spec.pulls else (y.data_ptr(),)
-        kernel(*rows, out.data_ptr(), *addresses, active, nanoseconds, out.shape[0], slots)
+        kernel(*rows, *results, *addresses, active, nanoseconds, tokens, slots)
 
     def _nanoseconds(self, watchdog: Watchdog, timeout: float | None) -> int:
         """Of this call's timeout; a report of an expired wait names the last call's."""

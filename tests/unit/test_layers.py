@@ -20,7 +20,7 @@ LAYERS = (
     ("tuning",),
     ("codegen", "select"),
     ("compile",),
-    ("runtime", "handle", "rows", "payloads", "checks", "row_checks", "payload_checks"),
+    ("runtime", "handle", "rows", "payloads", "checks", "row_checks", "payload_checks", "payload_results"),
     ("expert_parallel", "high_throughput", "row_calls", "one_sided"),
     ("functional",),
     ("cli", "bench", "demo", "compat", "__main__"),
@@ -28,7 +28,8 @@ LAYERS = (
 """Lowest first; what stands on one line may import each other."""
 
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-ALONE = {name: {"torch"} for name in ("reference", "reference_payloads", "reference_rows")}
+_ALONE = ("reference", "reference_payloads", "reference_quantise", "reference_rows")
+ALONE = {name: {"torch"} for name in _ALONE}
 """Modules that import nothing of moegen but each other, and of others only these."""
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
