@@ -4,17 +4,18 @@
 Every kernel is an object of its own in which all but its entry is local: their helpers have one name and different
 contents. Every rank then has a copy of the runtime and the kernels for itself: the runtime keeps its threads for later
 launches, in one list behind one lock, and for a sanitizer that lock would order the ranks as no GPU does.
-A driver includes `shape.hpp` and `variants.hpp`, which ll_kernels.py and ht_kernels.py write.
+A driver includes `shape.hpp` and `variants.hpp`, which the families' *_kernels.py write.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 from simt_harness import Toolchain, runtime_sources
 
@@ -29,9 +30,7 @@ EXPERTS = 7  # no multiple of the ranks
 JOBS = 2
 
 KERNEL = ""
-LAUNCH = "moegen/launch.cuh"
-SIGNAL = "moegen/signal.cuh"
-"""What an edit is made in: the kernel's text or a header."""
+"""The file of an edit that is made in the kernel's text, and not in a header."""
 
 PREFIX = "moegen_launch_"
 WRAPPER = """#include "{name}.cu"
@@ -55,14 +54,6 @@ class Edit:
         return edited
 
 
-RELAXED = "[](auto* to, auto word) { host::store_word(to, word, __ATOMIC_RELAXED, {}); }"
-
-
-def relaxed_store(target: str) -> Edit:
-    """The store to a place that begins with `target`, with its value but without order."""
-    return Edit(KERNEL, rf"store_release_sys\((?={target})", f"{RELAXED}(")
-
-
 @dataclass(frozen=True)
 class Kernel:
     """One object of the executable."""
@@ -76,7 +67,46 @@ class Kernel:
         return PREFIX + self.name
 
 
+@dataclass(frozen=True)
+class KernelSet:
+    """Kernels that belong together; what the driver runs by name. A family's own has a field for each."""
+
+    name: str
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(value for value in values if isinstance(value, Kernel))
+
+
+AnySet = TypeVar("AnySet", bound=KernelSet)
+
+
+def weakened(right: AnySet, op: str, name: str, edit: Edit) -> AnySet:
+    """`right` with an edit in one of its kernels, that of field `op`."""
+    kernel = Kernel(f"{op}_{name}", getattr(right, op).spec, edit)
+    return replace(right, name=kernel.name, **{op: kernel})
+
+
+def without(right: AnySet, op: str, *orders: Mapping[str, Edit]) -> list[AnySet]:
+    """`right` without each of these orders in turn."""
+    return [weakened(right, op, name, edit) for of_one_kind in orders for name, edit in of_one_kind.items()]
+
+
+def kernels_of(sets: Sequence[KernelSet]) -> list[Kernel]:
+    """Each kernel once."""
+    return list({kernel.name: kernel for one in sets for kernel in one.kernels}.values())
+
+
 # ---- what the driver includes ---------------------------------------------------------------------
+
+
+def initialiser(values: Iterable[object]) -> str:
+    return "{" + ", ".join(map(str, values)) + "}"
+
+
+def flag(holds: bool) -> str:
+    return str(holds).lower()
 
 
 def of_rank(symbol: str, rank: int) -> str:
@@ -86,7 +116,7 @@ def of_rank(symbol: str, rank: int) -> str:
 
 def entries_of(kernel: Kernel) -> str:
     """The kernel's entry for each rank, as an initialiser."""
-    return "{" + ", ".join(of_rank(kernel.entry, rank) for rank in range(RANKS)) + "}"
+    return initialiser(of_rank(kernel.entry, rank) for rank in range(RANKS))
 
 
 def params_bytes_of(kernel: Kernel) -> str:

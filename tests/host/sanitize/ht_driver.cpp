@@ -3,11 +3,8 @@
 //     driver VARIANT SEED ROUNDS [absent]
 // The ranks meet nowhere but in the kernels. With `absent` the last one stays away, and the others have to report it.
 // Exit status 0: every result is right; 1: one is not; 2: a launch failed; else the sanitizer's own.
-#include <atomic>
-#include <string_view>
-
+#include "driver.hpp"
 #include "ht_round.hpp"
-#include "rank.hpp"
 
 // Where one op's parts lie in symmetric memory.
 struct Regions {
@@ -40,8 +37,9 @@ struct Rank : RankState {
 class Ranks {
   public:
     Ranks(const Variant& variant, uint32_t seed, uint32_t rounds);
-    int run();  // the exit status
-    int run_without_last();
+    bool run();  // whether every launch succeeded
+    bool run_without_last();
+    bool verify() const;
 
   private:
     void work(Rank& rank);
@@ -54,7 +52,6 @@ class Ranks {
     void dispatch_all(Rank& rank, Round& round);
     void run_experts(const Rank& rank, Round& round) const;
     void combine(Rank& rank, Round& round, uint32_t number);
-    bool verify() const;
     bool verify_rows(const Rank& rank, uint32_t number, const Received& received, float sign) const;
     bool verify_packed_rows(const Rank& rank, uint32_t number, const Received& received, float sign) const;
     bool verify_combine(const Rank& rank, uint32_t number) const;
@@ -193,26 +190,14 @@ void Ranks::work(Rank& rank) {
     }
 }
 
-int Ranks::run() {
-    std::vector<std::thread> threads;
-    for (Rank& rank : ranks_) threads.emplace_back([this, &rank] { work(rank); });
-    for (std::thread& thread : threads) thread.join();
-    if (failed_) return 2;
-    return verify() ? 0 : 1;
+bool Ranks::run() {
+    in_threads(kRanks, [this](uint32_t number) { work(ranks_[number]); });
+    return !failed_;
 }
 
-int Ranks::run_without_last() {
+bool Ranks::run_without_last() {
     timeout_ns_ = kAbsentTimeoutNs;
-    std::vector<std::thread> threads;
-    for (uint32_t number = 0; number + 1 < kRanks; ++number) {
-        Rank& rank = ranks_[number];
-        threads.emplace_back([this, &rank] { dispatch_all(rank, rank.rounds[0]); });
-        threads.emplace_back([this, &rank] {
-            if (!await_report(rank)) failed_ = true;
-        });
-    }
-    for (std::thread& thread : threads) thread.join();
-    return failed_ ? 1 : 0;
+    return report_last(ranks_, [this](Rank& rank) { dispatch_all(rank, rank.rounds[0]); }) && !failed_;
 }
 
 // ---- what is right --------------------------------------------------------------------------------
@@ -307,22 +292,10 @@ bool Ranks::verify() const {
     return right;
 }
 
-const Variant* find(std::string_view name) {
-    for (const Variant& variant : kVariants)
-        if (name == variant.name) return &variant;
-    return nullptr;
+bool fits(const Variant& variant) {
+    return variant.dispatch_bytes() == sizeof(DispatchParams) && variant.combine_bytes() == sizeof(CombineParams);
 }
 
 }  // namespace
 
-int main(int count, char** arguments) {
-    const bool absent = count == 5 && std::strcmp(arguments[4], "absent") == 0;
-    const Variant* variant = count == 4 || absent ? find(arguments[1]) : nullptr;
-    if (variant == nullptr || variant->dispatch_bytes() != sizeof(DispatchParams) ||
-        variant->combine_bytes() != sizeof(CombineParams)) {
-        std::printf("usage: driver VARIANT SEED ROUNDS [absent], with a variant of this executable\n");
-        return 2;
-    }
-    Ranks ranks(*variant, uint32_t(std::atoi(arguments[2])), uint32_t(std::atoi(arguments[3])));
-    return absent ? ranks.run_without_last() : ranks.run();
-}
+int main(int count, char** arguments) { return run_driver<Ranks>(count, arguments, kVariants, fits); }

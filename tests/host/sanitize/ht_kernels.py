@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 
 from host.sanitize.build import (
     EXPERTS,
     RANKS,
     TOPK,
-    Edit,
     Kernel,
+    KernelSet,
     entries_of,
+    flag,
+    initialiser,
+    kernels_of,
     params_bytes_of,
     shape_header,
     struct,
@@ -23,7 +26,6 @@ from moegen.kernels.ht import (
     CHUNK,
     HighThroughputCombine,
     HighThroughputDispatch,
-    Regions,
     regions,
 )
 from moegen.kernels.ll import ceil_div
@@ -36,23 +38,18 @@ WARPS = 2
 
 
 @dataclass(frozen=True)
-class Variant:
-    """Kernels that belong together; what the driver runs by name.
+class Variant(KernelSet):
+    """A dispatch kernel for each phase and a combine kernel.
 
     Attributes:
         roles_apart: one block sends and two receive; else one does both.
     """
 
-    name: str
     roles_apart: bool
     whole: Kernel
     plan: Kernel
     rows: Kernel
     combine: Kernel
-
-    @property
-    def kernels(self) -> tuple[Kernel, ...]:
-        return self.whole, self.plan, self.rows, self.combine
 
 
 def variant(dtype: str, layout: str, roles_apart: bool) -> Variant:
@@ -65,32 +62,13 @@ def variant(dtype: str, layout: str, roles_apart: bool) -> Variant:
     return Variant(name, roles_apart, whole_kernel, plan, rows, combine)
 
 
-def weakened(right: Variant, op: str, name: str, edit: Edit) -> Variant:
-    """`right` with an edit in one of its kernels: that of a phase of dispatch, or combine's."""
-    kernel = Kernel(f"{op}_{name}", getattr(right, op).spec, edit)
-    return replace(right, name=kernel.name, **{op: kernel})
-
-
-def kernels_of(variants: Sequence[Variant]) -> list[Kernel]:
-    """Each kernel once."""
-    return list({kernel.name: kernel for variant in variants for kernel in variant.kernels}.values())
-
-
 # ---- what the driver includes ---------------------------------------------------------------------
-
-
-def _layout(at: Regions) -> str:
-    return "{" + ", ".join(str(offset) for offset in astuple(at)) + "}"
 
 
 def _specs(variant: Variant) -> tuple[HighThroughputDispatch, HighThroughputCombine]:
     dispatch, combine = variant.whole.spec, variant.combine.spec
     assert isinstance(dispatch, HighThroughputDispatch) and isinstance(combine, HighThroughputCombine)
     return dispatch, combine
-
-
-def _flag(holds: bool) -> str:
-    return "true" if holds else "false"
 
 
 def _row(variant: Variant) -> str:
@@ -103,11 +81,9 @@ def _row(variant: Variant) -> str:
         params_bytes_of(variant.whole),
         params_bytes_of(variant.combine),
         str(dispatch.block_threads),
-        _flag(variant.roles_apart),
-        _flag(dispatch.packed),
-        _flag(dispatch.quantises),
-        _layout(dispatch_at),
-        _layout(combine_at),
+        *map(flag, (variant.roles_apart, dispatch.packed, dispatch.quantises)),
+        initialiser(astuple(dispatch_at)),
+        initialiser(astuple(combine_at)),
     )
     return ", ".join(columns)
 

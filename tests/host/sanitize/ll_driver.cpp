@@ -4,11 +4,8 @@
 // The ranks meet nowhere but in the kernels. With `absent` the last one stays away, and the others have to report it
 // or, where ranks may be missing, to mark it and go on.
 // Exit status 0: every result is right; 1: one is not; 2: a launch failed; else the sanitizer's own.
-#include <atomic>
-#include <string_view>
-
+#include "driver.hpp"
 #include "ll_round.hpp"
-#include "rank.hpp"
 
 // Where one op's parts lie in symmetric memory.
 struct Regions {
@@ -43,11 +40,11 @@ struct Rank : RankState {
 class Ranks {
   public:
     Ranks(const Variant& variant, uint32_t seed, uint32_t rounds);
-    int run();  // the exit status
-    int run_without_last();
+    bool run();  // whether every launch succeeded
+    bool run_without_last();
+    bool verify() const;
 
   private:
-    bool verify() const;
     void work(Rank& rank);
     void launch(Rank& rank, moegen_host_entry* entry, const void* params, uint32_t blocks) {
         if (!launched(rank, entry, params, blocks, variant_.threads, seed_ != 0)) failed_ = true;
@@ -187,12 +184,9 @@ void Ranks::work(Rank& rank) {
     }
 }
 
-int Ranks::run() {
-    std::vector<std::thread> threads;
-    for (Rank& rank : ranks_) threads.emplace_back([this, &rank] { work(rank); });
-    for (std::thread& thread : threads) thread.join();
-    if (failed_) return 2;
-    return verify() ? 0 : 1;
+bool Ranks::run() {
+    in_threads(kRanks, [this](uint32_t number) { work(ranks_[number]); });
+    return !failed_;
 }
 
 // One rank that is missing: marked, with no time lost in the second round, and nothing of it in the results.
@@ -212,22 +206,12 @@ void Ranks::dispatch_and_combine_without_last(Rank& rank) {
         if (rank.active[peer] != (peer + 1 < kRanks)) failed_ = true;
 }
 
-int Ranks::run_without_last() {
+bool Ranks::run_without_last() {
     timeout_ns_ = variant_.masked ? kMaskedTimeoutNs : kAbsentTimeoutNs;
-    std::vector<std::thread> threads;
-    for (uint32_t number = 0; number + 1 < kRanks; ++number) {
-        Rank& rank = ranks_[number];
-        if (variant_.masked) {
-            threads.emplace_back([this, &rank] { dispatch_and_combine_without_last(rank); });
-            continue;
-        }
-        threads.emplace_back([this, &rank] { dispatch(rank, rank.rounds[0]); });
-        threads.emplace_back([this, &rank] {
-            if (!await_report(rank)) failed_ = true;
-        });
-    }
-    for (std::thread& thread : threads) thread.join();
-    return failed_ ? 1 : 0;
+    if (!variant_.masked)
+        return report_last(ranks_, [this](Rank& rank) { dispatch(rank, rank.rounds[0]); }) && !failed_;
+    in_threads(kRanks - 1, [this](uint32_t number) { dispatch_and_combine_without_last(ranks_[number]); });
+    return !failed_;
 }
 
 // ---- what is right --------------------------------------------------------------------------------
@@ -277,25 +261,12 @@ bool Ranks::verify() const {
     return right;
 }
 
-const Variant* find(std::string_view name) {
-    for (const Variant& variant : kVariants)
-        if (name == variant.name) return &variant;
-    return nullptr;
+bool fits(const Variant& variant) {
+    const auto dispatch_bytes = variant.masked ? sizeof(MaskedDispatchParams) : sizeof(DispatchParams);
+    const auto combine_bytes = variant.masked ? sizeof(MaskedCombineParams) : sizeof(CombineParams);
+    return variant.dispatch_bytes() == dispatch_bytes && variant.combine_bytes() == combine_bytes;
 }
 
 }  // namespace
 
-int main(int count, char** arguments) {
-    const bool absent = count == 5 && std::strcmp(arguments[4], "absent") == 0;
-    const Variant* variant = count == 4 || absent ? find(arguments[1]) : nullptr;
-    const bool masked = variant != nullptr && variant->masked;
-    const auto dispatch_bytes = masked ? sizeof(MaskedDispatchParams) : sizeof(DispatchParams);
-    const auto combine_bytes = masked ? sizeof(MaskedCombineParams) : sizeof(CombineParams);
-    if (variant == nullptr || variant->dispatch_bytes() != dispatch_bytes ||
-        variant->combine_bytes() != combine_bytes) {
-        std::printf("usage: driver VARIANT SEED ROUNDS [absent], with a variant of this executable\n");
-        return 2;
-    }
-    Ranks ranks(*variant, uint32_t(std::atoi(arguments[2])), uint32_t(std::atoi(arguments[3])));
-    return absent ? ranks.run_without_last() : ranks.run();
-}
+int main(int count, char** arguments) { return run_driver<Ranks>(count, arguments, kVariants, fits); }

@@ -10,16 +10,19 @@ from host.sanitize.build import (
     EXPERTS,
     RANKS,
     TOPK,
-    Edit,
     Kernel,
+    KernelSet,
     entries_of,
+    flag,
+    initialiser,
+    kernels_of,
     params_bytes_of,
     shape_header,
     struct,
     variants_header,
 )
 
-from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch, Regions, regions
+from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch, regions
 from moegen.kernels.spec import WarpGroups
 
 HIDDEN = 64
@@ -28,10 +31,7 @@ BLOCKS_PER_ROLE = 2
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A dispatch and a combine that belong together; what the driver runs by name."""
-
-    name: str
+class Variant(KernelSet):
     dispatch: Kernel
     combine: Kernel
 
@@ -44,27 +44,7 @@ def variant(wire: str, weights: str, groups: WarpGroups, peers: str = "required"
     return Variant(name, dispatch, Kernel(f"combine_{name}", LowLatencyCombine(*common, weights, peers=peers)))
 
 
-def weakened(right: Variant, op: str, name: str, edit: Edit) -> Variant:
-    """`right` with an edit in one of its two kernels."""
-    before = right.dispatch if op == "dispatch" else right.combine
-    kernel = Kernel(f"{op}_{name}", before.spec, edit)
-    if op == "dispatch":
-        return Variant(kernel.name, kernel, right.combine)
-    return Variant(kernel.name, right.dispatch, kernel)
-
-
-def kernels_of(variants: Sequence[Variant]) -> list[Kernel]:
-    """Each kernel once."""
-    return list(
-        {kernel.name: kernel for variant in variants for kernel in (variant.dispatch, variant.combine)}.values()
-    )
-
-
 # ---- what the driver includes ---------------------------------------------------------------------
-
-
-def _layout(at: Regions) -> str:
-    return "{" + ", ".join(str(offset) for offset in astuple(at)) + "}"
 
 
 def _row(variant: Variant) -> str:
@@ -72,10 +52,12 @@ def _row(variant: Variant) -> str:
     assert isinstance(dispatch, LowLatencyDispatch) and isinstance(combine, LowLatencyCombine)
     dispatch_at = regions(dispatch, MAX_TOKENS, 0)
     combine_at = regions(combine, MAX_TOKENS, dispatch_at.end)
-    late, masked = ("true" if holds else "false" for holds in (combine.weights == "atcombine", dispatch.masked))
+    late, masked = map(flag, (combine.weights == "atcombine", dispatch.masked))
     kernels = (variant.dispatch, variant.combine)
     columns = (*map(entries_of, kernels), *map(params_bytes_of, kernels), str(dispatch.block_threads), late, masked)
-    return ", ".join((f'"{variant.name}"', *columns, _layout(dispatch_at), _layout(combine_at)))
+    return ", ".join(
+        (f'"{variant.name}"', *columns, initialiser(astuple(dispatch_at)), initialiser(astuple(combine_at)))
+    )
 
 
 def headers(variants: Sequence[Variant]) -> dict[str, str]:

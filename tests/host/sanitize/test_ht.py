@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from host.sanitize.build import KERNEL, Edit, relaxed_store
-from host.sanitize.ht_kernels import Variant, headers, kernels_of, variant, weakened
+from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
+from host.sanitize.edits import barrier_before, relaxed_load, relaxed_store
+from host.sanitize.ht_kernels import Variant, headers, variant
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, Sanitizer, built_once, race_in, run
 
 RIGHT = [variant("bf16", "token", True), variant("bf16", "packed", True), variant("fp8pow2", "packed", False)]
@@ -19,12 +20,6 @@ blocks that have one role and blocks that have both; at most 576 fibers."""
 TOKEN, PACKED, QUANTISED = RIGHT
 
 TAG = r"tag_at\("
-RELAXED_LOAD = "host::load_word(tag, __ATOMIC_RELAXED, {})"
-
-
-def barrier_before(target: str, barrier: str = "__syncwarp") -> Edit:
-    """Takes away the last barrier before `target`."""
-    return Edit(KERNEL, rf"{barrier}\(\);(?=(?:(?!{barrier}).){{,320}}{target})", "")
 
 
 def finishing(order: str) -> Edit:
@@ -34,7 +29,7 @@ def finishing(order: str) -> Edit:
 
 CONSUMED = {
     "consumed_store": relaxed_store(r"consumed_at\("),
-    "consumed_load": Edit(KERNEL, r"load_acquire_sys\(word\)", "load_relaxed_sys(word)"),
+    "consumed_load": relaxed_load("word"),
 }
 """How ranks know that what they overwrite has been read."""
 
@@ -57,28 +52,24 @@ ROWS = {
 """How a warp announces a row."""
 
 ARRIVALS = {
-    "tag_load": Edit(KERNEL, r"load_acquire_sys\(tag\)", RELAXED_LOAD),
+    "tag_load": relaxed_load("tag"),
     "tag_vote": Edit(KERNEL, r"__syncwarp\(\);(?=  // lane 0)", ""),
 }
 """How a warp learns of one."""
 
 PARTIALS = {
-    "tag_load": Edit(KERNEL, r"(Awaited what\{kPartial.{,200}?)load_acquire_sys\(tag\)", rf"\1{RELAXED_LOAD}"),
+    "tag_load": relaxed_load("tag", after=r"Awaited what\{kPartial.{,200}?"),
     "tag_vote": Edit(KERNEL, r"__syncwarp\(\);(?=  // the lanes)", ""),
 }
 """The same in combine, where a lane waits for each rank."""
 
 CHUNKS = {
     "chunk_store": relaxed_store(r"p\.chunk_epochs"),
-    "chunk_load": Edit(KERNEL, r"load_acquire_sys\(epoch\)", "load_relaxed_sys(epoch)"),
+    "chunk_load": relaxed_load("epoch"),
     "chunk_barrier": barrier_before(r"store_release_sys\(p\.chunk_epochs", "__syncthreads"),
     "chunk_vote": Edit(KERNEL, r"__syncthreads_and\(came\) == 0", "!came"),
 }
 """How blocks tell each other what the chunks of a plan count."""
-
-
-def without(right: Variant, op: str, *orders: dict[str, Edit]) -> list[Variant]:
-    return [weakened(right, op, name, edit) for of_one_kind in orders for name, edit in of_one_kind.items()]
 
 
 WEAKENED = [

@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from host.sanitize.build import KERNEL, LAUNCH, SIGNAL, Edit, relaxed_store
-from host.sanitize.ll_kernels import Variant, headers, kernels_of, variant, weakened
+from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
+from host.sanitize.edits import REPORT, barrier_before, entering, relaxed_load, relaxed_store
+from host.sanitize.ll_kernels import Variant, headers, variant
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, built_once, race_in, run
 
 from moegen.kernels.spec import WarpGroups
@@ -30,19 +31,14 @@ ROW = RIGHT[2]
 MASKED = RIGHT[-1]
 
 
-def entering(order: str) -> Edit:
-    pattern = r"atomic_add_acq_rel_gpu\((&control->blocks_entered), 1\)"
-    return Edit(LAUNCH, pattern, rf"__atomic_fetch_add(\1, 1, {order})")
-
-
 TAG = r"tag_at\("
 
 ORDERS = {
     "tag_store": relaxed_store(TAG),
-    "tag_load": Edit(KERNEL, r"load_acquire_sys\(tag\)", "host::load_word(tag, __ATOMIC_RELAXED, {})"),
-    "tag_barrier": Edit(KERNEL, rf"team_sync\(\);(?=(?:(?!team_sync).){{,320}}store_release_sys\({TAG})", ""),
+    "tag_load": relaxed_load("tag"),
+    "tag_barrier": barrier_before(rf"store_release_sys\({TAG}", "team_sync"),
     "consumed_store": relaxed_store(r"consumed_at\("),
-    "consumed_load": Edit(KERNEL, r"load_acquire_sys\(word\)", "load_relaxed_sys(word)"),
+    "consumed_load": relaxed_load("word"),
     "entering": entering("__ATOMIC_RELAXED"),
 }
 """What wire format `row` rests on, by name, and how to take it away. `inline` has no such order: its payload crosses in
@@ -50,18 +46,18 @@ relaxed 16-byte atomics, which are no data race.
 """
 
 WEAKENED = [
-    *(weakened(ROW, op, name, edit) for op in ("dispatch", "combine") for name, edit in ORDERS.items()),
+    *without(ROW, "dispatch", ORDERS),
+    *without(ROW, "combine", ORDERS),
     weakened(ROW, "dispatch", "entering_release", entering("__ATOMIC_ACQUIRE")),
     weakened(ROW, "dispatch", "entering_acquire", entering("__ATOMIC_RELEASE")),
 ]
-REPORT_STORE = Edit(SIGNAL, r"store_release_sys(?=\(&failure->valid)", "store_relaxed_sys")
-REPORT = weakened(ROW, "dispatch", "report", REPORT_STORE)
+UNORDERED_REPORT = weakened(ROW, "dispatch", "report", REPORT)
 BEYOND = weakened(ROW, "dispatch", "beyond", Edit(KERNEL, r"(p\.topk_weights\[[^]]*\+ team_thread\(\))\]", r"\1 + 1]"))
 
 
 @pytest.fixture(scope="session")
 def tsan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    variants = [*RIGHT, *WEAKENED, REPORT]
+    variants = [*RIGHT, *WEAKENED, UNORDERED_REPORT]
     return built_once(tmp_path_factory, "ll", "ll_driver.cpp", TSAN, headers(variants), kernels_of(variants))
 
 
@@ -104,7 +100,7 @@ def test_missing_order_is_a_race(tsan: Path, variant: Variant) -> None:
 
 @pytest.mark.tsan
 def test_unordered_report_is_a_race(tsan: Path) -> None:
-    assert race_in(tsan, REPORT.name, "absent")
+    assert race_in(tsan, UNORDERED_REPORT.name, "absent")
 
 
 @pytest.mark.asan
