@@ -66,6 +66,10 @@ class Kernel:
     def entry(self) -> str:
         return PREFIX + self.name
 
+    @property
+    def ranks(self) -> int:
+        return int(getattr(self.spec, "num_ranks"))  # noqa: B009 - of every family here, not of every Spec
+
 
 @dataclass(frozen=True)
 class KernelSet:
@@ -116,7 +120,7 @@ def of_rank(symbol: str, rank: int) -> str:
 
 def entries_of(kernel: Kernel) -> str:
     """The kernel's entry for each rank, as an initialiser."""
-    return initialiser(of_rank(kernel.entry, rank) for rank in range(RANKS))
+    return initialiser(of_rank(kernel.entry, rank) for rank in range(kernel.ranks))
 
 
 def params_bytes_of(kernel: Kernel) -> str:
@@ -124,9 +128,9 @@ def params_bytes_of(kernel: Kernel) -> str:
     return f"{of_rank(kernel.entry, 0)}_params_bytes"
 
 
-def shape_header(**more: int) -> str:
+def shape_header(ranks: int = RANKS, **more: int) -> str:
     """`shape.hpp`: the one shape."""
-    shape = {"kRanks": RANKS, "kTopk": TOPK, "kExperts": EXPERTS, **more}
+    shape = {"kRanks": ranks, "kTopk": TOPK, "kExperts": EXPERTS, **more}
     return "".join(f"constexpr unsigned {name} = {value};\n" for name, value in shape.items())
 
 
@@ -138,7 +142,7 @@ def struct(name: str, params: ParamStruct) -> str:
 
 def variants_header(structs: Sequence[str], kernels: Sequence[Kernel], rows: Sequence[str]) -> str:
     """`variants.hpp`: the parameter structs and the table of variants, each an initialiser."""
-    entries = [of_rank(kernel.entry, rank) for kernel in kernels for rank in range(RANKS)]
+    entries = [of_rank(kernel.entry, rank) for kernel in kernels for rank in range(kernel.ranks)]
     return "".join(
         [
             *structs,
@@ -187,24 +191,30 @@ def _copy_for(rank: int, merged: Path, entries: Sequence[str]) -> Path:
     return target
 
 
+def build_runtime(folder: Path, options: Sequence[str]) -> list[Path]:
+    """The runtime's objects, which every executable for one sanitizer may have."""
+    tools = Toolchain(folder, ["-g1"])
+    with ThreadPoolExecutor(JOBS) as pool:
+        return list(pool.map(lambda source: tools.compile(source, *options), runtime_sources()))
+
+
 def build(
     folder: Path,
     driver: Path,
     headers: Mapping[str, str],
     kernels: Sequence[Kernel],
+    runtime: Sequence[Path],
     option: str,
-    runtime_options: Sequence[str] = (),
 ) -> Path:
     """An executable of the driver and, for each rank, the runtime and the kernels."""
     tools = Toolchain(folder, ["-g1"])
     for name, text in headers.items():
         (folder / "include" / name).write_text(text)
     with ThreadPoolExecutor(JOBS) as pool:
+        main = pool.submit(tools.compile, driver, option)
         jobs = [pool.submit(_compile, kernel, folder / kernel.name, option) for kernel in kernels]
-        jobs += [pool.submit(tools.compile, source, *runtime_options) for source in runtime_sources()]
-        main = pool.submit(tools.compile, driver, option).result()
-        merged = _merge(tools, [job.result() for job in jobs], folder / "merged.o")
-    ranks = [_copy_for(rank, merged, [kernel.entry for kernel in kernels]) for rank in range(RANKS)]
+        merged = _merge(tools, [*runtime, *(job.result() for job in jobs)], folder / "merged.o")
+    ranks = [_copy_for(rank, merged, [kernel.entry for kernel in kernels]) for rank in range(kernels[0].ranks)]
     executable = folder / "driver"
-    tools.run(option, main, *ranks, "-o", executable)
+    tools.run(option, main.result(), *ranks, "-o", executable)
     return executable

@@ -7,12 +7,13 @@ import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from host.sanitize.build import Kernel, build
+from host.sanitize.build import Kernel, build, build_runtime
 from simt_harness import Toolchain
 
 ROUNDS = 10  # 10 dispatches and 10 combines
@@ -42,6 +43,30 @@ def skip_without(option: str, folder: Path) -> None:
         pytest.skip(f"g++ cannot link with {option}: {error}")
 
 
+@contextmanager
+def alone_in(factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """A folder that the workers of one test run share, one at a time."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / name
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def runtime_once(factory: pytest.TempPathFactory, sanitizer: Sanitizer) -> list[Path]:
+    """The runtime's objects, the same for all families."""
+    with alone_in(factory, "runtime" + sanitizer.option.replace("=", "-")) as folder:
+        made = folder / "made"
+        if not made.exists():
+            skip_without(sanitizer.option, folder)
+            objects = build_runtime(folder, [sanitizer.runtime_option])
+            made.write_text("\n".join(map(str, objects)))
+        return [Path(line) for line in made.read_text().splitlines()]
+
+
 def built_once(
     factory: pytest.TempPathFactory,
     name: str,
@@ -51,19 +76,11 @@ def built_once(
     kernels: Sequence[Kernel],
 ) -> Path:
     """The executable of this name; the workers of one test run share it."""
-    root = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
-    folder = root / (name + sanitizer.option.replace("=", "-"))
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    runtime = runtime_once(factory, sanitizer)
+    with alone_in(factory, name + sanitizer.option.replace("=", "-")) as folder:
         done = folder / "driver"
         if not done.exists():
-            skip_without(sanitizer.option, folder)
-            build(
-                folder, Path(__file__).with_name(driver), headers, kernels, sanitizer.option, [sanitizer.runtime_option]
-            )
+            build(folder, Path(__file__).with_name(driver), headers, kernels, runtime, sanitizer.option)
         return done
 
 
