@@ -75,10 +75,6 @@ struct Round : Inputs {
     std::vector<float> y_weights, combined_weights[3];
 
     Round(uint32_t number, uint32_t rank, std::minstd_rand& random);
-    bool goes_to(uint32_t token, uint32_t rank) const {
-        const int32_t* of_token = &ids[token * kTopk];
-        return std::any_of(of_token, of_token + kTopk, [=](int32_t id) { return id >= 0 && rank_of(id) == rank; });
-    }
 };
 
 // In the first of each five rounds one rank's tokens are more than one chunk of the plan.

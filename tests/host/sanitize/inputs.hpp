@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a rank gives to one dispatch, and what is right, for both families.
+// What a rank gives to one dispatch, and what is right, for all families.
 #pragma once
 
 #include <algorithm>
@@ -61,6 +61,10 @@ struct Inputs {
     bool selects(uint32_t token, uint32_t expert) const {
         const int32_t* of_token = &ids[token * kTopk];
         return std::find(of_token, of_token + kTopk, int32_t(expert)) != of_token + kTopk;
+    }
+    bool goes_to(uint32_t token, uint32_t rank) const {
+        const int32_t* of_token = &ids[token * kTopk];
+        return std::any_of(of_token, of_token + kTopk, [=](int32_t id) { return id >= 0 && rank_of(id) == rank; });
     }
     const void* any_ids() const { return wide ? static_cast<const void*>(wide_ids.data()) : ids.data(); }
 };

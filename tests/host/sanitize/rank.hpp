@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a virtual rank of either family has, and how it launches kernels.
+// What a virtual rank of any family has, and how it launches kernels.
 #pragma once
 
 #include <chrono>

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one-sided kernels under ThreadSanitizer and AddressSanitizer: clean as they are, and every order that they rest
+on is missed where it is taken away.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from host.sanitize.a2a_kernels import Variant, headers, variant
+from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
+from host.sanitize.edits import REPORT, barrier_before, entering, relaxed_load, relaxed_store
+from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, Sanitizer, built_once, race_in, run
+
+from moegen.kernels.spec import WarpGroups
+
+RIGHT = [
+    variant(WarpGroups(2, 1), 3),
+    variant(WarpGroups(1, 2), 3, out="fp32"),
+    variant(WarpGroups(2, 2), 1),
+]
+"""Together: each of a team's three kinds of barrier, blocks that have one role and blocks that have both; at most 576
+fibers."""
+
+APART, ONE_TEAM, TOGETHER = RIGHT
+TWO_RANKS = variant(WarpGroups(2, 1), 3, ranks=2)
+
+
+def no_wait(word: str) -> Edit:
+    """Looks once, and takes whatever is there for what was waited for."""
+    return Edit(KERNEL, rf"(return load_acquire_sys\({word}\));", r"\1, watch.epoch;")
+
+
+def no_wait_for_whole(phase: str, place: str, piece: str) -> Edit:
+    """The same for 16 bytes that carry their epoch."""
+    pattern = rf"!wait_for_whole\(watch, Awaited\{{{phase}, source, -1\}},\s*({place}\(.*?), {piece}\)"
+    return Edit(KERNEL, pattern, rf"(({piece} = load_whole_relaxed_sys(\1)), false)")
+
+
+PRESENCE = {
+    "presence_store": relaxed_store(r"presence_at\("),
+    "presence_load": relaxed_load("word"),
+}
+"""How ranks know that what they overwrite has been read."""
+
+FLAGS = {
+    "flag_barrier": Edit(
+        KERNEL,
+        r"(void tell_rows_are_sent[^{]*\{\s*)__syncthreads\(\);(.*)__syncthreads\(\);(?=  // the chunk)",
+        r"\1\2if (begin + kWarpSize < share.end) __syncthreads();",
+    ),
+    "flag_store": relaxed_store(r"flag_at\("),
+    "flag_load": relaxed_load("flag"),
+}
+"""How a block announces its rows. Of two barriers behind the last of them one is enough: only without both is an order
+missing."""
+
+TAGS = {
+    "tag_barrier": barrier_before(r"store_release_sys\(tag_at\(", "team_sync"),
+    "tag_store": relaxed_store(r"tag_at\("),
+    "tag_load": relaxed_load("tag"),
+    "tag_vote": Edit(KERNEL, r"(wait_for\(watch, what[^}]*\}\);\s*\}\s*)team_sync\(\);", r"\1"),
+}
+"""How a team announces a row of combine, and how another learns of it."""
+
+VOTES = {
+    "chunk_vote": Edit(KERNEL, r"__syncthreads_and\(ready\) == 0", "!ready"),
+    "arrivals": Edit(KERNEL, r"(p\.counts\[source\] = [^}]*\}\s*)__syncthreads\(\);", r"\1"),
+}
+"""How the threads of a block learn what one warp has planned, and how many rows come."""
+
+PLANS = {
+    "counts_zero": Edit(KERNEL, r"(counts\[rank\] = 0;\s*)__syncthreads\(\);", r"\1"),
+    "counts_sum": Edit(KERNEL, r"__syncthreads\(\);(?=\s*return own;)", ""),
+    "slots": Edit(KERNEL, r"(before = counts\[rank\];\s*)__syncwarp\(\);", r"\1"),
+    "chunk_used": Edit(KERNEL, r"__syncthreads\(\);(?=  // the chunk)", ""),
+}
+"""How they plan."""
+
+ENTERING = {
+    "entering": entering("__ATOMIC_RELAXED"),
+    "entering_release": entering("__ATOMIC_ACQUIRE"),
+    "entering_acquire": entering("__ATOMIC_RELEASE"),
+    "entering_barrier": Edit(KERNEL, r"__syncthreads_and\(aborted == 0\) != 0", "aborted == 0"),
+}
+"""How the last block to enter knows that all threads have read the epoch."""
+
+NO_PRESENCE = {"presence_wait": Edit(KERNEL, r"int32_t\(seen - needed\) >= 0", "seen != needed")}
+NO_ROWS = {"counts_wait": no_wait_for_whole("kCounts", "counts_at", "told"), "flag_wait": no_wait("flag")}
+NO_PARTIALS = {
+    "tag_wait": no_wait("tag"),
+    "halves": Edit(KERNEL, r"half_of\(watch\.epoch\) \* p\.half_bytes", "(0 & watch.epoch) * p.half_bytes"),
+}
+"""Not orders, but what they are good for: waits, and that staging has two halves."""
+
+WEAKENED = [
+    *without(APART, "dispatch", PRESENCE, FLAGS, VOTES),
+    *without(APART, "combine", PRESENCE, TAGS),
+]
+MORE = [
+    *without(APART, "dispatch", PLANS, ENTERING, NO_PRESENCE, NO_ROWS),
+    *without(APART, "combine", ENTERING, NO_PRESENCE, NO_PARTIALS),
+    *without(ONE_TEAM, "combine", {f"{name}_of_block": TAGS[name] for name in ("tag_barrier", "tag_vote")}),
+    *without(TOGETHER, "combine", {f"{name}_of_team": TAGS[name] for name in ("tag_barrier", "tag_vote")}),
+]
+"""Together all orders of these kernels but some that are no data race where they are missing:
+
+- Numbers of rows and statistics cross in relaxed 16-byte atomics, whose epoch is all that says whether they have come.
+  Without the wait for rows' numbers, ids behind rows are filled too early, which is a race; without that for statistics
+  the results are wrong: EARLY.
+- The compare-and-swap on the abort word chooses who reports; nobody reads behind it but the host, which looks at
+  `valid` (REPORT). The word itself is loaded relaxed: what it says is all.
+- Warps' votes are no order, and nothing rests on them as one.
+"""
+
+UNORDERED_REPORT = weakened(APART, "dispatch", "report", REPORT)
+EARLY = weakened(APART, "dispatch", "stats_wait", no_wait_for_whole("kStats", "stats_at", "piece"))
+BEYOND = weakened(APART, "dispatch", "beyond", Edit(KERNEL, r"const Id id = ids\[k\]", "const Id id = ids[k + 1]"))
+
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def tsan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory, "a2a", TSAN, [*RIGHT, *WEAKENED])
+
+
+@pytest.fixture(scope="session")
+def tsan_more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory, "a2a-more", TSAN, [*MORE, UNORDERED_REPORT, EARLY])
+
+
+@pytest.fixture(scope="session")
+def tsan_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory, "a2a-two", TSAN, [TWO_RANKS])
+
+
+@pytest.fixture(scope="session")
+def asan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory, "a2a", ASAN, [*RIGHT, BEYOND])
+
+
+def built(factory: pytest.TempPathFactory, name: str, sanitizer: Sanitizer, variants: list[Variant]) -> Path:
+    return built_once(factory, name, "a2a_driver.cpp", sanitizer, headers(variants), kernels_of(variants))
+
+
+def name_of(variant: Variant) -> str:
+    return variant.name
+
+
+@pytest.mark.tsan
+@pytest.mark.parametrize(
+    "variant", [APART, *(pytest.param(more, marks=slow) for more in (ONE_TEAM, TOGETHER))], ids=name_of
+)
+def test_kernels_have_no_race(tsan: Path, variant: Variant) -> None:
+    code, output = run(tsan, variant.name, SEEDED)
+    assert code == 0, output
+
+
+@pytest.mark.tsan
+@pytest.mark.parametrize(
+    "variant", [*(pytest.param(more, marks=slow) for more in (APART, ONE_TEAM)), TOGETHER], ids=name_of
+)
+def test_kernels_have_no_race_in_fixed_order(tsan: Path, variant: Variant) -> None:
+    code, output = run(tsan, variant.name, FIXED)
+    assert code == 0, output
+
+
+@pytest.mark.slow
+@pytest.mark.tsan
+@pytest.mark.parametrize("seed", [FIXED, SEEDED])
+def test_two_ranks_have_no_race(tsan_two: Path, seed: int) -> None:
+    code, output = run(tsan_two, TWO_RANKS.name, seed)
+    assert code == 0, output
+
+
+@pytest.mark.tsan
+@pytest.mark.parametrize("variant", [APART, pytest.param(TOGETHER, marks=slow)], ids=name_of)
+def test_missing_peer_is_no_race(tsan: Path, variant: Variant) -> None:
+    code, output = run(tsan, variant.name, FIXED, "absent")
+    assert code == 0, output
+
+
+@pytest.mark.tsan
+@pytest.mark.parametrize("variant", WEAKENED, ids=name_of)
+def test_missing_order_is_a_race(tsan: Path, variant: Variant) -> None:
+    assert race_in(tsan, variant.name)
+
+
+@pytest.mark.slow
+@pytest.mark.tsan
+@pytest.mark.parametrize("variant", MORE, ids=name_of)
+def test_more_of_them_are_races(tsan_more: Path, variant: Variant) -> None:
+    assert race_in(tsan_more, variant.name)
+
+
+@pytest.mark.slow
+@pytest.mark.tsan
+def test_unordered_report_is_a_race(tsan_more: Path) -> None:
+    assert race_in(tsan_more, UNORDERED_REPORT.name, "absent")
+
+
+@pytest.mark.slow
+@pytest.mark.tsan
+def test_statistics_that_are_read_early_are_wrong(tsan_more: Path) -> None:
+    code, output = run(tsan_more, EARLY.name, SEEDED)
+    assert code == 1, output
+    assert "wrong statistics" in output
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize("seed", [FIXED, SEEDED])
+@pytest.mark.parametrize("variant", RIGHT, ids=name_of)
+def test_kernels_stay_within_memory(asan: Path, variant: Variant, seed: int) -> None:
+    code, output = run(asan, variant.name, seed)
+    assert code == 0, output
+
+
+@pytest.mark.asan
+def test_access_beyond_memory_is_found(asan: Path) -> None:
+    code, output = run(asan, BEYOND.name, FIXED)
+    assert code != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in output
