@@ -21,7 +21,8 @@ from host.sanitize.build import (
     variants_header,
 )
 
-from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch, RowBytes, planes, regions, roles
+from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch, RowBytes
+from moegen.kernels.a2a_layout import planes, regions, roles
 from moegen.kernels.spec import WARP_SIZE, WarpGroups
 
 HIDDEN = 1032
@@ -61,7 +62,7 @@ def variant(groups: WarpGroups, blocks: int, out: str = "bf16", ranks: int = RAN
     """Unmodified kernels of one kind of team."""
     name = f"r{ranks}_w{groups}_{out}"
     dispatch = OneSidedDispatch(RowBytes(WIDTHS), ranks, TOPK, EXPERTS, "ipc", groups)
-    combine = OneSidedCombine("bf16", out, ranks, HIDDEN, TOPK, "ipc", groups)
+    combine = OneSidedCombine("bf16", out, ranks, HIDDEN, min(ranks, TOPK), "ipc", groups)
     return Variant(name, blocks, Kernel(f"dispatch_{name}", dispatch), Kernel(f"combine_{name}", combine))
 
 
@@ -95,7 +96,7 @@ def _row(variant: Variant) -> str:
 
 def _layout(ranks: int) -> str:
     """Where things lie, which is the same for all variants."""
-    at = regions(ranks, MAX_TOKENS, sum(WIDTHS), 2 * HIDDEN)
+    at = regions(ranks, MAX_TOKENS, sum(WIDTHS), 2 * HIDDEN, expert_rows=False)
     places = {**asdict(at), "half": at.half}
     of_limits = [initialiser(planes(WIDTHS, ranks, slots, at.planes)) for slots in LIMITS]
     return (
