@@ -227,7 +227,7 @@ def test_what_was_queued_behind_a_timeout_does_nothing(device: str, rows: str) -
         ops.dispatch(
             dispatched, payloads, ids, None, handle.addresses, SHAPE.max_tokens, None, None, None, everybody, None
         )
-        ops.combine(combined, y, out, handle.addresses, SHAPE.max_tokens, everybody, None)
+        ops.combine(combined, y, (out.data_ptr(),), handle.addresses, 2, SHAPE.max_tokens, everybody, None)
         with pytest.raises(PeerTimeoutError):
             rank.synchronize()
         assert (out == 7).all()
