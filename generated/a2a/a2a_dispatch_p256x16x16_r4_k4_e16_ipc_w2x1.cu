@@ -413,31 +413,31 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
 
 // Plans the block's share of the tokens, 32 at a time, and sends each. A team's first token is asked for before
 // anything is known of it.
-__device__ __forceinline__ void send_share(const Params& p, const Watch& watch, uint32_t tokens, const Token& first,
-                                           bool ready) {
-        __shared__ uint32_t counts[kRanks];
-        __shared__ Chunk chunk;
-        const Share share = share_of_block(p, tokens);
-        uint64_t ranks = count_tokens(p, share.begin, share.end, counts);
+__device__ __forceinline__ void send_share(const Params& p, uint32_t tokens, const Token& first, const Watch& watch, bool ready) {
+    __shared__ uint32_t counts[kRanks];
+    __shared__ Chunk chunk;
+    const Share share = share_of_block(p, tokens);
+    uint64_t ranks = count_tokens(p, share.begin, share.end, counts);
 #pragma unroll 1
-        for (uint32_t begin = share.begin; begin < share.end; begin += kWarpSize) {
-            if (warp_id() == 0) {
-                plan_chunk(p, begin, share.end, ranks, counts, chunk);
-                const uint32_t next = begin + kWarpSize + lane_id();
-                ranks = next < share.end ? ranks_of_later_token(p, next) : 0;
-            }
-            if (__syncthreads_and(ready) == 0) return;
-            Token asked = first;
-#pragma unroll 1
-            for (uint32_t index = team_id(); index < min(kWarpSize, share.end - begin); index += kTeams) {
-                const uint32_t token = begin + index;
-                if (token != share.begin + team_id()) asked = ask_token(p, token);
-                send_token(p, asked, chunk.ranks[index], chunk.slots[index]);
-            }
-            __syncthreads();  // the chunk is used
+    for (uint32_t begin = share.begin; begin < share.end; begin += kWarpSize) {
+        if (warp_id() == 0) {
+            plan_chunk(p, begin, share.end, ranks, counts, chunk);
+            const uint32_t next = begin + kWarpSize + lane_id();
+            ranks = next < share.end ? ranks_of_later_token(p, next) : 0;
         }
-        tell_rows_are_sent(p, watch);
+        if (__syncthreads_and(ready) == 0) return;
+        Token asked = first;
+#pragma unroll 1
+        for (uint32_t index = team_id(); index < min(kWarpSize, share.end - begin); index += kTeams) {
+            const uint32_t token = begin + index;
+            if (token != share.begin + team_id()) asked = ask_token(p, token);
+            send_token(p, asked, chunk.ranks[index], chunk.slots[index]);
+        }
+        __syncthreads();  // the chunk is used
     }
+    // A block without a share has waited for nobody, and a peer may still look for the flag that it left before.
+    if (share.begin < share.end) tell_rows_are_sent(p, watch);
+}
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_dispatch_p256x16x16_r4_k4_e16_ipc_w2x1(const __grid_constant__ Params p) {
     const Watch watch = start_watch(p);
@@ -459,7 +459,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_dispat
             const bool asks = threadIdx.x >= kBlockThreads - kWarpSize;
             const bool ready =
                 !asks || await_presence(p, watch, kPeerReady, epoch_before(watch.epoch), lane_id(), kWarpSize);
-            send_share(p, watch, tokens, first, ready);
+            send_share(p, tokens, first, watch, ready);
         }
         if (is_one_of(p.receivers)) receive_rows(p, watch);
     }

@@ -259,29 +259,29 @@ __device__ __forceinline__ void send_token(const Params& p, const Token& asked, 
 
 // Plans the block's share of the tokens, 32 at a time, and sends each. A team's first token is asked for before
 // anything is known of it.
-    __device__ __forceinline__ void send_share(const Params& p, uint32_t tokens, const Token& first) {
-        __shared__ uint32_t counts[kRanks];
-        __shared__ Chunk chunk;
-        const Share share = share_of_block(p, tokens);
-        uint64_t ranks = count_tokens(p, share.begin, share.end, counts);
+__device__ __forceinline__ void send_share(const Params& p, uint32_t tokens, const Token& first) {
+    __shared__ uint32_t counts[kRanks];
+    __shared__ Chunk chunk;
+    const Share share = share_of_block(p, tokens);
+    uint64_t ranks = count_tokens(p, share.begin, share.end, counts);
 #pragma unroll 1
-        for (uint32_t begin = share.begin; begin < share.end; begin += kWarpSize) {
-            if (warp_id() == 0) {
-                plan_chunk(p, begin, share.end, ranks, counts, chunk);
-                const uint32_t next = begin + kWarpSize + lane_id();
-                ranks = next < share.end ? ranks_of_later_token(p, next) : 0;
-            }
-            __syncthreads();
-            Token asked = first;
-#pragma unroll 1
-            for (uint32_t index = team_id(); index < min(kWarpSize, share.end - begin); index += kTeams) {
-                const uint32_t token = begin + index;
-                if (token != share.begin + team_id()) asked = ask_token(p, token);
-                send_token(p, asked, chunk.ranks[index], chunk.slots[index]);
-            }
-            __syncthreads();  // the chunk is used
+    for (uint32_t begin = share.begin; begin < share.end; begin += kWarpSize) {
+        if (warp_id() == 0) {
+            plan_chunk(p, begin, share.end, ranks, counts, chunk);
+            const uint32_t next = begin + kWarpSize + lane_id();
+            ranks = next < share.end ? ranks_of_later_token(p, next) : 0;
         }
+        __syncthreads();
+        Token asked = first;
+#pragma unroll 1
+        for (uint32_t index = team_id(); index < min(kWarpSize, share.end - begin); index += kTeams) {
+            const uint32_t token = begin + index;
+            if (token != share.begin + team_id()) asked = ask_token(p, token);
+            send_token(p, asked, chunk.ranks[index], chunk.slots[index]);
+        }
+        __syncthreads();  // the chunk is used
     }
+}
 
 struct Header {
     uint32_t rows;
