@@ -28,6 +28,8 @@ TOPK = 3
 EXPERTS = 7  # no multiple of the ranks
 
 JOBS = 2
+FASTER = "-O1"
+"""Compiling takes longer than running."""
 
 KERNEL = ""
 """The file of an edit that is made in the kernel's text, and not in a header."""
@@ -177,8 +179,7 @@ def _compile(kernel: Kernel, folder: Path, option: str) -> Path:
     (folder / f"{kernel.name}.cu").write_text(text)
     wrapper = folder / f"{kernel.name}.cpp"
     wrapper.write_text(WRAPPER.format(name=kernel.name, entry=kernel.entry, symbol=kernel.spec.symbol))
-    # Compiling takes longer than running.
-    return _merge(tools, [tools.compile(wrapper, option, "-O1")], folder / "alone.o")
+    return _merge(tools, [tools.compile(wrapper, option, FASTER)], folder / "alone.o")
 
 
 def _copy_for(rank: int, merged: Path, entries: Sequence[str]) -> Path:
@@ -195,7 +196,7 @@ def build_runtime(folder: Path, options: Sequence[str]) -> list[Path]:
     """The runtime's objects, which every executable for one sanitizer may have."""
     tools = Toolchain(folder, ["-g1"])
     with ThreadPoolExecutor(JOBS) as pool:
-        return list(pool.map(lambda source: tools.compile(source, *options), runtime_sources()))
+        return list(pool.map(lambda source: tools.compile(source, *options, FASTER), runtime_sources()))
 
 
 def build(
@@ -211,7 +212,7 @@ def build(
     for name, text in headers.items():
         (folder / "include" / name).write_text(text)
     with ThreadPoolExecutor(JOBS) as pool:
-        main = pool.submit(tools.compile, driver, option)
+        main = pool.submit(tools.compile, driver, option, FASTER)
         jobs = [pool.submit(_compile, kernel, folder / kernel.name, option) for kernel in kernels]
         merged = _merge(tools, [*runtime, *(job.result() for job in jobs)], folder / "merged.o")
     ranks = [_copy_for(rank, merged, [kernel.entry for kernel in kernels]) for rank in range(kernels[0].ranks)]

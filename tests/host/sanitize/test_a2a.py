@@ -124,12 +124,12 @@ slow = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def tsan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built(tmp_path_factory, "a2a", TSAN, [*RIGHT, *WEAKENED])
+    return built(tmp_path_factory, "a2a", TSAN, [APART, *WEAKENED])
 
 
 @pytest.fixture(scope="session")
 def tsan_more(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built(tmp_path_factory, "a2a-more", TSAN, [*MORE, UNORDERED_REPORT, EARLY])
+    return built(tmp_path_factory, "a2a-more", TSAN, [ONE_TEAM, TOGETHER, *MORE, UNORDERED_REPORT, EARLY])
 
 
 @pytest.fixture(scope="session")
@@ -151,20 +151,18 @@ def name_of(variant: Variant) -> str:
 
 
 @pytest.mark.tsan
-@pytest.mark.parametrize(
-    "variant", [APART, *(pytest.param(more, marks=slow) for more in (ONE_TEAM, TOGETHER))], ids=name_of
-)
-def test_kernels_have_no_race(tsan: Path, variant: Variant) -> None:
-    code, output = run(tsan, variant.name, SEEDED)
+@pytest.mark.parametrize("seed", [pytest.param(FIXED, marks=slow), SEEDED])
+def test_kernels_have_no_race(tsan: Path, seed: int) -> None:
+    code, output = run(tsan, APART.name, seed)
     assert code == 0, output
 
 
+@pytest.mark.slow
 @pytest.mark.tsan
-@pytest.mark.parametrize(
-    "variant", [*(pytest.param(more, marks=slow) for more in (APART, ONE_TEAM)), TOGETHER], ids=name_of
-)
-def test_kernels_have_no_race_in_fixed_order(tsan: Path, variant: Variant) -> None:
-    code, output = run(tsan, variant.name, FIXED)
+@pytest.mark.parametrize("seed", [FIXED, SEEDED])
+@pytest.mark.parametrize("variant", [ONE_TEAM, TOGETHER], ids=name_of)
+def test_other_kernels_have_no_race(tsan_more: Path, variant: Variant, seed: int) -> None:
+    code, output = run(tsan_more, variant.name, seed)
     assert code == 0, output
 
 
@@ -177,9 +175,15 @@ def test_two_ranks_have_no_race(tsan_two: Path, seed: int) -> None:
 
 
 @pytest.mark.tsan
-@pytest.mark.parametrize("variant", [APART, pytest.param(TOGETHER, marks=slow)], ids=name_of)
-def test_missing_peer_is_no_race(tsan: Path, variant: Variant) -> None:
-    code, output = run(tsan, variant.name, FIXED, "absent")
+def test_missing_peer_is_no_race(tsan: Path) -> None:
+    code, output = run(tsan, APART.name, FIXED, "absent")
+    assert code == 0, output
+
+
+@pytest.mark.slow
+@pytest.mark.tsan
+def test_missing_peer_of_blocks_with_both_roles_is_no_race(tsan_more: Path) -> None:
+    code, output = run(tsan_more, TOGETHER.name, FIXED, "absent")
     assert code == 0, output
 
 
