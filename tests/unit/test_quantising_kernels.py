@@ -37,7 +37,9 @@ def test_stems_parse_back(out: str) -> None:
 
 
 @pytest.mark.nvrtc
-@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100"])
+@pytest.mark.parametrize(
+    "arch", ["sm90", pytest.param("sm80", marks=pytest.mark.slow), pytest.param("sm100", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("out", WORDS)
 def test_nothing_spills(out: str, dtype: str, arch: str) -> None:
