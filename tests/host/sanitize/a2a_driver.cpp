@@ -11,13 +11,15 @@ struct Roles {
     Blocks senders, receivers;
 };
 
-// A dispatch and a combine kernel, a copy for each rank. `out_bytes`: of an element of combine's result.
+// A dispatch and a combine kernel, a copy for each rank. `out_bytes`: of an element of combine's result. `pulls`:
+// experts leave their rows where the other ranks read them.
 struct Variant {
     const char* name;
     moegen_host_entry *dispatch[kRanks], *combine[kRanks];
     unsigned long (*dispatch_bytes)();
     unsigned long (*combine_bytes)();
     uint32_t threads, out_bytes;
+    bool pulls;
     Roles dispatch_roles, combine_roles;
 };
 
@@ -46,6 +48,8 @@ class Ranks {
     }
     void dispatch(Rank& rank, Round& round);
     void combine(Rank& rank, Round& round, std::vector<uint8_t>& result);
+    template <typename Params>
+    void combine_with(Rank& rank, Round& round, std::vector<uint8_t>& result);
     bool verify_rows(const Rank& rank, uint32_t number, const Rank& source) const;
     bool verify_dispatch(const Rank& rank, uint32_t number) const;
     bool verify_combine(const Rank& rank, uint32_t number) const;
@@ -63,7 +67,7 @@ Ranks::Ranks(const Variant& variant, uint32_t seed, uint32_t rounds) : variant_(
         // A rank tells how far it is in two words: of each op one.
         rank.prepare(number, seed, kAt.end, {kAt.presence, kAt.presence + kRanks * sizeof(uint32_t)});
         for (uint32_t round = 0; round < rounds; ++round)
-            rank.rounds.emplace_back(round, number, variant.out_bytes, rank.random);
+            rank.rounds.emplace_back(round, number, variant.out_bytes, variant.pulls, rank.random);
     }
 }
 
@@ -119,12 +123,22 @@ void Ranks::dispatch(Rank& rank, Round& round) {
 }
 
 void Ranks::combine(Rank& rank, Round& round, std::vector<uint8_t>& result) {
-    auto p = common_params<CombineParams>(rank, round, 1, variant_.combine_roles);
-    p.y = reinterpret_cast<const uint8_t*>(round.y.data());
+    variant_.pulls ? combine_with<PullingCombineParams>(rank, round, result)
+                   : combine_with<CombineParams>(rank, round, result);
+}
+
+template <typename Params>
+void Ranks::combine_with(Rank& rank, Round& round, std::vector<uint8_t>& result) {
+    auto p = common_params<Params>(rank, round, 1, variant_.combine_roles);
     p.out = result.data();
-    p.rows_offset = kAt.rows;
-    p.half_bytes = kAt.half;
-    p.tags_offset = kAt.tags;
+    if constexpr (requires { p.y; }) {
+        p.y = reinterpret_cast<const uint8_t*>(round.y.data());
+        p.rows_offset = kAt.rows;
+        p.half_bytes = kAt.half;
+        p.tags_offset = kAt.tags;
+    } else {
+        p.rows_offset = kAt.expert_rows;
+    }
     launch(rank, variant_.combine[rank.number], &p, variant_.combine_roles);
 }
 
@@ -135,6 +149,8 @@ void Ranks::work(Rank& rank) {
         if (failed_) return;
         round.read(rank.memory.get());
         round.run_experts(rank.number);
+        if (variant_.pulls && round.num_combines != 0)
+            std::memcpy(rank.memory.get() + kAt.expert_rows, round.y.data(), round.y.size() * sizeof(Bf16));
         for (uint32_t i = 0; i < round.num_combines && !failed_; ++i) combine(rank, round, round.combined[i]);
     }
 }
@@ -213,7 +229,8 @@ bool Ranks::verify() const {
 }
 
 bool fits(const Variant& variant) {
-    return variant.dispatch_bytes() == sizeof(DispatchParams) && variant.combine_bytes() == sizeof(CombineParams);
+    const auto combine_bytes = variant.pulls ? sizeof(PullingCombineParams) : sizeof(CombineParams);
+    return variant.dispatch_bytes() == sizeof(DispatchParams) && variant.combine_bytes() == combine_bytes;
 }
 
 }  // namespace

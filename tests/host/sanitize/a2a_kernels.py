@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from host.sanitize.build import (
     EXPERTS,
@@ -13,6 +13,7 @@ from host.sanitize.build import (
     Kernel,
     KernelSet,
     entries_of,
+    flag,
     initialiser,
     kernels_of,
     params_bytes_of,
@@ -58,11 +59,11 @@ class Variant(KernelSet):
     combine: Kernel
 
 
-def variant(groups: WarpGroups, blocks: int, out: str = "bf16", ranks: int = RANKS) -> Variant:
+def variant(groups: WarpGroups, blocks: int, out: str = "bf16", ranks: int = RANKS, rows: str = "pushed") -> Variant:
     """Unmodified kernels of one kind of team."""
-    name = f"r{ranks}_w{groups}_{out}"
+    name = f"r{ranks}_w{groups}_{out}_{rows}"
     dispatch = OneSidedDispatch(RowBytes(WIDTHS), ranks, TOPK, EXPERTS, "ipc", groups)
-    combine = OneSidedCombine("bf16", out, ranks, HIDDEN, min(ranks, TOPK), "ipc", groups)
+    combine = OneSidedCombine("bf16", out, ranks, HIDDEN, min(ranks, TOPK), "ipc", groups, rows=rows)
     return Variant(name, blocks, Kernel(f"dispatch_{name}", dispatch), Kernel(f"combine_{name}", combine))
 
 
@@ -88,6 +89,7 @@ def _row(variant: Variant) -> str:
         *map(params_bytes_of, variant.kernels),
         str(dispatch.block_threads),
         str(combine.out_row_bytes // HIDDEN),
+        flag(combine.pulls),
         _roles(dispatch, variant.blocks),
         _roles(combine, variant.blocks),
     )
@@ -96,7 +98,7 @@ def _row(variant: Variant) -> str:
 
 def _layout(ranks: int) -> str:
     """Where things lie, which is the same for all variants."""
-    at = regions(ranks, MAX_TOKENS, sum(WIDTHS), 2 * HIDDEN, expert_rows=False)
+    at = regions(ranks, MAX_TOKENS, sum(WIDTHS), 2 * HIDDEN, expert_rows=True)
     places = {**asdict(at), "half": at.half}
     of_limits = [initialiser(planes(WIDTHS, ranks, slots, at.planes)) for slots in LIMITS]
     return (
@@ -120,7 +122,11 @@ def headers(variants: Sequence[Variant]) -> dict[str, str]:
         kStatsWords=STATS_WORDS,
         kDestinations=dispatch.destinations,
     )
-    structs = (struct("DispatchParams", dispatch.params), struct("CombineParams", combine.params))
+    structs = (
+        struct("DispatchParams", dispatch.params),
+        struct("CombineParams", replace(combine, rows="pushed").params),
+        struct("PullingCombineParams", replace(combine, rows="pulled").params),
+    )
     return {
         "shape.hpp": shape + _layout(dispatch.num_ranks),
         "variants.hpp": variants_header(structs, kernels_of(variants), list(map(_row, variants))),

@@ -24,6 +24,7 @@ RIGHT = [
 fibers."""
 
 APART, ONE_TEAM, TOGETHER = RIGHT
+PULLED = variant(WarpGroups(2, 1), 3, rows="pulled")
 TWO_RANKS = variant(WarpGroups(2, 1), 3, ranks=2)
 
 
@@ -94,6 +95,13 @@ NO_PARTIALS = {
 }
 """Not orders, but what they are good for: waits, and that staging has two halves."""
 
+PULLING = {
+    **{f"pulled_{name}": edit for name, edit in {**PRESENCE, **NO_PRESENCE}.items()},
+    "pulled_vote": Edit(KERNEL, r"__syncthreads_and\(came\) == 0", "!came"),
+    "pulled_entering_barrier": ENTERING["entering_barrier"],
+}
+"""How a block learns that others have made the rows that it reads."""
+
 WEAKENED = [
     *without(APART, "dispatch", PRESENCE, FLAGS, VOTES),
     *without(APART, "combine", PRESENCE, TAGS),
@@ -102,6 +110,7 @@ MORE = [
     *without(APART, "dispatch", PLANS, ENTERING, NO_PRESENCE, NO_ROWS),
     *without(APART, "combine", ENTERING, NO_PRESENCE, NO_PARTIALS),
     *without(ONE_TEAM, "combine", {f"{name}_of_block": TAGS[name] for name in ("tag_barrier", "tag_vote")}),
+    *without(PULLED, "combine", PULLING),
     *without(TOGETHER, "combine", {f"{name}_of_team": TAGS[name] for name in ("tag_barrier", "tag_vote")}),
 ]
 """Together all orders of these kernels but some that are no data race where they are missing:
@@ -129,7 +138,7 @@ def tsan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tsan_more(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built(tmp_path_factory, "a2a-more", TSAN, [ONE_TEAM, TOGETHER, *MORE, UNORDERED_REPORT, EARLY])
+    return built(tmp_path_factory, "a2a-more", TSAN, [ONE_TEAM, TOGETHER, PULLED, *MORE, UNORDERED_REPORT, EARLY])
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +148,7 @@ def tsan_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def asan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built(tmp_path_factory, "a2a", ASAN, [*RIGHT, BEYOND])
+    return built(tmp_path_factory, "a2a", ASAN, [*RIGHT, PULLED, BEYOND])
 
 
 def built(factory: pytest.TempPathFactory, name: str, sanitizer: Sanitizer, variants: list[Variant]) -> Path:
@@ -160,7 +169,7 @@ def test_kernels_have_no_race(tsan: Path, seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.tsan
 @pytest.mark.parametrize("seed", [FIXED, SEEDED])
-@pytest.mark.parametrize("variant", [ONE_TEAM, TOGETHER], ids=name_of)
+@pytest.mark.parametrize("variant", [ONE_TEAM, TOGETHER, PULLED], ids=name_of)
 def test_other_kernels_have_no_race(tsan_more: Path, variant: Variant, seed: int) -> None:
     code, output = run(tsan_more, variant.name, seed)
     assert code == 0, output
@@ -216,7 +225,7 @@ def test_statistics_that_are_read_early_are_wrong(tsan_more: Path) -> None:
 
 @pytest.mark.asan
 @pytest.mark.parametrize("seed", [FIXED, SEEDED])
-@pytest.mark.parametrize("variant", RIGHT, ids=name_of)
+@pytest.mark.parametrize("variant", [*RIGHT, PULLED], ids=name_of)
 def test_kernels_stay_within_memory(asan: Path, variant: Variant, seed: int) -> None:
     code, output = run(asan, variant.name, seed)
     assert code == 0, output
