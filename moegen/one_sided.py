@@ -247,7 +247,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         Args:
             y: [ranks, max_tokens, hidden], max_tokens as in that dispatch: row (s, i) is what this rank's experts made
                 of row (s, i) of dispatch, weights included. It may lie anywhere; either all ranks give `expert_rows()`
-                or none does. Other rows are not read.
+                or none does. Other rows mean nothing.
             handle: of the dispatch; may be used more than once.
             out_dtype: bfloat16, float16 or float32. None: that of y, or bfloat16 if that is float8_e4m3fn.
             out: the tensor for the result, whose dtype then counts, or with `quantize` those of a `Quantised`; nothing
@@ -298,7 +298,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
 
     def expert_rows(self, max_tokens: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for combine's `y`, which the other ranks read where it lies; an object made with `expert_rows` has it.
-        What was given to a combine may be overwritten behind the next dispatch.
+        What was given to a combine may be overwritten behind the next dispatch that all ranks take part in.
 
         Args:
             max_tokens: of the dispatch; None: max_tokens_per_rank.
