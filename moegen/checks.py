@@ -27,6 +27,9 @@ if TYPE_CHECKING:
         device: torch.device
 
 
+MAX_SMS = 1024
+"""Thread blocks per launch that a caller may ask for."""
+
 _ROW_ALIGNMENT = 16
 _DTYPES = {torch.bfloat16: "bf16"}
 MAX_SLOTS = 16

@@ -107,7 +107,7 @@ class HighThroughput(RowCalls):
         checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
         checks.in_range("alignment", alignment, 1, 2**16)
         if num_sms is not None:
-            checks.in_range("num_sms", num_sms, 1, row_checks.MAX_SMS)
+            checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
         checks.seconds("timeout", timeout)
         self.world = as_rank_world(group_or_world, device)
         self.problem = row_checks.problem(

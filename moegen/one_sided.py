@@ -86,7 +86,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
     ) -> None:
         checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
         if num_sms is not None:
-            checks.in_range("num_sms", num_sms, 1, 1024)
+            checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
         checks.seconds("timeout", timeout)
         self.world = as_rank_world(group_or_world, device)
         self.device = self.world.device
@@ -127,7 +127,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
             failure = error
         raise_on_all_ranks(self.world, failure, "could not make its buffers")
         described = (self.world.rank, self.world.description, self.problem.path, foreseen[0].stem)
-        log.info("rank %d of %s: family a2a, path %s, %s", *described)
+        log.info("rank %d of %s: path %s, kernel %s", *described)
 
     def _make_ops(self, num_sms: int | None) -> OneSidedOps | CollectiveOps:
         payload_bytes, expert_rows, timeout, first_epoch = self._settings
@@ -317,7 +317,10 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         return ops.expert_rows(slots, self.problem.hidden, self.dtype if dtype is None else dtype)
 
     def warmup(self) -> None:
-        """Runs the kernels that are loaded once, with zero tokens. Collective."""
+        """One dispatch and combine of zero tokens, with a payload of at most 16 bytes per token. Collective.
+
+        A payload set that was not named when this was made still loads its kernel at its first dispatch.
+        """
         ids = torch.empty(0, self.problem.num_topk, dtype=torch.int64, device=self.device)
         payload = torch.empty(0, min(16, self.payload_bytes), dtype=torch.uint8, device=self.device)
         received = self.dispatch(ids, [payload])

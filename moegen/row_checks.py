@@ -22,7 +22,6 @@ _GIVEN_SCALES = {torch.float32: "e4m3", torch.int32: "e4m3ue8m0"}
 """Dtype of the scales of given FP8 tokens -> how they travel."""
 
 MAX_BIASES = 2
-MAX_SMS = 1024
 MODES = ("capacity", "exact")
 
 
@@ -77,7 +76,7 @@ def borrowed(owner: RowCalls, exact: bool, *made: object) -> None:
 def launch(num_sms: int | None, timeout: float | None) -> None:
     """How a call is launched and waits; most say nothing of it."""
     if num_sms is not None:
-        checks.in_range("num_sms", num_sms, 1, MAX_SMS)
+        checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
     if timeout is not None:
         checks.seconds("timeout", timeout)
 
