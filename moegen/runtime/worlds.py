@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -51,9 +51,15 @@ class RankWorld(ABC):
     def allocate(self, size: int) -> SymmetricMemory:
         """`size` bytes on every rank, zeroed and mapped into all. Collective."""
 
-    def all_to_all(self, output: torch.Tensor, given: torch.Tensor) -> None:
-        """Sends the r-th equal part of `given` to rank r and leaves what rank r has sent to this one in the r-th part
-        of `output`: both contiguous, of equal sizes on all ranks. Collective, on the current stream.
+    def all_to_all(
+        self, output: torch.Tensor, given: torch.Tensor, sizes: tuple[Sequence[int], Sequence[int]] | None = None
+    ) -> None:
+        """Sends the r-th part of `given` to rank r and leaves what rank r has sent to this one in the r-th part of
+        `output`: both contiguous. Collective, on the current stream.
+
+        Args:
+            sizes: elements of the parts of `output`, and of those of `given`, by rank. None: parts are equal, and have
+                the same size on all ranks.
 
         Raises:
             UnsupportedPlatformError: the ranks have no way to.
@@ -142,11 +148,17 @@ class LocalRank(RankWorld):
     def exchange(self, value: Any) -> list[Any]:
         return self._world._gather(self.rank, value)
 
-    def all_to_all(self, output: torch.Tensor, given: torch.Tensor) -> None:
+    def all_to_all(
+        self, output: torch.Tensor, given: torch.Tensor, sizes: tuple[Sequence[int], Sequence[int]] | None = None
+    ) -> None:
         if self._stream is not None:
             self._stream.synchronize()  # the parts are made, and others may copy theirs
-        for part, source in zip(output.chunk(self.size), self.exchange(given), strict=True):
-            part.copy_(source.chunk(self.size)[self.rank])
+        came, parts = (
+            (whole.view(self.size, -1) if sizes is None else whole.split(list(sizes[side])))
+            for side, whole in enumerate((output, given))
+        )
+        for part, of_source in zip(came, self.exchange(parts), strict=True):
+            part.copy_(of_source[self.rank])
         if self._stream is not None:
             self._stream.synchronize()
         self.barrier()
@@ -199,9 +211,12 @@ class GroupWorld(RankWorld):
         self._dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def all_to_all(self, output: torch.Tensor, given: torch.Tensor) -> None:
+    def all_to_all(
+        self, output: torch.Tensor, given: torch.Tensor, sizes: tuple[Sequence[int], Sequence[int]] | None = None
+    ) -> None:
+        came, sent = (None, None) if sizes is None else map(list, sizes)
         try:
-            self._dist.all_to_all_single(output, given, group=self._group)
+            self._dist.all_to_all_single(output, given, came, sent, group=self._group)
         except RuntimeError as error:
             raise UnsupportedPlatformError(
                 f"the group cannot exchange tensors on {self.device.type}: {error}. Path collective needs one whose "
