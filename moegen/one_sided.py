@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any, overload
 
 import torch
@@ -116,6 +118,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
             widths = tuple(columns * each.itemsize for columns, each in payloads)
             payload_checks.room(self, widths)
             foreseen.append(dispatch_spec(self.problem, widths))
+        self._chosen: dict[Hashable, Any] = {}
         kernels = self._load(foreseen)
         failure: Exception | None = None
         try:
@@ -189,7 +192,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         if timeout is not None:
             checks.seconds("timeout", timeout)
         widths = tuple(part.shape[1] * part.element_size() for part in moved)
-        spec = self._ready(dispatch_spec(self.problem, widths), active)
+        spec = self._ready(widths, active, partial(dispatch_spec, self.problem, widths))
         handle, counts = self._handle(moved[0].shape[0], slots)
         gathered = None if stats is None else torch.empty(
             self.num_ranks, stats.numel(), dtype=torch.int32, device=self.device
@@ -283,7 +286,9 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         if timeout is not None:
             checks.seconds("timeout", timeout)
         word = payload_checks.WORDS[y.dtype]
-        spec = self._ready(combine_spec(self.problem, word, to.word, pulls=ops.holds(y)), active)
+        pulls = ops.holds(y)
+        choose = partial(combine_spec, self.problem, word, to.word, pulls=pulls)
+        spec = self._ready((word, to.word, pulls), active, choose)
         if handle.stream != current_stream(self.device):  # the handle may be dropped before this stream has read it
             record(self.device, (handle.memory,))
         self._launch(
@@ -330,14 +335,19 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         self.combine(y, received.handle)
         self.synchronize()
 
-    def _ready(self, spec: Any, active: int) -> Any:
-        """The Spec, once its kernel is loaded: the first time on all ranks, none of which launches before."""
-        ops = self._alive()
-        if not ops.knows(spec):
-            payload_checks.everyone_loads(self, spec, active)
-            for kernel in self._load([spec]):
-                ops.bind(kernel)
-            self.world.barrier()
+    def _ready(self, key: Hashable, active: int, choose: Callable[[], Spec]) -> Any:
+        """The Spec that `choose` gives for the key, once its kernel is loaded: the first time on all ranks, none of
+        which launches before.
+        """
+        spec = self._chosen.get(key)
+        if spec is None:
+            ops, spec = self._alive(), choose()
+            if not ops.knows(spec):
+                payload_checks.everyone_loads(self, spec, active)
+                for kernel in self._load([spec]):
+                    ops.bind(kernel)
+                self.world.barrier()
+            self._chosen[key] = spec
         return spec
 
     def _combine_spec(self, dtype: torch.dtype, out: torch.dtype, *, pulls: bool = False) -> OneSidedCombine:
@@ -352,9 +362,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
     def _handle(self, tokens: int, slots: int) -> tuple[PayloadsHandle, Tensor]:
         """New memory for a routing: 64-bit masks first; and the counts in it."""
         ranks, destinations = self.num_ranks, min(self.num_ranks, self.problem.num_topk)
-        sizes = (2 * tokens, tokens * destinations, 1, ranks)
-        memory = torch.empty(sum(sizes), dtype=torch.int32, device=self.device)
-        base = memory.data_ptr()
-        addresses = tuple(base + 4 * sum(sizes[:index]) for index in range(len(sizes)))
-        handle = PayloadsHandle(self, tokens, slots, memory, addresses, current_stream(self.device))
+        memory = torch.empty(tokens * (2 + destinations) + 1 + ranks, dtype=torch.int32, device=self.device)
+        *addresses, _ = accumulate((8 * tokens, 4 * tokens * destinations, 4, 4 * ranks), initial=memory.data_ptr())
+        handle = PayloadsHandle(self, tokens, slots, memory, tuple(addresses), current_stream(self.device))
         return handle, memory[-ranks:]

@@ -27,11 +27,6 @@ _ROWS = tuple(dtype for dtype, word in WORDS.items() if word in ROW_DTYPES)
 _OUTS = tuple(dtype for dtype, word in WORDS.items() if word in OUT_DTYPES)
 
 
-def every_rank(num_ranks: int) -> int:
-    """The mask of active ranks with all of them in it: bit r is rank r."""
-    return (1 << num_ranks) - 1
-
-
 def problem(
     num_ranks: int,
     *,
@@ -110,7 +105,7 @@ def stats(owner: OneSided, given: torch.Tensor | None) -> None:
 
 def active(owner: OneSided, given: int | None) -> int:
     """A bit for every rank that takes part."""
-    everyone = every_rank(owner.num_ranks)
+    everyone = owner.problem.every_rank
     if given is None:
         return everyone
     checks.in_range("active_ranks", given, 1, everyone)
@@ -123,7 +118,7 @@ def active(owner: OneSided, given: int | None) -> int:
 
 def everyone_loads(owner: OneSided, spec: Spec, active: int) -> None:
     """A kernel is loaded by all ranks together, and those that are left out make no calls."""
-    if active != every_rank(owner.num_ranks):
+    if active != owner.problem.every_rank:
         raise MissingKernelError(
             f"{spec.stem} is not loaded, and active_ranks leaves out ranks that would have to load it, too: make "
             "such a call once with all ranks before"

@@ -38,6 +38,11 @@ class Problem:
     wire: str = "auto"
     warp_groups: str | None = None
 
+    @property
+    def every_rank(self) -> int:
+        """The mask of active ranks with all of them in it: bit r is rank r."""
+        return (1 << self.num_ranks) - 1
+
     def local_experts(self, rank: int) -> range:
         """The experts of a rank: a contiguous share; the first `num_experts % num_ranks` ranks hold one more."""
         share, larger = divmod(self.num_experts, self.num_ranks)

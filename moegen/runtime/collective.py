@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
+from functools import lru_cache, partial
 
 import torch
 
@@ -17,12 +18,12 @@ from moegen.kernels.coll import (
     CollectiveOpen,
     CollectivePack,
     CollectiveSum,
-    chunk_planes,
 )
 from moegen.kernels.ll import ceil_div
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
-from moegen.runtime.bound import BoundKernel, address, signed
+from moegen.runtime.bound import BoundKernel, BoundKernels, address, signed
+from moegen.runtime.chunks import Chunks
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.memory import SymmetricMemory
@@ -34,6 +35,9 @@ from moegen.runtime.worlds import RankWorld
 log = logging.getLogger(__name__)
 
 _CONTROL_WORDS = 32
+
+_KEPT_LAYOUTS = 128
+"""Kinds of calls (payloads, max_tokens, statistics) whose chunks are laid out at a time."""
 
 _VARYING: dict[type, tuple[str, ...]] = {
     CollectivePack: (
@@ -62,7 +66,11 @@ def _varying(spec: Spec) -> tuple[str, ...]:
     return _VARYING[type(spec)]
 
 
-class CollectiveOps:
+def _first_bytes(memory: torch.Tensor, number: int) -> torch.Tensor:
+    return memory[:number]
+
+
+class CollectiveOps(BoundKernels):
     """One rank's dispatch and combine, as `moegen.runtime.one_sided.OneSidedOps`. Nothing of one rank's is mapped into
     another: `memory` is this rank's, [chunks to send][chunks that came][rows that came back].
     """
@@ -78,6 +86,7 @@ class CollectiveOps:
         num_sms: int | None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
+        super().__init__()
         self.problem = problem
         ranks, slots = problem.num_ranks, problem.max_tokens
         padding = (MAX_PAYLOADS + 1) * PLANE_ALIGNMENT + CHUNK_ALIGNMENT
@@ -95,7 +104,10 @@ class CollectiveOps:
         self._timeout, self._num_sms, self._world = timeout, num_sms, world
         self._order = StreamOrder(world.device)
         self._expert_rows: torch.Tensor | None = None
-        self._bound: dict[Spec, tuple[BoundKernel, Watchdog]] = {}
+        self._open: BoundKernel | None = None
+        # Of no method of this object: it would keep itself, and its memory, alive.
+        self._chunks_of = lru_cache(_KEPT_LAYOUTS)(partial(Chunks, local, local[self._chunks :], ranks))
+        self._rows = lru_cache(_KEPT_LAYOUTS)(partial(_first_bytes, local[2 * self._chunks :]))
 
     def bind(self, kernel: LoadedKernel) -> None:
         """Makes a loaded kernel ready for launches."""
@@ -106,20 +118,18 @@ class CollectiveOps:
         blocks = 1
         if isinstance(spec, CollectivePack):
             who = roles(spec, self.problem.max_tokens, resident)
-            everyone = (1 << self.problem.num_ranks) - 1
-            blocks, common = who.blocks, common | {"chunks": base, "active": everyone, "object": self._object}
-            common |= {"senders": who.senders, "receivers": who.receivers}
+            blocks, common = who.blocks, common | {"chunks": base, "object": self._object}
+            common |= {"active": self.problem.every_rank, "senders": who.senders, "receivers": who.receivers}
         elif isinstance(spec, CollectiveOpen):
             common |= {"chunks": base + self._chunks, "object": self._object}
         else:
             assert isinstance(spec, CollectiveSum)
             who = roles(spec, self.problem.max_tokens, resident)
             blocks, common = who.blocks, {"rows": base + 2 * self._chunks, "receivers": (0, who.blocks)}
-        self._bound[spec] = BoundKernel(kernel, spec.params, blocks, common, _varying(spec)), watchdog
-
-    @property
-    def specs(self) -> tuple[Spec, ...]:
-        return tuple(self._bound)
+        bound = BoundKernel(kernel, spec.params, blocks, common, _varying(spec))
+        if isinstance(spec, CollectiveOpen):
+            self._open = bound
+        self._bound[spec] = bound, watchdog
 
     def expert_rows(self, slots: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows may lie anywhere here; this is some memory for them."""
@@ -138,23 +148,11 @@ class CollectiveOps:
         """Nobody writes there but this rank's next dispatch."""
         return False
 
-    def knows(self, spec: Spec) -> bool:
-        return spec in self._bound
-
     def views(
         self, parts: Sequence[torch.Tensor], widths: tuple[int, ...], slots: int, words: int
     ) -> tuple[torch.Tensor, ...]:
-        """What has come, as [ranks, slots, columns] of each payload: a source's rows side by side, sources a chunk
-        apart.
-        """
-        *places, chunk_bytes = chunk_planes(widths, slots, words)
-        ranks = self.problem.num_ranks
-        came = self.memory.local[self._chunks :][: ranks * chunk_bytes].view(ranks, chunk_bytes)
-        planes = (came[:, place : place + slots * width] for place, width in zip(places, widths, strict=True))
-        return tuple(
-            plane.view(part.dtype).unflatten(1, (slots, part.shape[1]))
-            for part, plane in zip(parts, planes, strict=True)
-        )
+        """What has come, as [ranks, slots, columns] of each payload."""
+        return self._chunks_of(widths, slots, words).views(parts)
 
     def dispatch(
         self,
@@ -174,17 +172,17 @@ class CollectiveOps:
         self._order.follow("coll")
         widths = spec.payloads.widths
         words = 0 if stats is None else stats.numel()
-        *places, chunk_bytes = chunk_planes(widths, slots, words)
+        chunks = self._chunks_of(widths, slots, words)
         index, unused_id = unused_ids or (0, 0)
         pack, _ = self._bound[spec]
         pack(
             *(payload.data_ptr() for payload in payloads),
-            *places,
+            *chunks.planes,
             topk_idx.data_ptr(),
             address(num_tokens),
             *addresses[:3],
             address(stats),
-            chunk_bytes,
+            chunks.size,
             topk_idx.shape[0],
             slots,
             words,
@@ -193,10 +191,9 @@ class CollectiveOps:
             unused_id,
             topk_idx.dtype == torch.int64,
         )
-        size = self.problem.num_ranks * chunk_bytes
-        self._world.all_to_all(self.memory.local[self._chunks :][:size], self.memory.local[:size])
-        opens, _ = self._bound[self._open]
-        opens(addresses[3], address(gathered), chunk_bytes, slots, words)
+        self._world.all_to_all(chunks.came, chunks.sent)
+        assert self._open is not None
+        self._open(addresses[3], address(gathered), chunks.size, slots, words)
 
     def combine(
         self,
@@ -211,18 +208,9 @@ class CollectiveOps:
     ) -> None:
         """Exchanges rows and adds them up; arguments are checked already. Rows lie in `y` as they are to be sent."""
         self._order.follow("coll")
-        rows = y.view(torch.uint8).view(-1)
-        self._world.all_to_all(self.memory.local[2 * self._chunks :][: rows.numel()], rows)
+        self._world.all_to_all(self._rows(y.nbytes), y.view(torch.uint8))
         add, _ = self._bound[spec]
         add(*results, *addresses[:3], tokens, slots)
 
-    @property
-    def _open(self) -> CollectiveOpen:
-        return next(spec for spec in self._bound if isinstance(spec, CollectiveOpen))
-
     def raise_expired(self) -> None:
         """Nothing here waits for a rank; torch.distributed does, and raises for itself."""
-
-    def raise_what_happened(self) -> None:
-        for _, watchdog in self._bound.values():
-            watchdog.raise_what_happened()

@@ -11,8 +11,7 @@ import torch
 from moegen.kernels.a2a import PHASES, OneSidedCombine, OneSidedDispatch
 from moegen.kernels.a2a_layout import planes, regions, roles
 from moegen.kernels.problem import Problem
-from moegen.kernels.spec import Spec
-from moegen.runtime.bound import BoundKernel, address, signed
+from moegen.runtime.bound import BoundKernel, BoundKernels, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.memory import SymmetricMemory
@@ -55,7 +54,7 @@ def _combine_varying(spec: OneSidedCombine) -> tuple[str, ...]:
     return (*rows, "out", *results, *OF_HANDLE, "active", "timeout_ns", "tokens", "slots")
 
 
-class OneSidedOps:
+class OneSidedOps(BoundKernels):
     """One rank's dispatch and combine. Collective to make; kernels are bound when they are first used."""
 
     def __init__(
@@ -70,6 +69,7 @@ class OneSidedOps:
         num_sms: int | None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
+        super().__init__()
         self.problem = problem
         self.at = regions(problem.num_ranks, problem.max_tokens, payload_bytes, combine_bytes, expert_rows)
         self.buffer_bytes = self.at.end
@@ -82,7 +82,6 @@ class OneSidedOps:
         words[self.at.presence // 4 :][: 2 * problem.num_ranks] = signed(before)
         self._timeout, self._num_sms, self._world = timeout, num_sms, world
         self._order = StreamOrder(world.device)
-        self._bound: dict[Spec, tuple[BoundKernel, Watchdog]] = {}
 
     def bind(self, kernel: LoadedKernel) -> None:
         """Makes a loaded kernel ready for launches."""
@@ -112,10 +111,6 @@ class OneSidedOps:
         varying = _DISPATCH_VARYING if isinstance(spec, OneSidedDispatch) else _combine_varying(spec)
         self._bound[spec] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying), watchdog
 
-    @property
-    def specs(self) -> tuple[Spec, ...]:
-        return tuple(self._bound)
-
     def views(
         self, parts: Sequence[torch.Tensor], widths: tuple[int, ...], slots: int, words: int
     ) -> tuple[torch.Tensor, ...]:
@@ -143,9 +138,6 @@ class OneSidedOps:
         """Whether these rows lie where dispatch receives."""
         place = y.data_ptr() - self.memory.local.data_ptr()
         return self.at.planes <= place < self.at.tags
-
-    def knows(self, spec: Spec) -> bool:
-        return spec in self._bound
 
     def planes(self, widths: tuple[int, ...], slots: int) -> list[int]:
         """Byte offsets of the payloads' planes in the buffer."""
@@ -221,7 +213,3 @@ class OneSidedOps:
     def raise_expired(self) -> None:
         for _, watchdog in self._bound.values():
             watchdog.raise_expired()
-
-    def raise_what_happened(self) -> None:
-        for _, watchdog in self._bound.values():
-            watchdog.raise_what_happened()
