@@ -16,6 +16,7 @@ from moegen.kernels.ll import MAX_TOKENS_PER_RANK
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import MAX_ROW_BYTES, MAX_TOPK, Spec
 from moegen.payloads import PayloadsHandle
+from moegen.runtime.lifecycle import Lifecycle
 
 if TYPE_CHECKING:
     from moegen.one_sided import OneSided
@@ -116,6 +117,17 @@ def active(owner: OneSided, given: int | None) -> int:
     return given
 
 
+def exact(owner: OneSided, wanted: bool) -> bool:
+    """Whether a dispatch exchanges counts first, if the object wants that: not while a stream captures."""
+    if not wanted or owner.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return wanted
+    if owner.exchange == "exact":
+        raise InputError(
+            'exchange="exact" waits for the host and cannot be captured; make the object with "padded" or "auto"'
+        )
+    return False
+
+
 def everyone_loads(owner: OneSided, spec: Spec, active: int) -> None:
     """A kernel is loaded by all ranks together, and those that are left out make no calls."""
     if active != owner.problem.every_rank:
@@ -131,7 +143,12 @@ def handle(owner: OneSided, given: PayloadsHandle) -> None:
             f"combine takes the handle of a dispatch (DispatchedPayloads.handle); got {type(given).__name__}"
         )
     if given.owner is not owner:
-        raise HandleError("this handle comes from another OneSided; give it to that one's combine")
+        gone = isinstance(given.owner, Lifecycle) and given.owner.destroyed
+        raise HandleError(
+            "the OneSided that made this handle was destroyed; dispatch again"
+            if gone
+            else "this handle comes from another OneSided; give it to that one's combine"
+        )
 
 
 def outputs(owner: OneSided, y: torch.Tensor, slots: int) -> torch.Tensor:

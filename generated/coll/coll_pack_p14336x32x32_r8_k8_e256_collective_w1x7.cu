@@ -292,13 +292,8 @@ struct Header {
     uint32_t unused[8 - 5];
 };
 
-__device__ __forceinline__  Header* header_at(const Params& p, uint32_t rank) {
-    return reinterpret_cast< Header*>(p.chunks + rank * p.chunk_bytes);
-}
-
-// Statistics of a chunk's source lie behind the header.
-__device__ __forceinline__  int32_t* stats_at(const Params& p, uint32_t rank) {
-    return reinterpret_cast< int32_t*>(header_at(p, rank) + 1);
+__device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
+    return reinterpret_cast<Header*>(p.chunks + rank * p.chunk_bytes);
 }
 
 // Ids behind the rows of a chunk become one that names no expert of its rank.
@@ -323,7 +318,7 @@ __device__ __forceinline__ void write_headers(const Params& p, uint32_t tokens, 
         fill_unused_ids(p, rank, counts[rank]);
 #pragma unroll 1
         for (uint32_t word = threadIdx.x; word < p.stats_words; word += kBlockThreads) {
-            stats_at(p, rank)[word] = p.stats[word];
+            reinterpret_cast<int32_t*>(header_at(p, rank) + 1)[word] = p.stats[word];
         }
     }
 }

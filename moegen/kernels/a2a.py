@@ -104,6 +104,11 @@ class OneSidedSpec(Spec):
         raise NotImplementedError
 
     @property
+    def for_exact(self) -> tuple[Spec, ...]:
+        """What a call launches besides, if counts cross first: of path collective."""
+        return ()
+
+    @property
     def phases(self) -> tuple[str, ...]:
         return tuple(PHASES)
 

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Path collective: where the chunks of one kind of call lie. Laid out once and kept: slices of tensors cost the host
-microseconds each.
+"""Path collective: where things lie that are exchanged. Slices of tensors cost the host microseconds each; what does
+not change between calls is laid out once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
-from moegen.kernels.coll import chunk_planes
+from moegen.kernels.coll import MAX_HEADER_BYTES, chunk_planes, header_bytes, part_bytes
+from moegen.payloads import ExchangedRows
 
 
 class Chunks:
@@ -59,3 +62,53 @@ class Chunks:
         plane = self.came.view(self._ranks, self.size)[:, place : place + self._slots * width]
         view: torch.Tensor = plane.view(dtype).unflatten(1, (self._slots, columns))
         return view
+
+
+class Headers:
+    """Of calls that exchange counts first: they cross by themselves.
+
+    Attributes:
+        exchanged: int32 [2, ranks] on the device: rows from each source, rows to each rank.
+    """
+
+    def __init__(self, ranks: int, device: torch.device) -> None:
+        self._memory = torch.zeros(2, ranks * MAX_HEADER_BYTES, dtype=torch.uint8, device=device)
+        self.exchanged = torch.zeros(2, ranks, dtype=torch.int32, device=device)
+        self._ranks = ranks
+
+    def of(self, words: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those that go and those that come, with so many words of statistics each."""
+        sent, came = self._memory[:, : self._ranks * self.size(words)]
+        return sent, came
+
+    def size(self, words: int) -> int:
+        """Bytes of one."""
+        return header_bytes(words)
+
+    def read(self) -> ExchangedRows:
+        """Waits for the current stream; torch lets go of the GIL."""
+        came, sent = self.exchanged.tolist()
+        return ExchangedRows(tuple(came), tuple(sent))
+
+
+class Line(NamedTuple):
+    """Rows without gaps, a part for each rank.
+
+    Attributes:
+        memory: all of them.
+        address: of the memory, even where there are none.
+        sizes: of the parts, bytes.
+        begins: of the parts, from the line's begin.
+    """
+
+    memory: torch.Tensor
+    address: int
+    sizes: list[int]
+    begins: list[int]
+
+    @staticmethod
+    def of(widths: tuple[int, ...], memory: torch.Tensor, rows: Sequence[int]) -> Line:
+        """At the begin of `memory`, of so many rows for each rank."""
+        sizes = part_bytes(widths, rows)
+        *begins, end = accumulate(sizes, initial=0)
+        return Line(memory[:end], memory.data_ptr(), sizes, begins)

@@ -15,6 +15,7 @@ from moegen.kernels.a2a_layout import PLANE_ALIGNMENT, roles
 from moegen.kernels.coll import (
     CHUNK_ALIGNMENT,
     MAX_HEADER_BYTES,
+    CollectiveMove,
     CollectiveOpen,
     CollectivePack,
     CollectiveSum,
@@ -22,12 +23,14 @@ from moegen.kernels.coll import (
 from moegen.kernels.ll import ceil_div
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
+from moegen.payloads import ExchangedRows, PayloadsHandle
 from moegen.runtime.bound import BoundKernel, BoundKernels, address, signed
-from moegen.runtime.chunks import Chunks
+from moegen.runtime.chunks import Chunks, Headers, Line
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.one_sided import OF_HANDLE
+from moegen.runtime.stages import Stages
 from moegen.runtime.streams import StreamOrder
 from moegen.runtime.watchdog import Watchdog
 from moegen.runtime.worlds import RankWorld
@@ -39,31 +42,23 @@ _CONTROL_WORDS = 32
 _KEPT_LAYOUTS = 128
 """Kinds of calls (payloads, max_tokens, statistics) whose chunks are laid out at a time."""
 
-_VARYING: dict[type, tuple[str, ...]] = {
-    CollectivePack: (
-        "payloads",
-        "planes",
-        "topk_idx",
-        "num_tokens",
-        *OF_HANDLE[:3],
-        "stats",
-        "chunk_bytes",
-        "tokens",
-        "slots",
-        "stats_words",
-        "ids_payload",
-        "id_words",
-        "unused_id",
-        "wide_ids",
-    ),
-    CollectiveOpen: ("counts", "gathered", "chunk_bytes", "slots", "stats_words"),
-}
+_ROUTED = ("topk_idx", "num_tokens", *OF_HANDLE[:2])
+_UNUSED_IDS = ("ids_payload", "id_words", "unused_id")
 
 
 def _varying(spec: Spec) -> tuple[str, ...]:
     if isinstance(spec, CollectiveSum):
-        return ("out", *(param.name for param in spec.result.params), *OF_HANDLE[:3], "tokens", "slots")
-    return _VARYING[type(spec)]
+        return ("out", *(param.name for param in spec.result.params), *OF_HANDLE[:3], "tokens", "first_rows")
+    if isinstance(spec, CollectiveOpen):
+        return ("headers", "own_headers", "counts", "exchanged", "gathered", "stride", "slots", "stats_words")
+    if isinstance(spec, CollectiveMove):
+        places = ("chunks", "line", "begins", "planes", "chunk_bytes", "rows")
+        return (*places, "slots", *_UNUSED_IDS) if spec.to == "planes" else places
+    assert isinstance(spec, CollectivePack)
+    if spec.exact:
+        return ("line", "begins", "rows", "active", "payloads", *_ROUTED, "tokens", "wide_ids")
+    sizes = ("chunk_bytes", "tokens", "slots", "stats_words", *_UNUSED_IDS, "wide_ids")
+    return ("chunks", "payloads", "planes", *_ROUTED, "tokens_sent", "stats", *sizes)
 
 
 def _first_bytes(memory: torch.Tensor, number: int) -> torch.Tensor:
@@ -72,7 +67,14 @@ def _first_bytes(memory: torch.Tensor, number: int) -> torch.Tensor:
 
 class CollectiveOps(BoundKernels):
     """One rank's dispatch and combine, as `moegen.runtime.one_sided.OneSidedOps`. Nothing of one rank's is mapped into
-    another: `memory` is this rank's, [chunks to send][chunks that came][rows that came back].
+    another: `memory` is this rank's, [chunks to send][chunks that came][rows that came back][a line].
+
+    Args:
+        may_be_exact: whether calls may exchange counts first, which takes the line: what comes in dispatch, what goes
+            in combine.
+
+    Attributes:
+        stages: notes how long the stages of calls take, once it is switched on.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class CollectiveOps(BoundKernels):
         combine_bytes: int,
         timeout: float,
         num_sms: int | None,
+        may_be_exact: bool,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
         super().__init__()
@@ -92,50 +95,63 @@ class CollectiveOps(BoundKernels):
         padding = (MAX_PAYLOADS + 1) * PLANE_ALIGNMENT + CHUNK_ALIGNMENT
         most = MAX_HEADER_BYTES + slots * payload_bytes + padding
         # Rows lie behind them, which are read by 16 bytes.
-        self._chunks = ranks * ceil_div(most, CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
-        rows = ranks * slots * combine_bytes
-        self.buffer_bytes = 2 * self._chunks + rows
+        chunks = ranks * ceil_div(most, CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
+        rows = ceil_div(ranks * slots * combine_bytes, CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
+        sizes = (chunks, chunks, rows, max(chunks, rows) if may_be_exact else 0)
+        self.buffer_bytes = sum(sizes)
         log.info("rank %d allocates %s bytes for chunks and rows", world.rank, f"{self.buffer_bytes:,}")
         local = torch.zeros(self.buffer_bytes, dtype=torch.uint8, device=world.device)
         self.memory = SymmetricMemory(local, (local.data_ptr(),))
+        to_send, came, rows_back, line = local.split(list(sizes))
         self._control = torch.zeros(_CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._control[0] = signed(first_epoch)
         self._object = world.exchange(secrets.randbits(32))[0]
         self._timeout, self._num_sms, self._world = timeout, num_sms, world
         self._order = StreamOrder(world.device)
+        self.stages = Stages(world.device)
         self._expert_rows: torch.Tensor | None = None
+        self._count: dict[CollectivePack, BoundKernel] = {}
         self._open: BoundKernel | None = None
+        self._to_send, self._rows_back, self._line = to_send, rows_back, line
+        self._headers = Headers(ranks, world.device) if may_be_exact else None
         # Of no method of this object: it would keep itself, and its memory, alive.
-        self._chunks_of = lru_cache(_KEPT_LAYOUTS)(partial(Chunks, local, local[self._chunks :], ranks))
-        self._rows = lru_cache(_KEPT_LAYOUTS)(partial(_first_bytes, local[2 * self._chunks :]))
+        self._chunks_of = lru_cache(_KEPT_LAYOUTS)(partial(Chunks, to_send, came, ranks))
+        self._rows_of = lru_cache(_KEPT_LAYOUTS)(partial(_first_bytes, rows_back))
 
     def bind(self, kernel: LoadedKernel) -> None:
         """Makes a loaded kernel ready for launches."""
-        spec, base = kernel.spec, self.memory.local.data_ptr()
+        spec = kernel.spec
         watchdog = Watchdog([spec.stem], PHASES, self._timeout, pinned=self._world.device.type == "cuda")
         resident = kernel.blocks(1, self._num_sms)
-        common: dict[str, int | Sequence[int]] = {"control": self._control.data_ptr(), "failure": watchdog.address(0)}
-        blocks = 1
+        reports: dict[str, int | Sequence[int]] = {"failure": watchdog.address(0)}
+        counted = reports | {"control": self._control.data_ptr(), "object": self._object}
+        varying = _varying(spec)
         if isinstance(spec, CollectivePack):
             who = roles(spec, self.problem.max_tokens, resident)
-            blocks, common = who.blocks, common | {"chunks": base, "object": self._object}
-            common |= {"active": self.problem.every_rank, "senders": who.senders, "receivers": who.receivers}
+            if spec.exact:
+                bound = BoundKernel(kernel, spec.params, who.senders[1], reports | {"senders": who.senders}, varying)
+            else:
+                counted |= {"active": self.problem.every_rank}
+                both = counted | {"senders": who.senders, "receivers": who.receivers}
+                bound = BoundKernel(kernel, spec.params, who.blocks, both, varying)
+                headers_only = counted | {"senders": (0, 0), "receivers": (0, 1)}
+                self._count[spec] = BoundKernel(kernel, spec.params, 1, headers_only, varying)
         elif isinstance(spec, CollectiveOpen):
-            common |= {"chunks": base + self._chunks, "object": self._object}
+            bound = self._open = BoundKernel(kernel, spec.params, 1, counted, varying)
+        elif isinstance(spec, CollectiveMove):
+            blocks = min(resident, spec.useful_blocks(self.problem.max_tokens))
+            bound = BoundKernel(kernel, spec.params, blocks, {}, varying)
         else:
             assert isinstance(spec, CollectiveSum)
             who = roles(spec, self.problem.max_tokens, resident)
-            blocks, common = who.blocks, {"rows": base + 2 * self._chunks, "receivers": (0, who.blocks)}
-        bound = BoundKernel(kernel, spec.params, blocks, common, _varying(spec))
-        if isinstance(spec, CollectiveOpen):
-            self._open = bound
+            fixed = {"rows": self._rows_back.data_ptr(), "receivers": (0, who.blocks)}
+            bound = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
         self._bound[spec] = bound, watchdog
 
     def expert_rows(self, slots: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows may lie anywhere here; this is some memory for them."""
         if self._expert_rows is None:
-            size = self.buffer_bytes - 2 * self._chunks
-            self._expert_rows = torch.zeros(size, dtype=torch.uint8, device=self._world.device)
+            self._expert_rows = torch.zeros_like(self._rows_back)
         ranks = self.problem.num_ranks
         size = ranks * slots * hidden * dtype.itemsize
         return self._expert_rows[:size].view(dtype).view(ranks, slots, hidden)
@@ -167,50 +183,92 @@ class CollectiveOps(BoundKernels):
         unused_ids: tuple[int, int] | None,
         active: int,
         timeout: float | None,
-    ) -> None:
-        """Packs, exchanges, and reads the headers; arguments are checked already. `active`: all ranks."""
+        exact: bool,
+    ) -> ExchangedRows | None:
+        """Packs, exchanges, and reads the headers; arguments are checked already. `active`: all ranks. `exact`: counts
+        cross first, and are returned.
+        """
         self._order.follow("coll")
-        widths = spec.payloads.widths
+        widths, stage = spec.payloads.widths, self.stages.stage
         words = 0 if stats is None else stats.numel()
         chunks = self._chunks_of(widths, slots, words)
         index, unused_id = unused_ids or (0, 0)
-        pack, _ = self._bound[spec]
-        pack(
-            *(payload.data_ptr() for payload in payloads),
-            *chunks.planes,
-            topk_idx.data_ptr(),
-            address(num_tokens),
-            *addresses[:3],
-            address(stats),
-            chunks.size,
-            topk_idx.shape[0],
-            slots,
-            words,
-            index,
-            0 if unused_ids is None else widths[index] // 4,
-            unused_id,
-            topk_idx.dtype == torch.int64,
-        )
-        self._world.all_to_all(chunks.came, chunks.sent)
+        ids = (index, 0 if unused_ids is None else widths[index] // 4, unused_id)
+        given = [payload.data_ptr() for payload in payloads]
+        routed = (topk_idx.data_ptr(), address(num_tokens), *addresses[:2])
+        tokens, wide = topk_idx.shape[0], topk_idx.dtype == torch.int64
+        told = (*routed, addresses[2], address(stats))
         assert self._open is not None
-        self._open(addresses[3], address(gathered), chunks.size, slots, words)
+        if not exact:
+            pack, _ = self._bound[spec]
+            with stage("dispatch_pack"):
+                at = chunks.sent.data_ptr()
+                pack(at, *given, *chunks.planes, *told, chunks.size, tokens, slots, words, *ids, wide)
+            with stage("dispatch_collective"):
+                self._world.all_to_all(chunks.came, chunks.sent)
+            with stage("dispatch_compact"):
+                at = chunks.came.data_ptr()
+                self._open(at, 0, addresses[3], 0, address(gathered), chunks.size, slots, words)
+            return None
+
+        headers = self._headers
+        assert headers is not None
+        with stage("dispatch_counts"):
+            sent, came = headers.of(words)
+            stride = headers.size(words)
+            self._count[spec](
+                sent.data_ptr(), *given, *chunks.planes, *told, stride, tokens, slots, words, 0, 0, 0, wide
+            )
+            self._world.all_to_all(came, sent)
+            self._open(
+                came.data_ptr(), sent.data_ptr(), addresses[3], headers.exchanged.data_ptr(), address(gathered),
+                stride, slots, words,
+            )  # fmt: skip
+            rows = headers.read()
+        out, into = Line.of(widths, self._to_send, rows.sent), Line.of(widths, self._line, rows.came)
+        in_line, to_planes = (self._bound[other][0] for other in spec.for_exact)
+        with stage("dispatch_pack"):
+            if tokens:
+                active = sum(1 << rank for rank, number in enumerate(rows.sent) if number)
+                in_line(out.address, *out.begins, *rows.sent, active, *given, *routed, tokens, wide)
+        with stage("dispatch_collective"):
+            self._world.all_to_all(into.memory, out.memory, (into.sizes, out.sizes))
+        with stage("dispatch_compact"):
+            if into.memory.numel() or unused_ids is not None:
+                at = chunks.came.data_ptr()
+                to_planes(at, into.address, *into.begins, *chunks.planes, chunks.size, *rows.came, slots, *ids)
+        return rows
 
     def combine(
         self,
         spec: CollectiveSum,
         y: torch.Tensor,
         results: tuple[int, ...],
-        addresses: tuple[int, ...],
-        tokens: int,
-        slots: int,
+        handle: PayloadsHandle,
         active: int,
         timeout: float | None,
     ) -> None:
-        """Exchanges rows and adds them up; arguments are checked already. Rows lie in `y` as they are to be sent."""
+        """Exchanges rows and adds them up; arguments are checked already. Padded, rows lie in `y` as they are sent."""
         self._order.follow("coll")
-        self._world.all_to_all(self._rows(y.nbytes), y.view(torch.uint8))
-        add, _ = self._bound[spec]
-        add(*results, *addresses[:3], tokens, slots)
+        stage, rows, slots = self.stages.stage, handle.exchanged, handle.max_tokens
+        first_rows: Sequence[int] = range(0, slots * self.problem.num_ranks, slots)
+        if rows is None:
+            with stage("combine_collective"):
+                self._world.all_to_all(self._rows_of(y.nbytes), y.view(torch.uint8))
+        else:
+            widths = (spec.row_bytes,)
+            out, into = Line.of(widths, self._line, rows.came), Line.of(widths, self._rows_back, rows.sent)
+            first_rows = [begin // spec.row_bytes for begin in into.begins]
+            (to_line,) = (self._bound[other][0] for other in spec.for_exact)
+            with stage("combine_pack"):
+                if out.memory.numel():
+                    to_line(y.data_ptr(), out.address, *out.begins, 0, slots * spec.row_bytes, *rows.came)
+            with stage("combine_collective"):
+                self._world.all_to_all(into.memory, out.memory, (into.sizes, out.sizes))
+        with stage("combine_reduce"):
+            if handle.num_tokens:
+                add, _ = self._bound[spec]
+                add(*results, *handle.addresses[:3], handle.num_tokens, *first_rows)
 
     def raise_expired(self) -> None:
         """Nothing here waits for a rank; torch.distributed does, and raises for itself."""

@@ -11,6 +11,7 @@ import torch
 from moegen.kernels.a2a import PHASES, OneSidedCombine, OneSidedDispatch
 from moegen.kernels.a2a_layout import planes, regions, roles
 from moegen.kernels.problem import Problem
+from moegen.payloads import PayloadsHandle
 from moegen.runtime.bound import BoundKernel, BoundKernels, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.low_latency import FIRST_EPOCH
@@ -156,8 +157,9 @@ class OneSidedOps(BoundKernels):
         unused_ids: tuple[int, int] | None,
         active: int,
         timeout: float | None,
+        exact: bool,
     ) -> None:
-        """Launches dispatch; arguments are checked already."""
+        """Launches dispatch; arguments are checked already. `exact`: no; rows go where they are read."""
         self._order.follow("a2a")
         kernel, watchdog = self._bound[spec]
         places = self.planes(spec.payloads.widths, slots)
@@ -190,9 +192,7 @@ class OneSidedOps(BoundKernels):
         spec: OneSidedCombine,
         y: torch.Tensor,
         results: tuple[int, ...],
-        addresses: tuple[int, ...],
-        tokens: int,
-        slots: int,
+        handle: PayloadsHandle,
         active: int,
         timeout: float | None,
     ) -> None:
@@ -203,7 +203,7 @@ class OneSidedOps(BoundKernels):
         kernel, watchdog = self._bound[spec]
         nanoseconds = self._nanoseconds(watchdog, timeout)
         rows = () if spec.pulls else (y.data_ptr(),)
-        kernel(*rows, *results, *addresses, active, nanoseconds, tokens, slots)
+        kernel(*rows, *results, *handle.addresses, active, nanoseconds, handle.num_tokens, handle.max_tokens)
 
     def _nanoseconds(self, watchdog: Watchdog, timeout: float | None) -> int:
         """Of this call's timeout; a report of an expired wait names the last call's."""
