@@ -6,6 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moegen.bench.config import LowLatencyConfig
+from moegen.errors import InputError
+
+EAGER_EXCHANGES = ("padded", "exact")
 
 
 @dataclass(frozen=True)
@@ -15,9 +18,17 @@ class OneSidedConfig(LowLatencyConfig):
 
     Attributes:
         path: of the objects, as `OneSided`.
+        exchanges: of path collective, those that calls from Python are measured with. What is recorded is padded: a
+            graph cannot hold exact calls.
     """
 
     path: str = "ipc"
+    exchanges: tuple[str, ...] = EAGER_EXCHANGES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.exchanges or not set(self.exchanges) <= set(EAGER_EXCHANGES):
+            raise InputError(f"exchange is padded, exact or both; got {', '.join(self.exchanges) or 'none'}")
 
     @property
     def ops_timed(self) -> tuple[str, ...]:
@@ -28,9 +39,15 @@ class OneSidedConfig(LowLatencyConfig):
         )
 
     @property
+    def payload_widths(self) -> tuple[int, ...]:
+        """Bytes of a token's elements, ids and weights."""
+        return self.row_bytes, 4 * self.num_topk, 4 * self.num_topk
+
+    @property
     def dispatch_row_bytes(self) -> int:
-        return self.row_bytes + 8 * self.num_topk
+        return sum(self.payload_widths)
 
     @property
     def command(self) -> str:
-        return super().command.replace("moegen bench ll", f"moegen bench a2a --path {self.path}")
+        exchanges = f" --exchange {','.join(self.exchanges)}" if self.path == "collective" else ""
+        return super().command.replace("moegen bench ll", f"moegen bench a2a --path {self.path}{exchanges}")

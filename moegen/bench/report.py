@@ -46,12 +46,12 @@ def save(result: Json, folder: Path, parts: Parts | None = None) -> tuple[Path, 
 
 def show(result: Json, console: Console, parts: Parts | None = None) -> None:
     """Prints the result; `parts`: what makes its tables, if not those of `ll`."""
-    for part in (parts or _parts)(result):
+    for part in (parts or usual_parts)(result):
         console.print(part, highlight=False, markup=False) if isinstance(part, str) else console.print(part)
         console.print()
 
 
-def _parts(result: Json) -> Iterator[RenderableType]:
+def usual_parts(result: Json) -> Iterator[RenderableType]:
     """The most looked-at figures last: that is what a terminal, or the tail of a log, shows."""
     yield "\n".join(head(result, result["config"]["quantize"] or "bf16"))
     yield _ranks(result["cases"])

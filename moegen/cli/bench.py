@@ -138,6 +138,9 @@ def a2a(
     topk: Annotated[int, typer.Option(help="and selections per token.")] = 0,
     routing: Annotated[str, typer.Option(help="uniform, zipf, hot (one rank gets everything).")] = "uniform,zipf,hot",
     path: Annotated[str, typer.Option(help="ipc or collective.")] = "ipc",
+    exchange: Annotated[
+        str, typer.Option(help="Of path collective, called from Python: padded, exact. Graphs hold padded calls.")
+    ] = "padded,exact",
     ops: Annotated[int, typer.Option(min=0, help="Ops in a graph; 0: 50, on a CPU 2.")] = 0,
     replays: Annotated[int, typer.Option(min=0, help="Timed replays of a graph; 0: 100, on a CPU 3.")] = 0,
     calls: Annotated[int, typer.Option(min=0, help="Calls in an eager loop; 0: 100, on a CPU 2.")] = 0,
@@ -145,18 +148,19 @@ def a2a(
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the table.")] = RESULTS,
 ) -> None:
     """One-sided dispatch and combine, or the same over collectives: graphs, eager calls, and the link's limit."""
-    from moegen.bench import launch, report
+    from moegen.bench import a2a_report, launch, report
     from moegen.bench.a2a import measure
     from moegen.bench.a2a_config import OneSidedConfig
     from moegen.cli import common
 
     shape, counts = (preset, hidden, experts, topk), (ops, replays, calls)
     base = _config(ranks, device, world, shape, common.numbers(tokens), routing, 0, counts, seed, "", 0)
-    result = launch.run(measure, OneSidedConfig(**vars(base), path=path))
+    config = OneSidedConfig(**vars(base), path=path, exchanges=tuple(common.words(exchange)))
+    result = launch.run(measure, config)
     if result is None:
         return
-    report.show(result, common.console())
-    for file in report.save(result, out):
+    report.show(result, common.console(), a2a_report.parts)
+    for file in report.save(result, out, a2a_report.parts):
         typer.echo(f"wrote {file}")
 
 

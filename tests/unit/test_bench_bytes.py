@@ -8,7 +8,9 @@ import math
 import pytest
 import torch
 
+from moegen.bench.a2a_config import OneSidedConfig
 from moegen.bench.config import GPU_LINK, LowLatencyConfig
+from moegen.bench.exchange import padding
 from moegen.bench.halves import HALVES
 from moegen.bench.inputs import plan_rotation
 from moegen.bench.machine import short_name
@@ -17,6 +19,7 @@ from moegen.bench.routing import ROUTINGS, draw
 from moegen.bench.stats import over_ranks, quantile, quantiles, slowest
 from moegen.bench.traffic import bandwidths, byte_summary, dispatch_traffic, matrices, traffic_of
 from moegen.errors import InputError
+from moegen.kernels.problem import Problem
 from moegen.reference import expert_ranges
 
 # Seven experts on three ranks: 0-2, 3-4, 5-6.
@@ -160,6 +163,23 @@ def test_a_configuration_that_cannot_be_is_refused() -> None:
     for wrong in ({"routings": ("nope",)}, *counts):
         with pytest.raises(InputError):
             config(**wrong)
+
+
+def test_padding_is_what_is_sent_for_nothing() -> None:
+    """Four tokens of 16 elements, payloads of 32, 8 and 8 bytes: a chunk is a header and three planes of up to 128."""
+    small = config(ranks=3, hidden=16, num_experts=5, num_topk=2)
+    collective = OneSidedConfig(**vars(small), path="collective")
+    sizes = padding(Problem(3, 5, 2, 16, 4, layout="rank", path="collective"), collective, 4, needed=100.0)
+    assert sizes["padded"] == 2 * (4 * 128 + 4 * 32)
+    assert sizes["wasted"] == sizes["padded"] - 100
+    assert 0 < sizes["expected_waste"] < 2 * 4 * (48 + 32)
+    assert not sizes["takes_exact"]
+
+
+@pytest.mark.parametrize("exchanges", [(), ("auto",), ("padded", "some")])
+def test_exchanges_that_cannot_be_measured(exchanges: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match="exchange is padded, exact or both"):
+        OneSidedConfig(**vars(config()), path="collective", exchanges=exchanges)
 
 
 def test_buffers_exceed_the_cache_where_memory_allows() -> None:
