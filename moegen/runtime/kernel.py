@@ -110,13 +110,16 @@ class CudaKernel(LoadedKernel):
         # Under lazy loading the first launch would load it, and loading waits for kernels that may wait for this one.
         _check(driver.cuFuncLoad(self._function))
         blocks = _check(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, spec.block_threads, 0))
-        self._resident = int(blocks) * torch.cuda.get_device_properties(device).multi_processor_count
+        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._resident = int(blocks) * self._multiprocessors
         self._threads = spec.block_threads
 
     def blocks(self, ranks_per_device: int, num_sms: int | None) -> int:
         share = self._resident
-        if ranks_per_device > 1:  # a quarter is left for what others run while the ranks wait for each other
-            share = max(1, share * 3 // (4 * ranks_per_device))
+        if ranks_per_device > 1:
+            # While ranks wait for each other, a quarter of the multiprocessors stays idle for what torch runs: one that
+            # splits its cache and shared memory otherwise than torch's kernel needs takes none before its blocks end.
+            share = max(1, self._multiprocessors * 3 // (4 * ranks_per_device))
         return share if num_sms is None else min(share, num_sms)
 
     def launcher(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> Callable[[], None]:
