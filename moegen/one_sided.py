@@ -49,6 +49,8 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
             another set is loaded by the first dispatch that has it, on all ranks.
         path: "ipc": ranks map each other's memory; "collective": an all-to-all of torch.distributed on whatever backend
             the group has, fixed sizes, no mask; "auto": ipc where it is possible.
+        copy: how dispatch moves wide payloads: "vec" (through registers), "bulk" (by bulk copies through shared memory,
+            which GPUs have from sm_90 on), or "auto": "vec", which bench/results found faster everywhere.
         expert_rows: make room for `expert_rows()`, where experts may write what combine then reads from there.
         warp_groups: e.g. "1x14"; None: what is fastest.
         num_sms: thread blocks per launch at most; None: as many as are useful.
@@ -77,6 +79,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         dtype: torch.dtype = torch.bfloat16,
         payloads: Sequence[tuple[int, torch.dtype]] = (),
         path: str = "auto",
+        copy: str = "auto",
         expert_rows: bool = False,
         warp_groups: str | None = None,
         num_sms: int | None = None,
@@ -100,6 +103,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
             payload_bytes=payload_bytes,
             dtype=dtype,
             warp_groups=warp_groups,
+            copy=payload_checks.copy(self, copy),
             path=choose(self.world, path),
             on_host=self.device.type == "cpu",
         )

@@ -228,8 +228,10 @@ def dispatch_spec(problem: Problem, widths: tuple[int, ...]) -> OneSidedDispatch
         SpecError: as `select`.
     """
     shape = (problem.num_ranks, problem.num_topk, problem.num_experts, problem.path)
-    kind = CollectivePack if problem.path == "collective" else OneSidedDispatch
-    return kind(RowBytes(widths), *shape, _one_sided_groups(problem))
+    groups = _one_sided_groups(problem)
+    if problem.path == "collective":
+        return CollectivePack(RowBytes(widths), *shape, groups)
+    return OneSidedDispatch(RowBytes(widths), *shape, groups, copy="bulk" if problem.copy == "bulk" else "vec")
 
 
 def combine_spec(problem: Problem, dtype: str, out: str, *, pulls: bool = False) -> OneSidedCombine:

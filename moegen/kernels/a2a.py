@@ -80,6 +80,21 @@ class Payload(NamedTuple):
     units: int
 
 
+class BulkRow(NamedTuple):
+    """One payload that a bulk copy moves: `bytes` from byte `offset` of a stage on."""
+
+    number: int
+    units: int
+    bytes: int
+    offset: int
+
+
+STAGES = 2
+"""Of a team whose rows travel by bulk copies."""
+
+MAX_STAGE_BYTES = 200 * 1024
+"""Of all stages of a block: an H100 grants 227 KiB of shared memory."""
+
 UNITS = {16: "uint4", 8: "uint2", 4: "uint32_t", 2: "uint16_t", 1: "uint8_t"}
 
 
@@ -148,6 +163,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
     num_experts: int = tag("e")
     path: str = tag(one_of=("ipc",))
     warp_groups: WarpGroups = tag("w")
+    copy: str = rare("vec", "bulk")
 
     def validate(self) -> None:
         require_routing(self)
@@ -159,6 +175,11 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         )
         self.require_groups()
         self.require(self.shared_bytes <= MAX_SHARED_BYTES, f"{self.shared_bytes} bytes of shared memory are too many")
+        self.require(
+            self.dynamic_shared_bytes <= MAX_STAGE_BYTES,
+            f"bulk copies have {MAX_STAGE_BYTES} bytes of shared memory for {STAGES} rows of each of {self.teams} "
+            f"teams; these take {self.dynamic_shared_bytes}: fewer warp groups, or copy=vec",
+        )
 
     @property
     def groups(self) -> WarpGroups:
@@ -201,7 +222,32 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
 
     @property
     def wide(self) -> tuple[Payload, ...]:
-        return tuple(row for row in self.rows if row.units > self.team_threads)
+        """The others that go through registers."""
+        return tuple(row for row in self.rows if row.units > self.team_threads and not self._is_bulk(row))
+
+    def _is_bulk(self, row: Payload) -> bool:
+        return self.copy == "bulk" and row.unit == UNITS[16] and row.units > self.team_threads
+
+    @cached_property
+    def bulk(self) -> tuple[BulkRow, ...]:
+        """Those that bulk copies move: too wide for one step of a team, and of whole 16-byte vectors."""
+        made, offset = [], 0
+        for row in filter(self._is_bulk, self.rows):
+            made.append(BulkRow(row.number, row.units, 16 * row.units, offset))
+            offset += 16 * row.units
+        return tuple(made)
+
+    @property
+    def stages(self) -> int:
+        return STAGES
+
+    @property
+    def stage_bytes(self) -> int:
+        return sum(row.bytes for row in self.bulk)
+
+    @property
+    def dynamic_shared_bytes(self) -> int:
+        return STAGES * self.teams * self.stage_bytes
 
     @property
     def long(self) -> tuple[Payload, ...]:

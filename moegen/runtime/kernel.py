@@ -83,12 +83,15 @@ class HostKernel(LoadedKernel):
         return HOST_NUM_SMS if num_sms is None else min(num_sms, HOST_MAX_BLOCKS)
 
     def launcher(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> Callable[[], None]:
-        launch = _HostLaunch(ctypes.addressof(params), blocks, self.spec.block_threads, 0, 0, self._seed)
+        spec = self.spec
+        launch = _HostLaunch(
+            ctypes.addressof(params), blocks, spec.block_threads, spec.dynamic_shared_bytes, 0, self._seed
+        )
         text = ctypes.create_string_buffer(self._ERROR_BYTES)
 
         def start() -> None:
             if self._entry(ctypes.addressof(launch), text, self._ERROR_BYTES) != 0:
-                raise KernelFaultError(f"{self.spec.stem}: {text.value.decode(errors='replace')}")
+                raise KernelFaultError(f"{spec.stem}: {text.value.decode(errors='replace')}")
 
         return start
 
@@ -113,7 +116,11 @@ class CudaKernel(LoadedKernel):
         self._function = _check(driver.cuModuleGetFunction(self._module, spec.symbol.encode()))
         # Under lazy loading the first launch would load it, and loading waits for kernels that may wait for this one.
         _check(driver.cuFuncLoad(self._function))
-        blocks = _check(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, spec.block_threads, 0))
+        if spec.dynamic_shared_bytes:
+            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(self._function, most, spec.dynamic_shared_bytes))
+        size = (spec.block_threads, spec.dynamic_shared_bytes)
+        blocks = _check(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, *size))
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._resident = int(blocks) * self._multiprocessors
         self._threads = spec.block_threads
@@ -153,6 +160,7 @@ class CudaKernel(LoadedKernel):
         config, cooperative, overlap = driver.CUlaunchConfig(), driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = self.spec.dynamic_shared_bytes
         cooperative.id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
         cooperative.value.cooperative = 1
         overlap.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
