@@ -12,7 +12,8 @@ from typing import Any, overload
 import torch
 
 from moegen import checks, payload_checks, payload_results
-from moegen.kernels.a2a import OneSidedCombine, OneSidedSpec
+from moegen.kernels.a2a import OneSidedCombine
+from moegen.kernels.coll import for_exact
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
 from moegen.payloads import DispatchedPayloads, PayloadsHandle, Quantised
@@ -57,6 +58,8 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             a graph may hold; "exact": dispatch exchanges counts first, for which the host waits, and only rows that are
             needed cross, in combine too; "auto": what `moegen.tuning.exchange` expects to be faster, padded while a
             stream captures. Results are the same.
+        copy: how dispatch moves wide payloads: "vec" (through registers), "bulk" (by bulk copies through shared memory,
+            which GPUs have from sm_90 on), or "auto": "vec", which bench/results found faster everywhere.
         expert_rows: make room for `expert_rows()`, where experts may write what combine then reads from there.
         warp_groups: e.g. "1x14"; None: what is fastest.
         num_sms: thread blocks per launch at most; None: as many as are useful.
@@ -86,6 +89,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         payloads: Sequence[tuple[int, torch.dtype]] = (),
         path: str = "auto",
         exchange: str = "auto",
+        copy: str = "auto",
         expert_rows: bool = False,
         warp_groups: str | None = None,
         num_sms: int | None = None,
@@ -110,6 +114,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             payload_bytes=payload_bytes,
             dtype=dtype,
             warp_groups=warp_groups,
+            copy=payload_checks.copy(self, copy),
             path=choose(self.world, path),
             on_host=self.device.type == "cpu",
         )
@@ -344,7 +349,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         self.combine(y, received.handle)
         self.synchronize()
 
-    def _ready(self, key: Hashable, active: int, exact: bool, choose: Callable[[], OneSidedSpec]) -> Any:
+    def _ready(self, key: Hashable, active: int, exact: bool, choose: Callable[[], Spec]) -> Any:
         """The Spec that `choose` gives for the key, once the call's kernels are loaded: the first time on all ranks,
         none of which launches before.
         """
@@ -361,9 +366,9 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         return spec
 
     @staticmethod
-    def _with_others(spec: OneSidedSpec, exact: bool) -> list[Spec]:
+    def _with_others(spec: Spec, exact: bool) -> list[Spec]:
         """The kernel, and the others that its call launches."""
-        return [spec, *spec.for_exact] if exact else [spec]
+        return [spec, *for_exact(spec)] if exact else [spec]
 
     def _combine_spec(self, dtype: torch.dtype, out: torch.dtype, *, pulls: bool = False) -> OneSidedCombine:
         return combine_spec(self.problem, payload_checks.WORDS[dtype], payload_checks.WORDS[out], pulls=pulls)

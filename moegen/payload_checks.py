@@ -38,6 +38,7 @@ def problem(
     payload_bytes: int,
     dtype: torch.dtype,
     warp_groups: str | None,
+    copy: str,
     path: str,
     on_host: bool,
 ) -> Problem:
@@ -47,7 +48,18 @@ def problem(
     checks.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
     checks.in_range("payload_bytes", payload_bytes, 1, MAX_PAYLOADS * MAX_ROW_BYTES)
     shape = (num_ranks, num_experts, num_topk, hidden, max_tokens_per_rank)
-    return Problem(*shape, WORDS[dtype], "rank", path, on_host=on_host, warp_groups=warp_groups)
+    return Problem(*shape, WORDS[dtype], "rank", path, on_host=on_host, copy=copy, warp_groups=warp_groups)
+
+
+def copy(owner: OneSided, given: str) -> str:
+    """Bulk copies are an instruction of newer GPUs; a CPU imitates them."""
+    checks.one_of("copy", given, ("auto", "vec", "bulk"))
+    if given == "bulk" and owner.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(owner.device)
+        if capability < (9, 0):
+            have = ".".join(map(str, capability))
+            raise InputError(f'copy="bulk" needs compute capability 9.0, and {owner.device} has {have}; use "vec"')
+    return given
 
 
 def usual_out(dtype: torch.dtype) -> torch.dtype:

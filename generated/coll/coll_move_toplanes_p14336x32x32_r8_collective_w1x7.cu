@@ -80,6 +80,7 @@ __device__ __forceinline__ void fill_unused_ids(const Params& p, uint32_t rank) 
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads) moegen_coll_move_toplanes_p14336x32x32_r8_collective_w1x7(const __grid_constant__ Params p) {
+    await_launch_before();
 #pragma unroll 1
     for (uint32_t rank = 0; rank < kRanks; ++rank) {
         move_rows(p, rank, 0, 14336);

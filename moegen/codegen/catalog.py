@@ -8,7 +8,7 @@ from typing import Any
 
 from moegen import tuning
 from moegen.errors import InputError
-from moegen.kernels.a2a import OneSidedSpec
+from moegen.kernels.coll import for_exact
 from moegen.kernels.ht import LAYOUTS
 from moegen.kernels.ll import MAX_TOKENS_PER_RANK
 from moegen.kernels.presets import preset
@@ -64,7 +64,7 @@ def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = No
         if family in (None, "coll"):
             capacities = all_one_sided_capacities()
             for first in _one_sided(preset_name, r, capacities, on_host=on_host, path="collective"):
-                specs.update(dict.fromkeys((first, *first.for_exact)))
+                specs.update(dict.fromkeys((first, *for_exact(first))))
         if family in (None, "ht"):
             for layout in LAYOUTS:
                 specs.update(dict.fromkeys(_rows(preset_name, r, layout=layout, on_host=on_host).specs))
@@ -91,7 +91,7 @@ def catalog() -> list[Spec]:
         specs.update(dict.fromkeys(selection.specs if number == 0 else (selection.dispatch, selection.combine)))
     specs.update(dict.fromkeys(_one_sided("deepseek-v3", 8, (128,))))
     pack, *others = _one_sided("deepseek-v3", 8, (128,), path="collective")
-    specs.update(dict.fromkeys((pack, pack.for_exact[-1], *others)))
+    specs.update(dict.fromkeys((pack, for_exact(pack)[-1], *others)))
     specs.update(dict.fromkeys(_one_sided("tiny", 4, (128,), on_host=True)))
     if len(specs) > MAX_CATALOG:
         raise AssertionError(f"{len(specs)} kernels are too many to read; the catalog holds at most {MAX_CATALOG}")
@@ -105,7 +105,7 @@ def _specs(name: str, num_ranks: int, capacities: Sequence[int], **options: Any)
         yield from select(problem).specs
 
 
-def _one_sided(name: str, num_ranks: int, capacities: Sequence[int], **options: Any) -> Iterator[OneSidedSpec]:
+def _one_sided(name: str, num_ranks: int, capacities: Sequence[int], **options: Any) -> Iterator[Spec]:
     """Dispatch of tokens, ids and weights, and combine: from any memory and in place, or what path collective has."""
     layer = preset(name)
     element, id_bytes, weight_bytes = _PAYLOADS

@@ -80,6 +80,21 @@ class Payload(NamedTuple):
     units: int
 
 
+class BulkRow(NamedTuple):
+    """One payload that a bulk copy moves: `bytes` from byte `offset` of a stage on."""
+
+    number: int
+    units: int
+    bytes: int
+    offset: int
+
+
+STAGES = 2
+"""Of a team whose rows travel by bulk copies."""
+
+MAX_STAGE_BYTES = 200 * 1024
+"""Of all stages of a block: an H100 grants 227 KiB of shared memory."""
+
 UNITS = {16: "uint4", 8: "uint2", 4: "uint32_t", 2: "uint16_t", 1: "uint8_t"}
 
 
@@ -104,11 +119,6 @@ class OneSidedSpec(Spec):
         raise NotImplementedError
 
     @property
-    def for_exact(self) -> tuple[Spec, ...]:
-        """What a call launches besides, if counts cross first: of path collective."""
-        return ()
-
-    @property
     def phases(self) -> tuple[str, ...]:
         return tuple(PHASES)
 
@@ -127,7 +137,7 @@ _BEGIN = (
     Param("uint32_t*", "aborted", "this object's abort word"),
     Param("Failure*", "failure", "where the host reads what went wrong"),
     Param("uint64_t", "active", "bit r: rank r takes part"),
-    Param("uint64_t", "presence_offset", "[rank] pieces: the last dispatch that it has done with, its last combine"),
+    Param("uint64_t", "presence_offset", "[rank] u64: the last dispatch that it has done with, its last combine"),
     Param("uint64_t", "timeout_ns", "how long one wait may take"),
 )
 _ROLES = (
@@ -153,6 +163,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
     num_experts: int = tag("e")
     path: str = tag(one_of=("ipc",))
     warp_groups: WarpGroups = tag("w")
+    copy: str = rare("vec", "bulk")
 
     def validate(self) -> None:
         require_routing(self)
@@ -164,6 +175,11 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         )
         self.require_groups()
         self.require(self.shared_bytes <= MAX_SHARED_BYTES, f"{self.shared_bytes} bytes of shared memory are too many")
+        self.require(
+            self.dynamic_shared_bytes <= MAX_STAGE_BYTES,
+            f"bulk copies have {MAX_STAGE_BYTES} bytes of shared memory for {STAGES} rows of each of {self.teams} "
+            f"teams; these take {self.dynamic_shared_bytes}: fewer warp groups, or copy=vec",
+        )
 
     @property
     def groups(self) -> WarpGroups:
@@ -187,7 +203,8 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
     def shared_bytes(self) -> int:
         """Upper bound of a block's shared memory."""
         chunk = WARP_SIZE * (8 + 4 * self.destinations)
-        return chunk + 4 * 4 * self.num_ranks + 256
+        counts = 2 * 4 * (self.block_threads // WARP_SIZE) * self.num_ranks
+        return chunk + counts + 3 * 4 * self.num_ranks + 256
 
     @cached_property
     def rows(self) -> tuple[Payload, ...]:
@@ -205,7 +222,32 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
 
     @property
     def wide(self) -> tuple[Payload, ...]:
-        return tuple(row for row in self.rows if row.units > self.team_threads)
+        """The others that go through registers."""
+        return tuple(row for row in self.rows if row.units > self.team_threads and not self._is_bulk(row))
+
+    def _is_bulk(self, row: Payload) -> bool:
+        return self.copy == "bulk" and row.unit == UNITS[16] and row.units > self.team_threads
+
+    @cached_property
+    def bulk(self) -> tuple[BulkRow, ...]:
+        """Those that bulk copies move: too wide for one step of a team, and of whole 16-byte vectors."""
+        made, offset = [], 0
+        for row in filter(self._is_bulk, self.rows):
+            made.append(BulkRow(row.number, row.units, 16 * row.units, offset))
+            offset += 16 * row.units
+        return tuple(made)
+
+    @property
+    def stages(self) -> int:
+        return STAGES
+
+    @property
+    def stage_bytes(self) -> int:
+        return sum(row.bytes for row in self.bulk)
+
+    @property
+    def dynamic_shared_bytes(self) -> int:
+        return STAGES * self.teams * self.stage_bytes
 
     @property
     def long(self) -> tuple[Payload, ...]:

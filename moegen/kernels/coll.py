@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from moegen.kernels.a2a import MAX_STATS, OneSidedCombine, OneSidedDispatch, OneSidedSpec, RowBytes
 from moegen.kernels.a2a_layout import planes
@@ -57,12 +57,6 @@ class CollectivePack(OneSidedDispatch, family="coll", op="pack"):
     @property
     def exact(self) -> bool:
         return self.exchange == "exact"
-
-    @property
-    def for_exact(self) -> tuple[Spec, ...]:
-        """This one is launched for headers alone, then these."""
-        to_planes = CollectiveMove("planes", self.payloads, self.num_ranks, self.path, self.warp_groups)
-        return replace(self, exchange="exact"), to_planes
 
     @property
     def header_words(self) -> int:
@@ -211,11 +205,6 @@ class CollectiveSum(OneSidedCombine, family="coll", op="sum"):
         """They are all here."""
         return True
 
-    @property
-    def for_exact(self) -> tuple[Spec, ...]:
-        """Launched ahead of this one."""
-        return (CollectiveMove("line", RowBytes((self.row_bytes,)), self.num_ranks, self.path, self.warp_groups),)
-
     @cached_property
     def params(self) -> ParamStruct:
         return ParamStruct(
@@ -231,6 +220,19 @@ class CollectiveSum(OneSidedCombine, family="coll", op="sum"):
                 Param("uint32_t", "first_rows", "of each rank", self.num_ranks),
             )
         )
+
+
+@cache
+def for_exact(spec: Spec) -> tuple[Spec, ...]:
+    """What a call that launches this kernel launches besides if counts cross first: dispatch, whose pack then writes
+    headers alone, one that packs and one that moves what came; combine one that moves what goes.
+    """
+    if isinstance(spec, CollectivePack):
+        to_planes = CollectiveMove("planes", spec.payloads, spec.num_ranks, spec.path, spec.warp_groups)
+        return replace(spec, exchange="exact"), to_planes
+    if isinstance(spec, CollectiveSum):
+        return (CollectiveMove("line", RowBytes((spec.row_bytes,)), spec.num_ranks, spec.path, spec.warp_groups),)
+    return ()
 
 
 def chunk_planes(widths: tuple[int, ...], slots: int, stats_words: int) -> list[int]:

@@ -19,6 +19,7 @@ from moegen.kernels.coll import (
     CollectiveOpen,
     CollectivePack,
     CollectiveSum,
+    for_exact,
 )
 from moegen.kernels.ll import ceil_div
 from moegen.kernels.problem import Problem
@@ -226,7 +227,7 @@ class CollectiveOps(BoundKernels):
             )  # fmt: skip
             rows = headers.read()
         out, into = Line.of(widths, self._to_send, rows.sent), Line.of(widths, self._line, rows.came)
-        in_line, to_planes = (self._bound[other][0] for other in spec.for_exact)
+        in_line, to_planes = (self._bound[other][0] for other in for_exact(spec))
         with stage("dispatch_pack"):
             if tokens:
                 active = sum(1 << rank for rank, number in enumerate(rows.sent) if number)
@@ -259,7 +260,7 @@ class CollectiveOps(BoundKernels):
             widths = (spec.row_bytes,)
             out, into = Line.of(widths, self._line, rows.came), Line.of(widths, self._rows_back, rows.sent)
             first_rows = [begin // spec.row_bytes for begin in into.begins]
-            (to_line,) = (self._bound[other][0] for other in spec.for_exact)
+            (to_line,) = (self._bound[other][0] for other in for_exact(spec))
             with stage("combine_pack"):
                 if out.memory.numel():
                     to_line(y.data_ptr(), out.address, *out.begins, 0, slots * spec.row_bytes, *rows.came)
