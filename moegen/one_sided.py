@@ -267,7 +267,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             y: [ranks, max_tokens, hidden], max_tokens as in that dispatch: row (s, i) is what this rank's experts made
                 of row (s, i) of dispatch, weights included. It may lie anywhere; either all ranks give `expert_rows()`
                 or none does. Other rows mean nothing.
-            handle: of the dispatch; may be used more than once.
+            handle: of the dispatch, on all ranks the same one; may be used more than once.
             out_dtype: bfloat16, float16 or float32. None: that of y, or bfloat16 if that is float8_e4m3fn.
             out: the tensor for the result, whose dtype then counts, or with `quantize` those of a `Quantised`; nothing
                 is allocated.
@@ -285,7 +285,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             [T, hidden], T as given to dispatch, or a `Quantised` of that; rows from `num_tokens` on are undefined.
 
         Raises:
-            HandleError: the handle is another object's.
+            HandleError: the handle is another object's, or of one that was destroyed.
             InputError, PeerTimeoutError, MissingKernelError, LaunchError, DestroyedError: as `dispatch`.
         """
         ops = self._alive()
