@@ -93,13 +93,14 @@ def run_part(world: RankWorld, name: str, step: Callable[[PartWorld], Json | Non
     failed = [(rank, left) for rank, left in enumerate(answers) if left.error]
     causes = [(rank, left) for rank, left in failed if not left.followed] or failed
     errors = [f"rank {rank}: {left.error}" for rank, left in causes]
-    _give_memory_back(world.device)
+    _give_memory_back(world)
     if world.rank == 0:
         log.info("part %s: %.1f s%s", name, time.monotonic() - start, ", failed" if errors else "")
     return {"seconds": time.monotonic() - start, "errors": errors, "result": None if errors else result}
 
 
-def _give_memory_back(device: torch.device) -> None:
+def _give_memory_back(world: RankWorld) -> None:
     gc.collect()  # an error's frames hold the part's tensors
-    if device.type == "cuda":
+    # The driver frees memory when the device is idle, and virtual ranks' kernels of the next part wait for each other.
+    if world.device.type == "cuda" and world.ranks_per_device == 1:
         torch.cuda.empty_cache()

@@ -43,7 +43,7 @@ def run(
         typer.echo("\n".join(spec.stem for spec in config.specs))
         return
     if config.estimate_seconds is not None:
-        typer.echo(f"about {config.estimate_seconds:.0f} s on {base.ranks} ranks, besides compiling", err=True)
+        typer.echo(f"about {config.estimate_seconds:.0f} s on {base.ranks} ranks, besides compiling")
     try:
         result = launch.run(node.measure, config)
     except BenchError as error:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`OneSided` between processes: gloo groups on the CPU, and on GPUs (two; several ranks share one where there are not
-enough).
-"""
+"""`OneSided` between processes: gloo groups on the CPU, and on all GPUs of the machine (two ranks share a single one)."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 from support.a2a_data import DTYPES, How, PayloadShape, expected_of, outputs_of, random_batch, verify_combine, verify_dispatch
 from support.a2a_layer import Got, copied, given_of, make
-from support.processes import Processes
+from support.processes import Processes, devices, ranks_on
 
 SHAPES = (
     PayloadShape(4, 16, 10, 8, "fp8", "pulled", "fp16", "fp32"),
@@ -24,14 +22,9 @@ SHAPES = (
 """The first has kernels of `support.a2a_cases.POOL`, which need not be compiled again on a CPU."""
 
 
-def devices() -> list[object]:
-    gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-    return ["cpu", pytest.param("cuda", marks=gpu)]
-
-
 @pytest.fixture(scope="module", params=devices())
 def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(4 if request.param == "cpu" else 2, request.param)
+    processes = Processes(ranks_on(request.param), request.param)
     yield processes
     processes.stop()
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`HighThroughput` between processes: gloo groups on the CPU, and on GPUs (two; several ranks share one where there are
-not enough).
-"""
+"""`HighThroughput` between processes: gloo groups on the CPU, and on all GPUs of the machine (two ranks share a single one)."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from support.ht_layer import (
     verify_dispatch,
 )
 from support.layer import random_routing
-from support.processes import Processes
+from support.processes import Processes, devices, ranks_on
 
 SHAPES = (
     RowsShape(4, 16, 4, 512, "token", "fp8_ue8m0", max_tokens=150, mode="exact"),
@@ -35,14 +33,9 @@ SHAPES = (
 """With the kernels of two of `support.ht_cases.POOL`, which need not be compiled again on a CPU."""
 
 
-def devices() -> list[object]:
-    gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-    return ["cpu", pytest.param("cuda", marks=gpu)]
-
-
 @pytest.fixture(scope="module", params=devices())
 def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(4 if request.param == "cpu" else 2, request.param)
+    processes = Processes(ranks_on(request.param), request.param)
     yield processes
     processes.stop()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks as processes: gloo groups on the CPU, and on GPUs (several ranks share one where there are not enough).
+"""Ranks as processes: gloo groups on the CPU, and on all GPUs of the machine (two ranks share a single one).
 
 The processes are spawned once per device and number of ranks; each test sends them one function to run.
 """
@@ -13,19 +13,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.layer import Shape
-from support.processes import Processes, make_layer, round_trip_in_process
+from support.processes import Processes, devices, make_layer, ranks_on, round_trip_in_process
 
 SHAPES = (Shape(4, 16, 4, 128, 64), Shape(4, 10, 3, 512, 80))
 
 
-def devices() -> list[object]:
-    gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-    return ["cpu", pytest.param("cuda", marks=gpu)]
-
-
 @pytest.fixture(scope="module", params=devices())
 def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(4 if request.param == "cpu" else 2, request.param)
+    processes = Processes(ranks_on(request.param), request.param)
     yield processes
     processes.stop()
 

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import moegen
@@ -21,6 +22,22 @@ from moegen import reference
 from support.layer import RankResult, Shape, expert_outputs, random_routing
 
 ANSWER_SECONDS = 240
+
+CPU_RANKS = 4
+
+
+def devices(*, gpu_each: bool = False) -> list[Any]:
+    """ "cpu", and "cuda" where a test can have it; `gpu_each`: where each of two ranks has a GPU of its own."""
+    if gpu_each:
+        needed = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs on this machine")
+    else:
+        needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+    return ["cpu", pytest.param("cuda", marks=needed)]
+
+
+def ranks_on(device: str, on_cpu: int = CPU_RANKS) -> int:
+    """One for each GPU of this machine; two at least, which then share the only one."""
+    return on_cpu if device == "cpu" else max(2, torch.cuda.device_count())
 
 
 class Processes:
