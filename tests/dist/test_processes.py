@@ -36,13 +36,12 @@ def test_no_shared_memory_is_left_behind(group: Processes) -> None:
     assert left == []
 
 
-def hundred_pairs(rank: int, device: str) -> float:
+def seconds_per_pair(rank: int, device: str, pairs: int) -> float:
     shape = Shape(torch.distributed.get_world_size(), 16, 4, 128, 32)
     with make_layer(shape, device) as layer:
         x = torch.randn(32, shape.hidden, device=device).bfloat16()
         ids = torch.randint(0, 16, (32, 4), device=device)
         start = time.perf_counter()
-        pairs = 100 if device == "cpu" else 10  # two processes on one GPU take turns, 4 ms each
         for _ in range(pairs):
             received = layer.dispatch(x, ids)
             layer.combine(received.tokens, received.handle)
@@ -51,7 +50,7 @@ def hundred_pairs(rank: int, device: str) -> float:
 
 
 def test_back_to_back_between_processes(group: Processes) -> None:
-    seconds = group.call(hundred_pairs)
+    seconds = group.call(seconds_per_pair, 10 if group.take_turns else 100)
     print(f"\n{group.size} processes on {group.device}: {1e3 * max(seconds):.1f} ms per pair")
 
 
