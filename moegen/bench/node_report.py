@@ -31,7 +31,7 @@ def overview(result: Json) -> Iterator[RenderableType]:
     yield _parts(result)
     links = [part["result"]["link"] for part in result["parts"].values() if part["result"] and "link" in part["result"]]
     yield from map(report.link_line, links[:1])
-    yield "\n".join(f"FAILED {name}: {error}" for name, part in result["parts"].items() for error in part["errors"])
+    yield from (f"FAILED {name}: {error}" for name, part in result["parts"].items() for error in part["errors"])
 
 
 def _summary(rows: list[Json]) -> Table:

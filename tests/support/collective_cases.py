@@ -11,7 +11,7 @@ import torch
 import moegen
 from moegen import errors
 
-EXPERTS, TOPK, HIDDEN, MOST = 13, 4, 128, 23
+EXPERTS, TOPK, HIDDEN, MOST = 21, 4, 128, 23
 
 
 def make(world: Any, device: str, path: str, **more: Any) -> moegen.OneSided:
