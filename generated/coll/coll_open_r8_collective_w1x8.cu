@@ -44,6 +44,7 @@ __device__ __forceinline__ const  int32_t* stats_at(const Params& p, uint32_t ra
 // One block. A chunk of another call, another object, or of other sizes than this rank's is reported, and holds
 // nothing.
 extern "C" __global__ void __launch_bounds__(kBlockThreads) moegen_coll_open_r8_collective_w1x8(const __grid_constant__ Params p) {
+    await_launch_before();
     const uint32_t call = epoch_before(p.control->epoch);
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {

@@ -153,5 +153,6 @@ __device__ __forceinline__ void add_tokens(const Params& p, uint32_t tokens) {
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_coll_sum_bf16_tobf16_r8_h7168_d8_collective_w1x7(const __grid_constant__ Params p) {
+    await_launch_before();
     add_tokens(p, min(uint32_t(*p.tokens_sent), p.tokens));
 }

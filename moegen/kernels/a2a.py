@@ -122,7 +122,7 @@ _BEGIN = (
     Param("uint32_t*", "aborted", "this object's abort word"),
     Param("Failure*", "failure", "where the host reads what went wrong"),
     Param("uint64_t", "active", "bit r: rank r takes part"),
-    Param("uint64_t", "presence_offset", "[rank] pieces: the last dispatch that it has done with, its last combine"),
+    Param("uint64_t", "presence_offset", "[rank] u64: the last dispatch that it has done with, its last combine"),
     Param("uint64_t", "timeout_ns", "how long one wait may take"),
 )
 _ROLES = (
@@ -182,7 +182,8 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
     def shared_bytes(self) -> int:
         """Upper bound of a block's shared memory."""
         chunk = WARP_SIZE * (8 + 4 * self.destinations)
-        return chunk + 4 * 4 * self.num_ranks + 256
+        counts = 2 * 4 * (self.block_threads // WARP_SIZE) * self.num_ranks
+        return chunk + counts + 3 * 4 * self.num_ranks + 256
 
     @cached_property
     def rows(self) -> tuple[Payload, ...]:
