@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,9 @@ from moegen.runtime.worlds import RankWorld
 SCHEMA = 1
 """Number of the layout of the JSON."""
 
+LAYER = ("preset", "hidden", "num_experts", "num_topk", "quantize", "routings", "seed")
+"""What of a configuration is common to the parts; they keep the rest beside their results."""
+
 Json = dict[str, Any]
 
 
@@ -47,7 +49,7 @@ def measure(world: RankWorld, config: NodeConfig) -> Json:
         "machine": machine(world.device),
         "versions": versions(),
         "world": world_of(world, config.base, nodes_of(world)),
-        "config": asdict(config.base),
+        "config": {name: getattr(config.base, name) for name in LAYER},
         "estimate_seconds": config.estimate_seconds,
         "parts": {},
     }

@@ -70,10 +70,11 @@ def _config(
         raise InputError(f"suite is one of {', '.join(SUITES)}; got {suite!r}")
     chosen = parts_of(base, counts, most_tokens, tuple(common.words(parts)))
     ops, replays, calls = counts
+    layer = "" if base.preset else f"--hidden {base.hidden} --experts {base.num_experts} --topk {base.num_topk} "
     command = (
         f"moegen bench --suite {suite} --ranks {base.ranks} --device {base.device} "
-        f"--world {'processes' if base.processes else 'local'} --hidden {base.hidden} --experts {base.num_experts} "
-        f"--topk {base.num_topk} --routing {','.join(base.routings)} --parts {','.join(part.name for part in chosen)} "
+        f"--world {'processes' if base.processes else 'local'} {layer}--routing {','.join(base.routings)} "
+        f"--parts {','.join(part.name for part in chosen)} "
         f"--most-tokens {most_tokens} --ops {ops} --replays {replays} --calls {calls} --seed {base.seed}"
     )
     return NodeConfig(base, chosen, str(out), command)

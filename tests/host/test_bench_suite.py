@@ -26,7 +26,10 @@ TINY = ("--device", "cpu", "--ranks", "2", *LAYER, "--routing", "zipf", "--ops",
 
 def moegen(*words: str, before: str = "") -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, after some Python has run there."""
-    code = f"import sys\n{before}\nfrom moegen.cli.main import main\nsys.argv = {['moegen', *words]!r}\nmain()"
+    return python(f"import sys\n{before}\nfrom moegen.cli.main import main\nsys.argv = {['moegen', *words]!r}\nmain()")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
@@ -113,6 +116,25 @@ def test_virtual_ranks_of_a_gpu_have_no_collectives() -> None:
     assert virtual and all("_r8_" in stem or stem.endswith("_r8") for stem in processes)
     assert any(stem.startswith("coll_") for stem in processes)
     assert not any(stem.startswith("coll_") for stem in virtual)
+
+
+ESTIMATES = """
+from moegen.bench.config import GPU_LINK, LowLatencyConfig
+from moegen.bench.node_config import NodeConfig, parts_of
+
+for ranks in (2, 4, 8):
+    shape = dict(preset="deepseek-v3", hidden=7168, num_experts=256, num_topk=8)
+    sizes = dict(tokens=(1,), max_tokens=0, routings=("uniform", "zipf", "hot"), ops=1, replays=1, calls=1)
+    base = LowLatencyConfig(ranks, "cuda", True, **shape, **sizes, link=GPU_LINK)
+    parts = parts_of(base, (0, 0, 0), 0, ())
+    assert [part.config.tokens[-1] for part in parts] == [512, 512, 4096, 4096, 64, 4096]
+    print(NodeConfig(base, parts, "", "").estimate_seconds)
+"""
+
+
+def test_eight_gpus_are_measured_within_eight_minutes_by_its_own_estimate() -> None:
+    seconds = [float(line) for line in python(ESTIMATES).stdout.split()]
+    assert seconds == sorted(seconds) and len(seconds) == 3 and 60 < seconds[-1] < 8 * 60
 
 
 # ---- one part ---------------------------------------------------------------------------------------
@@ -206,8 +228,7 @@ print(json.dumps([LocalWorld(8).run(measured), LocalWorld(8).run(one_is_silent)]
 
 
 def test_the_links_limit_is_of_every_rank_to_every_rank() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", LINK], env=environment, capture_output=True, text=True)
+    done = python(LINK)
     assert done.returncode == 0, done.stderr
     links, silent = json.loads(done.stdout)
     assert all(link == links[0] for link in links)
