@@ -11,8 +11,6 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
-import torch
-
 from moegen.bench.a2a_case import Inputs, OneSidedCase
 from moegen.bench.a2a_config import OneSidedConfig
 from moegen.bench.barrier import DeviceBarrier
@@ -70,7 +68,6 @@ def measure(world: RankWorld, config: OneSidedConfig) -> Json:
 def _measure_tokens(
     world: RankWorld, config: OneSidedConfig, clock: OpClock, tokens: int, nodes: list[int]
 ) -> Iterator[Json]:
-    payloads = ((config.hidden, torch.bfloat16), (config.num_topk, torch.int32), (config.num_topk, torch.float32))
     with OneSided(
         world,
         num_experts=config.num_experts,
@@ -78,7 +75,7 @@ def _measure_tokens(
         max_tokens_per_rank=tokens,
         payload_bytes=config.dispatch_row_bytes,
         hidden=config.hidden,
-        payloads=payloads,
+        payloads=config.payloads,
         expert_rows=config.path == "ipc",
         path=config.path,
         timeout=config.timeout,

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from moegen.bench.config import LowLatencyConfig
 
 
@@ -26,6 +28,11 @@ class OneSidedConfig(LowLatencyConfig):
         return (
             (*both, "pair_of_exchanges") if self.path == "collective" else (*both, "combine_in_place", "pair_in_place")
         )
+
+    @property
+    def payloads(self) -> tuple[tuple[int, torch.dtype], ...]:
+        """(columns, dtype) of what a token brings: itself, ids and weights."""
+        return (self.hidden, torch.bfloat16), (self.num_topk, torch.int32), (self.num_topk, torch.float32)
 
     @property
     def dispatch_row_bytes(self) -> int:

@@ -11,7 +11,7 @@ import torch
 import moegen
 from moegen import errors
 
-EXPERTS, TOPK, HIDDEN, MOST = 13, 4, 128, 23
+EXPERTS, TOPK, HIDDEN, MOST = 21, 4, 128, 23
 
 
 def make(world: Any, device: str, path: str, **more: Any) -> moegen.OneSided:
@@ -72,7 +72,7 @@ def compare_with_ipc(world: Any, device: str, rounds: int) -> str:
     return "ok"
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, pytest.param(16, marks=pytest.mark.slow)])
 def test_equals_path_ipc(device: str, ranks: int) -> None:
     assert moegen.LocalWorld(ranks, device).run(compare_with_ipc, device, 7) == ["ok"] * ranks
 
