@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from moegen import tuning
 from moegen.errors import SpecError
-from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch, RowBytes
+from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch
+from moegen.kernels.a2a_payloads import RowBytes
 from moegen.kernels.coll import CollectiveOpen, CollectivePack, CollectiveSum
 from moegen.kernels.ht import FORMATS, HighThroughputCombine, HighThroughputDispatch
 from moegen.kernels.ht_layout import HighThroughputLayout

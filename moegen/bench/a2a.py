@@ -12,8 +12,6 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
-import torch
-
 from moegen.bench.a2a_case import Inputs, OneSidedCase
 from moegen.bench.a2a_config import OneSidedConfig
 from moegen.bench.barrier import DeviceBarrier
@@ -122,7 +120,7 @@ def _layer(world: RankWorld, config: OneSidedConfig, tokens: int, exchange: str)
         max_tokens_per_rank=tokens,
         payload_bytes=config.dispatch_row_bytes,
         hidden=config.hidden,
-        payloads=((config.hidden, torch.bfloat16), (config.num_topk, torch.int32), (config.num_topk, torch.float32)),
+        payloads=config.payloads,
         expert_rows=config.path == "ipc",
         path=config.path,
         exchange=exchange,

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from moegen.bench.config import LowLatencyConfig
 from moegen.errors import InputError
 
@@ -39,9 +41,14 @@ class OneSidedConfig(LowLatencyConfig):
         )
 
     @property
+    def payloads(self) -> tuple[tuple[int, torch.dtype], ...]:
+        """(columns, dtype) of what a token brings: itself, ids and weights."""
+        return (self.hidden, torch.bfloat16), (self.num_topk, torch.int32), (self.num_topk, torch.float32)
+
+    @property
     def payload_widths(self) -> tuple[int, ...]:
-        """Bytes of a token's elements, ids and weights."""
-        return self.row_bytes, 4 * self.num_topk, 4 * self.num_topk
+        """Bytes of each."""
+        return tuple(columns * dtype.itemsize for columns, dtype in self.payloads)
 
     @property
     def dispatch_row_bytes(self) -> int:

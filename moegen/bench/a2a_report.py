@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from moegen.bench.report import columns, figures, titled, usual_parts
+from moegen.bench.report import columns, figures, tables, titled
 
 Json = dict[str, Any]
 
@@ -18,7 +18,7 @@ def parts(result: Json) -> Iterator[RenderableType]:
     if result["bench"] == "coll":
         yield _padding(result["cases"])
         yield _stages(result["eager"])
-    yield from usual_parts(result)
+    yield from tables(result)
 
 
 def _padding(cases: list[Json]) -> Table:

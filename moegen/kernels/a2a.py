@@ -2,17 +2,16 @@
 """Family `a2a`, one-sided: rows of any width go straight to where the receiver's user reads them, rank by rank.
 
 This module is the host half of `templates/a2a_dispatch.cu.jinja` and `templates/a2a_combine.cu.jinja`: their Specs and
-their parameter structs. Where things lie and which blocks do what is in `moegen.kernels.a2a_layout`.
+their parameter structs. The units in which payloads move are in `moegen.kernels.a2a_payloads`; where things lie and
+which blocks do what, in `moegen.kernels.a2a_layout`.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
-from moegen.errors import SpecError
+from moegen.kernels.a2a_payloads import UNITS, BulkRow, Payload, RowBytes
 from moegen.kernels.a2a_results import RESULTS, Result, in_whole_tiles
 from moegen.kernels.ht import require_routing
 from moegen.kernels.ll import MAX_SHARED_BYTES, ceil_div
@@ -21,7 +20,6 @@ from moegen.kernels.spec import (
     MAX_BLOCK_WARPS,
     MAX_RANKS,
     MAX_ROW_BYTES,
-    PARSED,
     WARP_SIZE,
     Spec,
     WarpGroups,
@@ -53,49 +51,11 @@ ROW_DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "e4m3": 1}
 """What combine adds up: bytes of an element."""
 
 
-@dataclass(frozen=True)
-class RowBytes:
-    """The widths of a token's payloads, in order."""
-
-    widths: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return "x".join(map(str, self.widths))
-
-    @staticmethod
-    def parse(text: str) -> RowBytes:
-        if re.fullmatch(r"\d+(x\d+)*", text) is None:
-            raise SpecError(f"payloads are written as their bytes per token, e.g. 14336x64x32; got {text!r}")
-        return RowBytes(tuple(map(int, text.split("x"))))
-
-
-PARSED["RowBytes"] = RowBytes.parse
-
-
-class Payload(NamedTuple):
-    """One payload as the kernel moves it: `units` of what C++ knows as `unit`."""
-
-    number: int
-    unit: str
-    units: int
-
-
-class BulkRow(NamedTuple):
-    """One payload that a bulk copy moves: `bytes` from byte `offset` of a stage on."""
-
-    number: int
-    units: int
-    bytes: int
-    offset: int
-
-
 STAGES = 2
 """Of a team whose rows travel by bulk copies."""
 
 MAX_STAGE_BYTES = 200 * 1024
 """Of all stages of a block: an H100 grants 227 KiB of shared memory."""
-
-UNITS = {16: "uint4", 8: "uint2", 4: "uint32_t", 2: "uint16_t", 1: "uint8_t"}
 
 
 @dataclass(frozen=True)

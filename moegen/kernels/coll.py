@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from moegen.kernels.a2a import MAX_STATS, OneSidedCombine, OneSidedDispatch, OneSidedSpec, RowBytes
+from moegen.kernels.a2a import MAX_STATS, OneSidedCombine, OneSidedDispatch, OneSidedSpec
 from moegen.kernels.a2a_layout import planes
+from moegen.kernels.a2a_payloads import RowBytes
 from moegen.kernels.ll import ceil_div
 from moegen.kernels.params import Param, ParamStruct
 from moegen.kernels.spec import MAX_RANKS, Spec, WarpGroups, rare, tag

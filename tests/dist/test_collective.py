@@ -9,18 +9,13 @@ from typing import Any
 import pytest
 import torch
 from support.collective_cases import compare_with_ipc, inputs, make, outputs, slow_link
-from support.processes import Processes
+from support.processes import Processes, devices, ranks_on
 
 from moegen import errors
 
-def devices() -> list[object]:
-    gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs on this machine")
-    return ["cpu", pytest.param("cuda", marks=gpus)]
-
-
-@pytest.fixture(scope="module", params=devices())
+@pytest.fixture(scope="module", params=devices(gpu_each=True))
 def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(4 if request.param == "cpu" else 2, request.param)
+    processes = Processes(ranks_on(request.param), request.param)
     yield processes
     processes.stop()
 

@@ -14,7 +14,7 @@ import moegen
 from moegen import errors
 from moegen.tuning import exchange as exchange_rule
 
-EXPERTS, TOPK, HIDDEN, MOST = 13, 4, 128, 23
+EXPERTS, TOPK, HIDDEN, MOST = 21, 4, 128, 23
 
 
 def make(world: Any, device: str, path: str, **more: Any) -> moegen.OneSided:
@@ -95,7 +95,7 @@ def options_of(layer: moegen.OneSided, seed: int, most: int, tokens: int) -> dic
 
 
 @pytest.mark.parametrize("exchange", ["padded", "exact"])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, pytest.param(16, marks=pytest.mark.slow)])
 def test_equals_path_ipc(device: str, ranks: int, exchange: str) -> None:
     assert moegen.LocalWorld(ranks, device).run(compare_with_ipc, device, 8, exchange) == ["ok"] * ranks
 

@@ -14,13 +14,30 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import moegen
 from moegen import reference
-from support.layer import RankResult, Shape, expert_outputs, random_routing
+from support.layer import RankResult, Routing, Shape, expert_outputs, random_routing
 
 ANSWER_SECONDS = 240
+
+CPU_RANKS = 4
+
+
+def devices(*, gpu_each: bool = False) -> list[Any]:
+    """The CPU, and GPUs where a test can have them; `gpu_each`: two at least, no rank shares one."""
+    if gpu_each:
+        needed = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs on this machine")
+    else:
+        needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+    return ["cpu", pytest.param("cuda", marks=needed)]
+
+
+def ranks_on(device: str, on_cpu: int = CPU_RANKS) -> int:
+    """One for each GPU of this machine; two at least, which then share the only one."""
+    return on_cpu if device == "cpu" else max(2, torch.cuda.device_count())
 
 
 class Processes:
@@ -58,6 +75,11 @@ class Processes:
                 raise RuntimeError(f"rank {rank}:\n{value}")
             answers.append(value)
         return answers
+
+    @property
+    def take_turns(self) -> bool:
+        """Several of them share a GPU, on which each wait for one another costs milliseconds."""
+        return self.device == "cuda" and torch.cuda.device_count() < self.size
 
     def stop(self) -> None:
         for end in self._ends:
@@ -106,17 +128,26 @@ def round_trip_in_process(rank: int, device: str, shape: Shape, rounds: int) -> 
     """Random round trips, each compared with the reference by the rank that owns the tokens."""
     with make_layer(shape, device) as layer:
         for seed in range(rounds):
-            tokens = [(7 * r + 13 * seed) % (shape.max_tokens // 2) for r in range(shape.ranks)]
-            routing = random_routing(shape, tokens, seed, kind=("uniform", "free", "one")[seed % 3])
-            late = seed % 2 == 1
-            inputs = [part[rank].to(device) for part in (routing.x, routing.ids, routing.weights)]
-            received = layer.dispatch(inputs[0], inputs[1], None if late else inputs[2])
-            y = expert_outputs(received)
-            combined = layer.combine(y, received.handle, inputs[2] if late else None)
-            layer.synchronize()
-            mine = RankResult(*(t.cpu() for t in (received.tokens, received.counts, received.ranges, y, combined)))
-            _verify_rank(rank, shape, routing, mine, layer.world.exchange(mine.y))
+            verified_round_trip(layer, shape, routing_of(shape, seed), late=seed % 2 == 1)
     return "ok"
+
+
+def routing_of(shape: Shape, seed: int) -> Routing:
+    """Ranks with no tokens among them."""
+    tokens = [(7 * r + 13 * seed) % (shape.max_tokens // 2) for r in range(shape.ranks)]
+    return random_routing(shape, tokens, seed, kind=("uniform", "free", "one")[seed % 3])
+
+
+def verified_round_trip(layer: moegen.ExpertParallel, shape: Shape, routing: Routing, *, late: bool) -> RankResult:
+    """What this rank got, on the CPU, compared with the reference. Collective."""
+    inputs = [part[layer.rank].to(layer.device) for part in (routing.x, routing.ids, routing.weights)]
+    received = layer.dispatch(inputs[0], inputs[1], None if late else inputs[2])
+    y = expert_outputs(received)
+    combined = layer.combine(y, received.handle, inputs[2] if late else None)
+    layer.synchronize()
+    mine = RankResult(*(t.cpu() for t in (received.tokens, received.counts, received.ranges, y, combined)))
+    _verify_rank(layer.rank, shape, routing, mine, layer.world.exchange(mine.y))
+    return mine
 
 
 def _verify_rank(rank: int, shape: Shape, routing: Any, mine: RankResult, outputs: list[torch.Tensor]) -> None:

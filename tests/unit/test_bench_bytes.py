@@ -58,6 +58,43 @@ def test_what_is_sent_is_received() -> None:
             assert sent == received
 
 
+@pytest.mark.parametrize(("ranks", "experts", "topk"), [(4, 16, 4), (8, 33, 5), (16, 256, 8)])
+def test_bytes_of_many_ranks_are_those_of_counting_one_by_one(ranks: int, experts: int, topk: int) -> None:
+    ids = draw("zipf", ranks, 11, experts, topk, seed=ranks)
+    ids[1][3] = -1
+    ids[2][5] = ids[2][5, 0]  # the same expert again and again: one row
+    holder = {expert: rank for rank, held in enumerate(expert_ranges(experts, ranks)) for expert in held}
+    rows, selections = torch.zeros(ranks, ranks, dtype=torch.int64), torch.zeros(ranks, ranks, dtype=torch.int64)
+    for source, own in enumerate(ids):
+        for token in own.tolist():
+            chosen = [holder[expert] for expert in token if expert >= 0]
+            for rank in chosen:
+                selections[source, rank] += 1
+            for rank in set(chosen):
+                rows[source, rank] += 1
+    nodes = [rank * 2 // ranks for rank in range(ranks)]
+    for rank, own in enumerate(dispatch_traffic(matrices(ids, experts), ROW, nodes)):
+        others = [peer for peer in range(ranks) if peer != rank]
+        near = [peer for peer in others if nodes[peer] == nodes[rank]]
+        for way, counted, selected in ((own.send, rows[rank], selections[rank]),
+                                       (own.receive, rows[:, rank], selections[:, rank])):  # fmt: skip
+            assert way.unique_remote == ROW * int(counted[others].sum())
+            assert way.unique_with_self == ROW * int(counted.sum())
+            assert way.selections == ROW * int(selected.sum())
+            assert way.same_node == ROW * int(counted[near].sum())
+            assert way.same_node + way.cross_node == way.unique_remote
+
+
+def test_a_hot_rank_is_the_busiest_and_bounds_the_bandwidth() -> None:
+    ranks, tokens = 8, 10
+    traffic = traffic_of("dispatch", matrices(draw("hot", ranks, tokens, 32, 4, seed=1), 32), ROW, ROW, [0] * ranks)
+    assert byte_summary(traffic)["busiest"] == (ranks - 1) * tokens * ROW
+    found = bandwidths(traffic, {"min": 1.0, "avg": 1.0, "max": 1.0})
+    assert found["busiest"] == pytest.approx(found["aggregate"]) and found["from_avg"] == pytest.approx(
+        found["aggregate"] / ranks
+    )
+
+
 def ends(traffic: object) -> tuple[object, object]:
     return traffic.send, traffic.receive  # type: ignore[attr-defined]
 

@@ -15,7 +15,7 @@ from moegen.codegen.render import render
 from moegen.compile import nvrtc
 from moegen.compile.target import Target
 from moegen.errors import SpecError
-from moegen.kernels.a2a import RowBytes
+from moegen.kernels.a2a_payloads import RowBytes
 from moegen.kernels.spec import Spec, WarpGroups
 
 SPECS = catalog()
