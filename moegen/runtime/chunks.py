@@ -68,13 +68,14 @@ class Headers:
     """Of calls that exchange counts first: they cross by themselves.
 
     Attributes:
-        exchanged: int32 [2, ranks] on the device: rows from each source, rows to each rank.
+        addresses: of those that go, and of the int32 [2, ranks] for rows from each source and rows to each rank.
     """
 
     def __init__(self, ranks: int, device: torch.device) -> None:
         self._memory = torch.zeros(2, ranks * MAX_HEADER_BYTES, dtype=torch.uint8, device=device)
-        self.exchanged = torch.zeros(2, ranks, dtype=torch.int32, device=device)
+        self._exchanged = torch.zeros(2, ranks, dtype=torch.int32, device=device)
         self._ranks = ranks
+        self.addresses = self._memory.data_ptr(), self._exchanged.data_ptr()
 
     def of(self, words: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Those that go and those that come, with so many words of statistics each."""
@@ -86,8 +87,8 @@ class Headers:
         return header_bytes(words)
 
     def read(self) -> ExchangedRows:
-        """Waits for the current stream; torch lets go of the GIL."""
-        came, sent = self.exchanged.tolist()
+        """What is exchanged. Waits for the current stream; torch lets go of the GIL."""
+        came, sent = self._exchanged.tolist()
         return ExchangedRows(tuple(came), tuple(sent))
 
 

@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 
@@ -60,6 +61,32 @@ def _varying(spec: Spec) -> tuple[str, ...]:
         return ("line", "begins", "rows", "active", "payloads", *_ROUTED, "tokens", "wide_ids")
     sizes = ("chunk_bytes", "tokens", "slots", "stats_words", *_UNUSED_IDS, "wide_ids")
     return ("chunks", "payloads", "planes", *_ROUTED, "tokens_sent", "stats", *sizes)
+
+
+_NO_IDS = (0, 0, 0)
+
+
+class _Dispatch(NamedTuple):
+    """A call's arguments as kernels take them: addresses and numbers.
+
+    Attributes:
+        payloads, counts, gathered, tokens, slots: of these; words: of statistics.
+        routing: topk_idx, num_tokens, token_ranks, token_slots.
+        told: tokens_sent, statistics.
+        ids: the payload of ids whose unused rows are filled, words of its rows (0: none is), what with.
+        wide: whether topk_idx is int64.
+    """
+
+    payloads: tuple[int, ...]
+    routing: tuple[int, ...]
+    told: tuple[int, int]
+    counts: int
+    gathered: int
+    tokens: int
+    slots: int
+    words: int
+    ids: tuple[int, int, int]
+    wide: bool
 
 
 def _first_bytes(memory: torch.Tensor, number: int) -> torch.Tensor:
@@ -190,55 +217,76 @@ class CollectiveOps(BoundKernels):
         cross first, and are returned.
         """
         self._order.follow("coll")
-        widths, stage = spec.payloads.widths, self.stages.stage
-        words = 0 if stats is None else stats.numel()
-        chunks = self._chunks_of(widths, slots, words)
+        widths = spec.payloads.widths
         index, unused_id = unused_ids or (0, 0)
-        ids = (index, 0 if unused_ids is None else widths[index] // 4, unused_id)
-        given = [payload.data_ptr() for payload in payloads]
-        routed = (topk_idx.data_ptr(), address(num_tokens), *addresses[:2])
-        tokens, wide = topk_idx.shape[0], topk_idx.dtype == torch.int64
-        told = (*routed, addresses[2], address(stats))
-        assert self._open is not None
-        if not exact:
-            pack, _ = self._bound[spec]
-            with stage("dispatch_pack"):
-                at = chunks.sent.data_ptr()
-                pack(at, *given, *chunks.planes, *told, chunks.size, tokens, slots, words, *ids, wide)
-            with stage("dispatch_collective"):
-                self._world.all_to_all(chunks.came, chunks.sent)
-            with stage("dispatch_compact"):
-                at = chunks.came.data_ptr()
-                self._open(at, 0, addresses[3], 0, address(gathered), chunks.size, slots, words)
-            return None
+        call = _Dispatch(
+            tuple([payload.data_ptr() for payload in payloads]),
+            (topk_idx.data_ptr(), address(num_tokens), *addresses[:2]),
+            (addresses[2], address(stats)),
+            addresses[3],
+            address(gathered),
+            topk_idx.shape[0],
+            slots,
+            0 if stats is None else stats.numel(),
+            (index, 0 if unused_ids is None else widths[index] // 4, unused_id),
+            topk_idx.dtype == torch.int64,
+        )
+        chunks = self._chunks_of(widths, slots, call.words)
+        if exact:
+            return self._dispatch_exact(spec, chunks, call)
+        self._dispatch_padded(spec, chunks, call)
+        return None
 
-        headers = self._headers
-        assert headers is not None
-        with stage("dispatch_counts"):
-            sent, came = headers.of(words)
-            stride = headers.size(words)
-            self._count[spec](
-                sent.data_ptr(), *given, *chunks.planes, *told, stride, tokens, slots, words, 0, 0, 0, wide
-            )
-            self._world.all_to_all(came, sent)
-            self._open(
-                came.data_ptr(), sent.data_ptr(), addresses[3], headers.exchanged.data_ptr(), address(gathered),
-                stride, slots, words,
-            )  # fmt: skip
-            rows = headers.read()
-        out, into = Line.of(widths, self._to_send, rows.sent), Line.of(widths, self._line, rows.came)
-        in_line, to_planes = (self._bound[other][0] for other in for_exact(spec))
+    def _dispatch_padded(self, spec: CollectivePack, chunks: Chunks, call: _Dispatch) -> None:
+        stage, (pack, _) = self.stages.stage, self._bound[spec]
         with stage("dispatch_pack"):
-            if tokens:
+            sizes = (chunks.size, call.tokens, call.slots, call.words, *call.ids)
+            at = chunks.sent.data_ptr()
+            pack(at, *call.payloads, *chunks.planes, *call.routing, *call.told, *sizes, call.wide)
+        with stage("dispatch_collective"):
+            self._world.all_to_all(chunks.came, chunks.sent)
+        with stage("dispatch_compact"):
+            self._read_headers(chunks.came, None, chunks.size, call)
+
+    def _dispatch_exact(self, spec: CollectivePack, chunks: Chunks, call: _Dispatch) -> ExchangedRows:
+        """What nothing is to be done for is not launched."""
+        stage = self.stages.stage
+        with stage("dispatch_counts"):
+            rows = self._exchange_counts(spec, chunks, call)
+        widths = spec.payloads.widths
+        out, into = Line.of(widths, self._to_send, rows.sent), Line.of(widths, self._line, rows.came)
+        pack_line, to_planes = (self._bound[other][0] for other in for_exact(spec))
+        with stage("dispatch_pack"):
+            if call.tokens:
                 active = sum(1 << rank for rank, number in enumerate(rows.sent) if number)
-                in_line(out.address, *out.begins, *rows.sent, active, *given, *routed, tokens, wide)
+                where = (out.address, *out.begins, *rows.sent, active)
+                pack_line(*where, *call.payloads, *call.routing, call.tokens, call.wide)
         with stage("dispatch_collective"):
             self._world.all_to_all(into.memory, out.memory, (into.sizes, out.sizes))
         with stage("dispatch_compact"):
-            if into.memory.numel() or unused_ids is not None:
-                at = chunks.came.data_ptr()
-                to_planes(at, into.address, *into.begins, *chunks.planes, chunks.size, *rows.came, slots, *ids)
+            _, id_words, _ = call.ids
+            if into.memory.numel() or id_words:
+                where = (chunks.came.data_ptr(), into.address, *into.begins, *chunks.planes, chunks.size)
+                to_planes(*where, *rows.came, call.slots, *call.ids)
         return rows
+
+    def _exchange_counts(self, spec: CollectivePack, chunks: Chunks, call: _Dispatch) -> ExchangedRows:
+        headers = self._headers
+        assert headers is not None
+        sent, came = headers.of(call.words)
+        stride = headers.size(call.words)
+        sizes = (stride, call.tokens, call.slots, call.words, *_NO_IDS)
+        at = sent.data_ptr()
+        self._count[spec](at, *call.payloads, *chunks.planes, *call.routing, *call.told, *sizes, call.wide)
+        self._world.all_to_all(came, sent)
+        self._read_headers(came, headers, stride, call)
+        return headers.read()
+
+    def _read_headers(self, came: torch.Tensor, headers: Headers | None, stride: int, call: _Dispatch) -> None:
+        """`headers`: those of an exact call, which are told what is exchanged."""
+        assert self._open is not None
+        own, exchanged = (0, 0) if headers is None else headers.addresses
+        self._open(came.data_ptr(), own, call.counts, exchanged, call.gathered, stride, call.slots, call.words)
 
     def combine(
         self,

@@ -44,7 +44,8 @@ def share_of_tokens(problem: Problem) -> float:
     """Of a rank's tokens, how many go to another rank on average, if each selects different experts uniformly: the
     average over the ranks, whose numbers of experts may differ by one.
     """
-    experts, topk = problem.num_experts, problem.num_topk
+    experts = problem.num_experts
+    topk = min(problem.num_topk, experts)  # more is refused by the Specs, which say why
     misses = (comb(experts - len(problem.local_experts(rank)), topk) for rank in range(problem.num_ranks))
     return 1 - sum(misses) / comb(experts, topk) / problem.num_ranks
 
