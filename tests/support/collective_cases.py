@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,6 +140,50 @@ def test_exact_sends_what_is_needed(device: str) -> None:
             assert given[2] == [rows * 2 * HIDDEN for rows in handle.came]
 
     moegen.LocalWorld(3, device).run(work)
+
+
+def launched(layer: moegen.OneSided, call: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """What a call returns, and the ops of the kernels that it launches."""
+    ops: Any = layer._ops
+    seen: list[str] = []
+    every = [(spec.op, bound) for spec, (bound, _) in ops._bound.items()]
+    every += [("headers", bound) for bound in ops._count.values()]
+    usual = [bound._start for _, bound in every]
+
+    def noting(name: str, start: Callable[[], None]) -> Callable[[], None]:
+        return lambda: (seen.append(name), start())[1]
+
+    for (name, bound), start in zip(every, usual, strict=True):
+        bound._start = noting(name, start)
+    try:
+        return call(), seen
+    finally:
+        for (_, bound), start in zip(every, usual, strict=True):
+            bound._start = start
+
+
+def test_nothing_is_launched_for_nothing(device: str) -> None:
+    """Rank 0 alone has tokens, and only for rank 1."""
+
+    def work(world: Any) -> None:
+        with make(world, device, "collective", exchange="exact") as layer:
+            ids = torch.full((5 if world.rank == 0 else 0, TOPK), EXPERTS // 3 + 1, dtype=torch.int32, device=device)
+            payload = torch.ones(len(ids), 16, device=device)
+            layer.combine(outputs_of(layer.dispatch(ids, [payload])), layer.dispatch(ids, [payload]).handle)
+            received, seen = launched(layer, lambda: layer.dispatch(ids, [payload]))
+            came, sends = world.rank == 1, world.rank == 0
+            assert seen == ["headers", "open", *["pack"] * sends, *["move"] * came]
+            y = outputs_of(received)
+            combined, seen = launched(layer, lambda: layer.combine(y, received.handle))
+            assert seen == [*["move"] * came, *["sum"] * sends]
+            assert torch.equal(combined, torch.ones(len(ids), HIDDEN, dtype=torch.bfloat16, device=device))
+
+    moegen.LocalWorld(3, device).run(work)
+
+
+def outputs_of(received: moegen.DispatchedPayloads) -> torch.Tensor:
+    ranks, slots, _ = received.payloads[0].shape
+    return torch.ones(ranks, slots, HIDDEN, dtype=torch.bfloat16, device=received.counts.device)
 
 
 def test_handles_that_mean_nothing_here(device: str) -> None:
