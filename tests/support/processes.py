@@ -52,6 +52,7 @@ class Processes:
             port = probe.getsockname()[1]
         self._ends: list[Connection] = []
         self._processes = []
+        self._leave_together = True
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, size, device, port), daemon=True)
@@ -61,6 +62,7 @@ class Processes:
 
     def call(self, fn: Callable[..., Any], *args: Any, dead: Collection[int] = ()) -> list[Any]:
         """`fn(rank, device, *args)` in every process; raises the first error. Ranks that are `dead` will not answer."""
+        self._leave_together &= not dead
         for end in self._ends:
             end.send((fn, args))
         answers: list[Any] = []
@@ -86,7 +88,7 @@ class Processes:
             with contextlib.suppress(BrokenPipeError):
                 end.send(None)
         for process in self._processes:
-            process.join(20)
+            process.join(20 if self._leave_together else 0)  # a group waits for members that are dead
             if process.is_alive():
                 process.kill()
 
