@@ -36,8 +36,8 @@ NCCL = Link(280e9, 150e-6)
 """Two H200: 256 MiB per rank, half of it to the other, in 482 us; 1 MiB in 52 us, and the host enqueues three more
 launches behind its wait."""
 
-GLOO = Link(0.6e9, 1e-3)
-"""Two and four processes on two cores: 64 KiB to 16 MiB to each other rank; 0.4 to 2.5 ms for a few bytes."""
+GLOO = Link(0.6e9, 2.5e-3)
+"""Four processes on two cores: 16 MiB to each other rank in 85 ms, a few bytes in 2.5 ms (two processes: 25 and 0.4)."""
 
 
 def share_of_tokens(problem: Problem) -> float:
