@@ -37,7 +37,7 @@ NCCL = Link(280e9, 150e-6)
 launches behind its wait."""
 
 GLOO = Link(0.6e9, 2.5e-3)
-"""Four processes on two cores: 16 MiB to each other rank in 85 ms, a few bytes in 2.5 ms (two processes: 25 and 0.4)."""
+"""Four processes on two cores: 16 MiB to each other rank in 85 ms, a few bytes in 2.5 ms; two processes: 25 and 0.4."""
 
 
 def share_of_tokens(problem: Problem) -> float:
