@@ -10,7 +10,8 @@ from moegen import tuning
 from moegen.errors import SpecError
 from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch, RowBytes
 from moegen.kernels.coll import CollectiveOpen, CollectivePack, CollectiveSum
-from moegen.kernels.ht import FORMATS, HighThroughputCombine, HighThroughputDispatch
+from moegen.kernels.coll_rows import CollectivePlace, CollectiveReduce, CollectiveReturn, CollectiveSend
+from moegen.kernels.ht import FORMATS, PHASE_WORDS, HighThroughputCombine, HighThroughputDispatch
 from moegen.kernels.ht_layout import HighThroughputLayout
 from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch
 from moegen.kernels.problem import Problem
@@ -75,6 +76,38 @@ class RowSelection:
         plan, rows = self.dispatch.in_phase("plan"), self.dispatch.in_phase("rows")
         return (self.dispatch, plan, rows, self.combine, self.layout)
 
+    @property
+    def whole(self) -> tuple[Spec, ...]:
+        """Those of ops that are made at once."""
+        return (self.dispatch, self.combine)
+
+
+@dataclass(frozen=True)
+class CollectiveRowSelection:
+    """The kernels of layouts `token` and `packed` on path collective, around an all-to-all: those that fill chunks, and
+    those that read them.
+
+    Attributes:
+        dispatch, place: of dispatch, for the whole op; their phases as in `RowSelection`.
+        combine, reduce: of combine.
+    """
+
+    dispatch: CollectiveSend
+    place: CollectivePlace
+    combine: CollectiveReturn
+    reduce: CollectiveReduce
+    layout: HighThroughputLayout
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        phases = [op.in_phase(phase) for op in (self.dispatch, self.place) for phase in PHASE_WORDS]
+        return (*phases, self.combine, self.reduce, self.layout)
+
+    @property
+    def whole(self) -> tuple[Spec, ...]:
+        """Those of ops that are made at once."""
+        return (self.dispatch, self.place, self.combine, self.reduce)
+
 
 HOST_NUM_WARPS = 2
 GPU_NUM_WARPS = {"dispatch": 32, "quantising": 16, "combine": 16}
@@ -87,7 +120,7 @@ LAYOUT_NUM_WARPS = 8
 """A token is one load and a few votes: small blocks come and go."""
 
 
-def select_rows(problem: Problem) -> RowSelection:
+def select_rows(problem: Problem) -> RowSelection | CollectiveRowSelection:
     """The kernels for `problem`, whose layout is `token` or `packed`.
 
     Raises:
@@ -97,10 +130,19 @@ def select_rows(problem: Problem) -> RowSelection:
     rows = "borrowed" if problem.borrowed else "placed"
     warps = dict.fromkeys(GPU_NUM_WARPS, HOST_NUM_WARPS) if problem.on_host else GPU_NUM_WARPS
     sends = warps["quantising" if FORMATS[problem.dtype].quantised_here else "dispatch"]
+    counts = layout_spec(problem.num_ranks, problem.num_topk, problem.num_experts, on_host=problem.on_host)
+    if problem.path == "collective":
+        return CollectiveRowSelection(
+            CollectiveSend(problem.dtype, *shape, sends, "whole", rows=rows),
+            CollectivePlace(problem.dtype, *shape, warps["dispatch"], "whole"),
+            CollectiveReturn("bf16", *shape, warps["combine"]),
+            CollectiveReduce("bf16", *shape, warps["combine"]),
+            counts,
+        )
     return RowSelection(
         HighThroughputDispatch(problem.dtype, *shape, sends, "whole", rows=rows),
         HighThroughputCombine("bf16", *shape, warps["combine"]),
-        layout_spec(problem.num_ranks, problem.num_topk, problem.num_experts, on_host=problem.on_host),
+        counts,
     )
 
 
