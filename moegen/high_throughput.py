@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
+import zlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -40,6 +41,13 @@ log = logging.getLogger(__name__)
 
 _made: weakref.WeakValueDictionary[int, HighThroughput] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
+
+
+def _name(made_for: object) -> int:
+    """The next number, with a digest of what the sizes of results follow from. torch.compile keeps graphs on disk and
+    finds them by the numbers in them; results of the operators must then have the sizes that they had.
+    """
+    return zlib.crc32(repr(made_for).encode()) << 24 | next(_numbers)
 
 
 class HighThroughput(RowCalls):
@@ -134,7 +142,7 @@ class HighThroughput(RowCalls):
         self.mode, self.alignment = mode, alignment
         self.dtype, self.scale_dtype = dtype, scale_dtype
         self.device = self.world.device
-        self.number = next(_numbers)
+        self.number = _name((self.problem, mode, alignment))
         """Its name in this process: `by_number` finds it, for what can pass numbers only."""
         _made[self.number] = self
         settings = (mode, alignment, timeout, first_epoch)

@@ -13,7 +13,7 @@ from moegen.kernels.coll import CollectiveOpen, CollectivePack, CollectiveSum
 from moegen.kernels.coll_rows import CollectivePlace, CollectiveReduce, CollectiveReturn, CollectiveSend
 from moegen.kernels.ht import FORMATS, PHASE_WORDS, HighThroughputCombine, HighThroughputDispatch
 from moegen.kernels.ht_layout import HighThroughputLayout
-from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch
+from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch, ceil_div
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import DTYPE_BYTES, MAX_BLOCK_WARPS, WARP_SIZE, Spec, WarpGroups
 from moegen.tuning import Choice, Table
@@ -24,6 +24,7 @@ HOST_WARP_GROUPS = WarpGroups(2, 1)
 """On a CPU more threads only add switches between fibers; two teams keep several rows per block under test."""
 
 VECTOR_BYTES = 16
+WEIGHTS_OF_VECTOR = 4
 
 MOST_STEPS = 8
 """Vectors of a row that a thread holds in registers."""
@@ -109,6 +110,30 @@ class CollectiveRowSelection:
         return (self.dispatch, self.place, self.combine, self.reduce)
 
 
+@dataclass(frozen=True)
+class CollectiveSelection:
+    """The kernels of layout `expert` on path collective, around an all-to-all.
+
+    Attributes:
+        dispatch, place: of dispatch.
+        send_weights, place_weights: bring the weights of a combine to where the rows are.
+        combine, reduce: of combine; whose rows an expert's are, they take from what place has left.
+    """
+
+    dispatch: CollectiveSend
+    place: CollectivePlace
+    send_weights: CollectiveSend
+    place_weights: CollectivePlace
+    combine: CollectiveReturn
+    reduce: CollectiveReduce
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """Every kernel that a call may need."""
+        weights = (self.send_weights, self.place_weights)
+        return (self.dispatch, self.place, *weights, self.combine, self.reduce)
+
+
 HOST_NUM_WARPS = 2
 GPU_NUM_WARPS = {"dispatch": 32, "quantising": 16, "combine": 16}
 """Of a block, one to a multiprocessor. Threads that hold sums, or what they quantise, need more registers than 32 warps
@@ -143,6 +168,29 @@ def select_rows(problem: Problem) -> RowSelection | CollectiveRowSelection:
         HighThroughputDispatch(problem.dtype, *shape, sends, "whole", rows=rows),
         HighThroughputCombine("bf16", *shape, warps["combine"]),
         counts,
+    )
+
+
+def select_collective(problem: Problem) -> CollectiveSelection:
+    """The kernels for `problem`, whose layout is `expert` and whose path is collective.
+
+    Raises:
+        SpecError: as `select`.
+    """
+    routing = (problem.num_topk, problem.num_experts, problem.path)
+    by_expert = ("expert", problem.num_ranks, problem.hidden, *routing)
+    packed = ("packed", problem.num_ranks, problem.hidden, *routing)
+    # K numbers travel as a row of 16-byte vectors, of eight bf16 each.
+    weights = ("bf16", "token", problem.num_ranks, 8 * ceil_div(problem.num_topk, WEIGHTS_OF_VECTOR), *routing)
+    warps = dict.fromkeys(GPU_NUM_WARPS, HOST_NUM_WARPS) if problem.on_host else GPU_NUM_WARPS
+    sends = warps["quantising" if FORMATS[problem.dtype].quantised_here else "dispatch"]
+    return CollectiveSelection(
+        CollectiveSend(problem.dtype, *by_expert, sends, "whole"),
+        CollectivePlace(problem.dtype, *by_expert, warps["dispatch"], "whole"),
+        CollectiveSend(*weights, warps["dispatch"], "rows"),
+        CollectivePlace(*weights, warps["dispatch"], "rows"),
+        CollectiveReturn("bf16", *packed, warps["combine"]),
+        CollectiveReduce("bf16", *packed, warps["combine"]),
     )
 
 

@@ -52,9 +52,9 @@ class ChunkExchange:
         problem: Problem,
         kernels: Sequence[LoadedKernel],
         *,
-        alignment: int,
         num_sms: int | None,
         first_epoch: int,
+        alignment: int = 1,
     ) -> None:
         self._world, self._num_sms, self.rank = world, num_sms, world.rank
         self._kernels = {cast(Chunked, kernel.spec): (kernel, number) for number, kernel in enumerate(kernels)}

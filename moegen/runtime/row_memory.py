@@ -87,7 +87,7 @@ class RowMemory:
         self._hidden = problem.hidden
         self._local_experts = local_experts
         rows = problem.num_ranks * problem.max_tokens
-        # On path collective a token has a place with each of its ranks, not only with its own.
+        # On path collective a token's row with each of its ranks.
         known = min(problem.num_ranks, problem.num_topk) if problem.path == "collective" else 1
         sizes = {
             "token_ranks": 2 * problem.max_tokens,  # 64-bit masks come first
