@@ -18,6 +18,7 @@ from moegen.runtime.halves import Hook
 from moegen.runtime.low_latency import FIRST_EPOCH, LowLatency
 from moegen.runtime.membership import ActiveMembership
 from moegen.runtime.paths import PATHS, choose
+from moegen.runtime.staged import Staged
 from moegen.runtime.streams import CommStream, Event, current_stream, record
 from moegen.runtime.worlds import RankWorld, as_rank_world
 from moegen.select import CollectiveSelection, Selection, select, select_collective
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class ExpertParallel(ActiveMembership):
+class ExpertParallel(ActiveMembership, Staged):
     """Expert-parallel dispatch and combine for one shape of MoE layer. Making one is collective.
 
     All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an

@@ -29,6 +29,7 @@ from moegen.runtime.collective_rows import CollectiveRows
 from moegen.runtime.high_throughput import HighThroughputOps
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.paths import PATHS, choose
+from moegen.runtime.staged import Staged
 from moegen.runtime.streams import CommStream, Event
 from moegen.runtime.worlds import as_rank_world
 from moegen.select import CollectiveRowSelection, select_rows
@@ -50,7 +51,7 @@ def _name(made_for: object) -> int:
     return zlib.crc32(repr(made_for).encode()) << 24 | next(_numbers)
 
 
-class HighThroughput(RowCalls):
+class HighThroughput(RowCalls, Staged):
     """Expert-parallel dispatch and combine of many tokens, for one shape of MoE layer. Making one is collective.
 
     All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an

@@ -29,6 +29,7 @@ from moegen.runtime.worlds import RankWorld
 log = logging.getLogger(__name__)
 
 _CONTROL_WORDS = 32
+_LAST_STAGE = {"combine": "reduce"}
 
 Chunked = CollectiveSend | CollectiveReturn
 
@@ -107,6 +108,7 @@ class ChunkExchange:
         """Fills chunks, exchanges them, and reads those that came.
 
         Args:
+            name: of what is called, for its stages.
             fill, read: the kernels, with the values of those parameters that vary and are none of the chunks', in the
                 order of the struct.
             numbers: of rows. None: chunks have room for as many as may come, and nobody needs to know.
@@ -118,11 +120,11 @@ class ChunkExchange:
             sent, came = (chunks(spec, of_side) for of_side in numbers)
         with self.stages.stage(f"{name}_pack"):
             self._bind(spec, num_sms)(*sent.starts, sent.records_offset, *fill[1])
-        with self.stages.stage(f"{name}_exchange"):
+        with self.stages.stage(f"{name}_collective"):
             local = self.memory.local
             sizes = None if numbers is None else (came.sizes, sent.sizes)
             self._world.all_to_all(local[self._half :][: came.end], local[: sent.end], sizes)
-        with self.stages.stage(f"{name}_unpack"):
+        with self.stages.stage(f"{name}_{_LAST_STAGE.get(name, 'compact')}"):
             self._bind(read[0], num_sms)(*came.starts, came.records_offset, *read[1])
 
     def raise_mismatched(self) -> None:

@@ -100,7 +100,7 @@ class CollectiveRows:
             0 if rows is None else rows.number,
         )
         known = of_dispatch(numbers.sources, self._exchange.rank) if phase == "rows" else None
-        self._exchange.call("dispatch", (fill, given), (place, results), known, num_sms)
+        self._exchange.call("plan" if phase == "plan" else "dispatch", (fill, given), (place, results), known, num_sms)
 
     def _of_layout(self, numbers: Numbers, rows: Rows | None) -> tuple[int, int]:
         """What only one of the layouts has."""

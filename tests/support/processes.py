@@ -86,36 +86,37 @@ def _serve(pipe: Connection, rank: int, size: int, device: str, port: int) -> No
     torch.distributed.destroy_process_group()
 
 
-def make_layer(
-    shape: Shape, device: str, *, timeout: float = 30.0, slots: int = 1, active_ranks: bool = False
-) -> moegen.ExpertParallel:
+def make_layer(shape: Shape, device: str, *, group: Any = None, **options: Any) -> moegen.ExpertParallel:
     return moegen.ExpertParallel(
-        torch.distributed.group.WORLD,
+        torch.distributed.group.WORLD if group is None else group,
         num_experts=shape.experts,
         num_topk=shape.topk,
         hidden=shape.hidden,
         max_tokens_per_rank=shape.max_tokens,
-        timeout=timeout,
-        slots=slots,
-        active_ranks=active_ranks,
         device=device,
+        **{"timeout": 30.0, **options},
     )
 
 
 def round_trip_in_process(rank: int, device: str, shape: Shape, rounds: int) -> str:
-    """Random round trips, each compared with the reference by the rank that owns the tokens."""
     with make_layer(shape, device) as layer:
-        for seed in range(rounds):
-            tokens = [(7 * r + 13 * seed) % (shape.max_tokens // 2) for r in range(shape.ranks)]
-            routing = random_routing(shape, tokens, seed, kind=("uniform", "free", "one")[seed % 3])
-            late = seed % 2 == 1
-            inputs = [part[rank].to(device) for part in (routing.x, routing.ids, routing.weights)]
-            received = layer.dispatch(inputs[0], inputs[1], None if late else inputs[2])
-            y = expert_outputs(received)
-            combined = layer.combine(y, received.handle, inputs[2] if late else None)
-            layer.synchronize()
-            mine = RankResult(*(t.cpu() for t in (received.tokens, received.counts, received.ranges, y, combined)))
-            _verify_rank(rank, shape, routing, mine, layer.world.exchange(mine.y))
+        return round_trips(layer, shape, rounds)
+
+
+def round_trips(layer: moegen.ExpertParallel, shape: Shape, rounds: int) -> str:
+    """Random round trips, each compared with the reference by the rank that owns the tokens."""
+    rank, device = layer.rank, layer.device
+    for seed in range(rounds):
+        tokens = [(7 * r + 13 * seed) % (shape.max_tokens // 2) for r in range(shape.ranks)]
+        routing = random_routing(shape, tokens, seed, kind=("uniform", "free", "one")[seed % 3])
+        late = seed % 2 == 1
+        inputs = [part[rank].to(device) for part in (routing.x, routing.ids, routing.weights)]
+        received = layer.dispatch(inputs[0], inputs[1], None if late else inputs[2])
+        y = expert_outputs(received)
+        combined = layer.combine(y, received.handle, inputs[2] if late else None)
+        layer.synchronize()
+        mine = RankResult(*(t.cpu() for t in (received.tokens, received.counts, received.ranges, y, combined)))
+        _verify_rank(rank, shape, routing, mine, layer.world.exchange(mine.y))
     return "ok"
 
 
