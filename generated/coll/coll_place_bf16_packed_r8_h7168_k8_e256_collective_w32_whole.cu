@@ -247,9 +247,10 @@ __device__ __forceinline__ Arrival read_entry(const Params& p, const Arrivals& a
     Arrival arrival{source, index, row, entry[0], -1, 0};
     if (lane_id() < kTopk) {
         const uint32_t selection = entry[1 + lane_id()];
-        const uint32_t local = selection & ((1u << kExpertBits) - 1);
-        const uint32_t slot = arrivals.slots[source][local] + (selection >> kExpertBits);
-        if (selection != kNoSelection) arrival.slot = int32_t(slot);
+        if (selection != kNoSelection) {
+            const uint32_t local = selection & ((1u << kExpertBits) - 1);
+            arrival.slot = int32_t(arrivals.slots[source][local] + (selection >> kExpertBits));
+        }
         arrival.weight = __uint_as_float(entry[1 + kTopk + lane_id()]);
         p.row_slots[uint64_t(row) * kTopk + lane_id()] = arrival.slot;
         p.row_weights[uint64_t(row) * kTopk + lane_id()] = arrival.weight;

@@ -122,7 +122,7 @@ __device__ __forceinline__ uint4 rounded(const Sums& sums) {
                       round_to_bf16x2(sums.values[4], sums.values[5]), round_to_bf16x2(sums.values[6], sums.values[7]));
 }
 
-constexpr uint32_t kMaxTerms = kTopk;  // of this rank's experts
+constexpr uint32_t kMaxTerms = kTopk + 2;  // of this rank's experts; GCC takes two more for possible
 
 // Weights that are summed like the rows travel behind them: K words.
 __device__ __forceinline__ float* weights_behind(uint4* record) {
