@@ -131,6 +131,40 @@ def test_two_layers_interleaved_1000(group: Processes) -> None:
     assert group.call(interleave, 1000) == [0] * group.size
 
 
+def replay(rank: int, device: str, layout: str) -> str:
+    """A graph of dispatch and combine, replayed with other tokens and another routing."""
+    shape = rows_shape(layout, "capacity")
+    mine = inputs_of(shape, routings(shape)[-1], rank, device)  # full capacity
+    with make(group_of(device), shape, path="collective", device=device) as layer:
+        layer.warmup()
+        x, ids, weights = (part.clone() for part in (mine.x, mine.ids, mine.weights))
+
+        def call() -> torch.Tensor:
+            received = layer.dispatch(x, ids, weights)
+            y = torch.nan_to_num(received.tokens.float()).bfloat16()
+            return layer.combine(y, received.handle)[0]
+
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            combined = call()
+        for _ in range(3):
+            for part in (x, ids):
+                part.copy_(part.roll(1, 0))
+            graph.replay()
+            found = combined.clone()
+            assert same(found, call())
+        layer.synchronize()
+    return "ok"
+
+
+@BOTH
+def test_graph(group: Processes, layout: str) -> None:
+    if group.device != "cuda":
+        pytest.skip("a CPU has no graphs")
+    assert group.call(replay, layout) == ["ok"] * group.size
+
+
 def mix_up(rank: int, device: str, mode: str) -> str:
     """Rank 0 calls the other of two layers."""
     shape = rows_shape("token", mode)
