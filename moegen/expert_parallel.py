@@ -51,7 +51,7 @@ class ExpertParallel(ActiveMembership, Staged):
         family: "ll" (low latency), or "auto".
         path: "ipc": ranks map each other's memory; "collective": an all-to-all of torch.distributed on whatever backend
             the group has, with room for whatever may come, whose hooks have nothing left to do, without `active_ranks`,
-            `wire` and `warp_groups`; "auto": ipc where it is possible.
+            `wire` and `warp_groups`; how long it may take, the group knows; "auto": ipc where it is possible.
         quantize: how dispatch sends tokens: None (as they are); "fp8" (e4m3, a float32 scale per 128 elements, the
             largest of which becomes 448); "fp8_pow2" (scales rounded up to powers of two); "fp8_ue8m0" (the exponents
             of such scales, four to an int32). Combine takes `dtype` all the same.

@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 
+from moegen.errors import CapacityError
 from moegen.kernels.coll_rows import (
     CollectivePlace,
     CollectiveReduce,
@@ -58,20 +59,24 @@ class ChunkExchange:
         alignment: int = 1,
     ) -> None:
         self._world, self._num_sms, self.rank = world, num_sms, world.rank
-        self._kernels = {cast(Chunked, kernel.spec): (kernel, number) for number, kernel in enumerate(kernels)}
+        number = world.exchange(secrets.randbits(32))[0]  # first, while no rank can have failed
+        self._kernels = {cast(Chunked, kernel.spec): (kernel, place) for place, kernel in enumerate(kernels)}
         full = (problem.max_tokens,) * problem.num_ranks
         self._padded = {spec: chunks(spec, full) for spec in self._kernels if _fills(spec)}
         self._half = max(layout.end for layout in self._padded.values())
         self.buffer_bytes = 2 * self._half
         log.info("rank %d allocates %s bytes for chunks", world.rank, f"{self.buffer_bytes:,}")
-        local = torch.zeros(self.buffer_bytes, dtype=torch.uint8, device=world.device)
+        try:
+            local = torch.zeros(self.buffer_bytes, dtype=torch.uint8, device=world.device)
+        except RuntimeError as error:
+            raise CapacityError(f"no room for {self.buffer_bytes:,} bytes of chunks on {world.device}") from error
         self.memory = SymmetricMemory(local, (local.data_ptr(),))
         self._control = torch.zeros(_CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._control[0] = signed(first_epoch)
         self._watchdog = Watchdog([kernel.spec.stem for kernel in kernels], {}, 0.0, pinned=world.device.type == "cuda")
         self._fixed: dict[str, int] = {
             "control": self._control.data_ptr(),
-            "object": world.exchange(secrets.randbits(32))[0],
+            "object": number,
             "rank": world.rank,
             "max_tokens": problem.max_tokens,
             "alignment": alignment,
@@ -87,14 +92,14 @@ class ChunkExchange:
         bound = self._bound.get((spec, num_sms))
         if bound is not None:
             return bound
-        kernel, number = self._kernels[spec]
+        kernel, place = self._kernels[spec]
         blocks = kernel.blocks(1, self._num_sms if num_sms is None else num_sms)
         base = self.memory.local.data_ptr()
         members = [member.name for member in spec.params.members]
         fixed: dict[str, int | Sequence[int]] = {
             **{name: value for name, value in self._fixed.items() if name in members},
             "chunks": base if _fills(spec) else base + self._half,
-            "failure": self._watchdog.address(number),
+            "failure": self._watchdog.address(place),
             "senders" if _fills(spec) else "receivers": (0, blocks),
         }
         varying = [name for name in members if name not in fixed]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moegen import errors
 from support.ht_layer import RowsLayer, RowsShape, assert_same_results
 from support.layer import Routing, random_routing
 
@@ -51,3 +52,31 @@ def test_equals_path_ipc_and_the_reference(shape: RowsShape, device: str) -> Non
         assert_same_results(wanted, found)
     right.destroy()
     layer.destroy()
+
+
+def test_what_only_path_ipc_has(device: str) -> None:
+    with pytest.raises(errors.InputError, match="leave borrow out"):
+        RowsLayer(TOKEN, device, path="collective", borrow=True)
+
+
+@pytest.mark.parametrize("shape", [TOKEN, TOKEN.other_mode], ids=str)
+def test_stages_are_timed_on_request(shape: RowsShape, device: str) -> None:
+    layer = RowsLayer(shape, device, path="collective")
+    routing = routings(shape)[0]
+    layer.round_trip(routing)
+    for rank in layer.ranks:
+        assert rank.stage_seconds() == {}
+        rank.time_stages()
+    layer.round_trip(routing)
+    layer.round_trip(routing)
+    exchanges = ("plan", "dispatch") if shape.mode == "exact" else ("dispatch",)
+    names = {f"{name}_{stage}" for name in exchanges for stage in ("pack", "collective", "compact")}
+    for rank in layer.ranks:
+        noted = rank.stage_seconds()
+        assert set(noted) == names | {"combine_pack", "combine_collective", "combine_reduce"}
+        assert all(len(seconds) == 2 and min(seconds) >= 0 for seconds in noted.values())
+    layer.destroy()
+    ipc = RowsLayer(shape, device, path="ipc")
+    with pytest.raises(errors.InputError, match="single launches"):
+        ipc.ranks[0].time_stages()
+    ipc.destroy()
