@@ -80,8 +80,8 @@ class HighThroughput(RowCalls, Staged):
             which those are), valid until this rank's next dispatch. Combine takes rows in the usual order.
         path: "ipc": ranks map each other's memory; "collective": an all-to-all of torch.distributed on whatever backend
             the group has, of chunks with room for whatever may come in mode "capacity", and of what is needed in mode
-            "exact", without `borrow`; how long it may take, the group knows; "auto": ipc where it is possible. Results are
-            the same.
+            "exact", without `borrow`; how long it may take, the group knows; "auto": ipc where it is possible. Results
+            are the same.
         num_sms: thread blocks per launch at most; None: one for every multiprocessor.
         timeout: seconds that a call may wait for one thing from another rank before it fails with PeerTimeoutError.
         device: where a process group's tensors are; None: the current GPU, else the CPU.
