@@ -66,12 +66,18 @@ def problem(
     warp_groups: str | None,
     on_host: bool,
     masked: bool,
+    path: str = "ipc",
 ) -> Problem:
     """The arguments of `ExpertParallel` that decide its kernels; what only the Spec can judge is judged there."""
     one_of("layout", layout, ("expert",))
     one_of("wire", wire, ("auto", *LowLatencyDispatch.words("wire")))
     one_of("dtype", dtype, tuple(_DTYPES))
     one_of("quantize", quantize, (None, *QUANTIZED))
+    if path == "collective" and (masked or wire != "auto" or warp_groups is not None):
+        raise InputError(
+            "path collective has no active_ranks, wire and warp_groups: leave them out, or give path='ipc' where the "
+            "ranks can map each other's memory"
+        )
     in_range("slots", slots, 1, MAX_SLOTS)
     in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
     return Problem(
@@ -82,6 +88,7 @@ def problem(
         max_tokens=max_tokens_per_rank,
         dtype=_DTYPES[dtype] if quantize is None else QUANTIZED[quantize],
         layout=layout,
+        path=path,
         on_host=on_host,
         hooks=slots > 1,
         masked=masked,

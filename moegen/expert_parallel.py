@@ -13,11 +13,15 @@ from moegen import checks
 from moegen.errors import HandleError, InputError, SlotError
 from moegen.handle import CombineOptions, Dispatched, DispatchOptions, Handle
 from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
-from moegen.runtime.low_latency import FIRST_EPOCH, Hook, LowLatency
+from moegen.runtime.collective_experts import CollectiveExperts
+from moegen.runtime.halves import Hook
+from moegen.runtime.low_latency import FIRST_EPOCH, LowLatency
 from moegen.runtime.membership import ActiveMembership
+from moegen.runtime.paths import PATHS, choose
+from moegen.runtime.staged import Staged
 from moegen.runtime.streams import CommStream, Event, current_stream, record
 from moegen.runtime.worlds import RankWorld, as_rank_world
-from moegen.select import select
+from moegen.select import CollectiveSelection, Selection, select, select_collective
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,7 +31,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class ExpertParallel(ActiveMembership):
+class ExpertParallel(ActiveMembership, Staged):
     """Expert-parallel dispatch and combine for one shape of MoE layer. Making one is collective.
 
     All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an
@@ -45,7 +49,9 @@ class ExpertParallel(ActiveMembership):
         layout: of what dispatch returns: "expert".
         mode: "capacity": counts stay on the device and nothing waits for the host.
         family: "ll" (low latency), or "auto".
-        path: "ipc" (peers' memory is mapped), or "auto".
+        path: "ipc": ranks map each other's memory; "collective": an all-to-all of torch.distributed on whatever backend
+            the group has, with room for whatever may come, whose hooks have nothing left to do, without `active_ranks`,
+            `wire` and `warp_groups`; how long it may take, the group knows; "auto": ipc where it is possible.
         quantize: how dispatch sends tokens: None (as they are); "fp8" (e4m3, a float32 scale per 128 elements, the
             largest of which becomes 448); "fp8_pow2" (scales rounded up to powers of two); "fp8_ue8m0" (the exponents
             of such scales, four to an int32). Combine takes `dtype` all the same.
@@ -95,7 +101,7 @@ class ExpertParallel(ActiveMembership):
     ) -> None:
         checks.one_of("mode", mode, ("capacity",))
         checks.one_of("family", family, ("auto", "ll"))
-        checks.one_of("path", path, ("auto", "ipc"))
+        checks.one_of("path", path, ("auto", *PATHS))
         checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
         if num_sms is not None:
             checks.in_range("num_sms", num_sms, 1, 1024)
@@ -115,37 +121,32 @@ class ExpertParallel(ActiveMembership):
             warp_groups=warp_groups,
             on_host=self.world.device.type == "cpu",
             masked=active_ranks is not False,
+            path=choose(self.world, path),
         )
         self.dtype = dtype
         self.device = self.world.device
         self._active = checks.active_ranks(self, active_ranks)
+        collective = self.problem.path == "collective"
+        self.selection: Selection | CollectiveSelection
         self.selection, self.kernels = load_on_all_ranks(
-            self.world, self.problem, (timeout, first_epoch, slots), select
+            self.world, self.problem, (timeout, first_epoch, slots), select_collective if collective else select
         )
         self._comm_stream = CommStream(self.device)
         failure: Exception | None = None
         try:
-            self._ops = LowLatency(
-                self.world,
-                self.problem,
-                self.selection,
-                self.kernels,
-                slots=slots,
-                timeout=timeout,
-                num_sms=num_sms,
-                first_epoch=first_epoch,
-                active=self._active,
-            )
+            self._ops = self._make_ops(slots=slots, num_sms=num_sms, timeout=timeout, first_epoch=first_epoch)
             self._synchronize_device()
         except Exception as error:  # told to the other ranks below
             failure = error
         raise_on_all_ranks(self.world, failure, "could not make its buffers")
-        log.info(
-            "rank %d of %s: family ll, path ipc, %s",
-            self.world.rank,
-            self.world.description,
-            self.selection.dispatch.stem,
-        )
+        described = (self.world.rank, self.world.description, self.problem.path, self.selection.dispatch.stem)
+        log.info("rank %d of %s: path %s, kernel %s", *described)
+
+    def _make_ops(self, *, timeout: float, **how: Any) -> LowLatency | CollectiveExperts:
+        made = (self.world, self.problem)
+        if isinstance(self.selection, CollectiveSelection):
+            return CollectiveExperts(*made, self.selection, self.kernels, **how)
+        return LowLatency(*made, self.selection, self.kernels, timeout=timeout, active=self._active, **how)
 
     @overload
     def dispatch(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
+import zlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -24,11 +25,14 @@ from moegen.rows import (
     tensors_in,
 )
 from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
+from moegen.runtime.collective_rows import CollectiveRows
 from moegen.runtime.high_throughput import HighThroughputOps
 from moegen.runtime.low_latency import FIRST_EPOCH
+from moegen.runtime.paths import PATHS, choose
+from moegen.runtime.staged import Staged
 from moegen.runtime.streams import CommStream, Event
 from moegen.runtime.worlds import as_rank_world
-from moegen.select import select_rows
+from moegen.select import CollectiveRowSelection, select_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,7 +44,14 @@ _made: weakref.WeakValueDictionary[int, HighThroughput] = weakref.WeakValueDicti
 _numbers = itertools.count(1)
 
 
-class HighThroughput(RowCalls):
+def _name(made_for: object) -> int:
+    """The next number, with a digest of what the sizes of results follow from. torch.compile keeps graphs on disk and
+    finds them by the numbers in them; results of the operators must then have the sizes that they had.
+    """
+    return zlib.crc32(repr(made_for).encode()) << 24 | next(_numbers)
+
+
+class HighThroughput(RowCalls, Staged):
     """Expert-parallel dispatch and combine of many tokens, for one shape of MoE layer. Making one is collective.
 
     All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an
@@ -67,6 +78,10 @@ class HighThroughput(RowCalls):
         borrow: dispatch of layout "token" moves no rows: `DispatchedRows.tokens` and `scales` are views of the receive
             buffer, [ranks, max_tokens_per_rank, ...], each row at its source and its source's token (`row_tokens` says
             which those are), valid until this rank's next dispatch. Combine takes rows in the usual order.
+        path: "ipc": ranks map each other's memory; "collective": an all-to-all of torch.distributed on whatever backend
+            the group has, of chunks with room for whatever may come in mode "capacity", and of what is needed in mode
+            "exact", without `borrow`; how long it may take, the group knows; "auto": ipc where it is possible. Results
+            are the same.
         num_sms: thread blocks per launch at most; None: one for every multiprocessor.
         timeout: seconds that a call may wait for one thing from another rank before it fails with PeerTimeoutError.
         device: where a process group's tensors are; None: the current GPU, else the CPU.
@@ -96,6 +111,7 @@ class HighThroughput(RowCalls):
         scale_dtype: torch.dtype = torch.float32,
         quantize: str | None = None,
         borrow: bool = False,
+        path: str = "auto",
         num_sms: int | None = None,
         timeout: float = 30.0,
         device: str | torch.device | None = None,
@@ -109,6 +125,7 @@ class HighThroughput(RowCalls):
         if num_sms is not None:
             checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
         checks.seconds("timeout", timeout)
+        checks.one_of("path", path, ("auto", *PATHS))
         self.world = as_rank_world(group_or_world, device)
         self.problem = row_checks.problem(
             self.world.size,
@@ -122,11 +139,12 @@ class HighThroughput(RowCalls):
             quantize=quantize,
             borrow=borrow,
             on_host=self.world.device.type == "cpu",
+            path=choose(self.world, path),
         )
         self.mode, self.alignment = mode, alignment
         self.dtype, self.scale_dtype = dtype, scale_dtype
         self.device = self.world.device
-        self.number = next(_numbers)
+        self.number = _name((self.problem, mode, alignment))
         """Its name in this process: `by_number` finds it, for what can pass numbers only."""
         _made[self.number] = self
         settings = (mode, alignment, timeout, first_epoch)
@@ -134,26 +152,20 @@ class HighThroughput(RowCalls):
         self._comm_stream = CommStream(self.device)
         failure: Exception | None = None
         try:
-            self._ops = HighThroughputOps(
-                self.world,
-                self.problem,
-                self.selection,
-                self.kernels,
-                alignment=alignment,
-                timeout=timeout,
-                num_sms=num_sms,
-                first_epoch=first_epoch,
-            )
+            self._ops = self._make_ops(num_sms, timeout, first_epoch)
             self._synchronize_device()
         except Exception as error:  # told to the other ranks below
             failure = error
         raise_on_all_ranks(self.world, failure, "could not make its buffers")
-        log.info(
-            "rank %d of %s: family ht, path ipc, %s",
-            self.world.rank,
-            self.world.description,
-            self.selection.dispatch.stem,
-        )
+        described = (self.world.rank, self.world.description, self.problem.path, self.selection.dispatch.stem)
+        log.info("rank %d of %s: path %s, kernel %s", *described)
+
+    def _make_ops(self, num_sms: int | None, timeout: float, first_epoch: int) -> HighThroughputOps | CollectiveRows:
+        made = (self.world, self.problem)
+        how: dict[str, Any] = {"alignment": self.alignment, "num_sms": num_sms, "first_epoch": first_epoch}
+        if isinstance(self.selection, CollectiveRowSelection):
+            return CollectiveRows(*made, self.selection, self.kernels, **how)
+        return HighThroughputOps(*made, self.selection, self.kernels, timeout=timeout, **how)
 
     def layout(self, topk_idx: torch.Tensor) -> Layout:
         """Counts where this rank's tokens go. Only this rank calls it; nothing is sent.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,19 +12,20 @@ import torch
 from moegen import checks, row_checks
 from moegen.errors import InputError
 from moegen.rows import DispatchedRows, Given, RowsHandle
+from moegen.runtime.collective_rows import CollectiveRows
 from moegen.runtime.high_throughput import HighThroughputOps
 from moegen.runtime.membership import Membership
 from moegen.runtime.row_memory import Numbers, RowMemory, Rows
 from moegen.runtime.streams import current_stream, record
-from moegen.select import RowSelection
+from moegen.select import CollectiveRowSelection, RowSelection
 
 Tensor = torch.Tensor
 
 
-class RowCalls(Membership[HighThroughputOps]):
+class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
     """The part of `HighThroughput` that makes calls on the current stream; it describes the arguments."""
 
-    selection: RowSelection
+    selection: RowSelection | CollectiveRowSelection
     mode: str
     dtype: torch.dtype
     scale_dtype: torch.dtype
@@ -75,7 +77,7 @@ class RowCalls(Membership[HighThroughputOps]):
             row_checks.rows_out(self, out, out_scales, handle.rows)
             rows = make(handle.rows, selections=False, tokens=out, scales=out_scales)
             self._note_use(handle)
-            self._launch(ops.dispatch, "rows", data, scales, *_NO_ROUTING, handle.addresses, rows, None, *how)
+            self._launch(ops.dispatch, "rows", data, scales, *_NO_ROUTING, handle.numbers, rows, None, *how)
             return self._of_handle(handle, rows)
         if topk_idx is None:
             raise InputError("dispatch takes topk_idx, or the handle of a dispatch with the same routing")
@@ -83,13 +85,13 @@ class RowCalls(Membership[HighThroughputOps]):
         topk_idx = checks.topk_idx(self, topk_idx, data.shape[0], num_tokens)
         topk_weights = checks.topk_weights(self, topk_weights, data.shape[0])
         numbers = ops.row_memory.numbers(ops.row_memory.empty_numbers())
-        arguments = (data, scales, topk_idx, topk_weights, num_tokens, numbers, numbers.addresses)
+        arguments = (data, scales, topk_idx, topk_weights, num_tokens, numbers)
         if exact:
             row_checks.exact(self, max_rows, out, out_scales)
             self._launch(ops.dispatch, "plan", *arguments, None, total_counts, *how, wanted)
-            arrivals, slots, *counts = self._planned(numbers)
+            numbers, arrivals, slots, counts = self._planned(numbers)
             rows = make(slots if self.problem.layout == "packed" else arrivals, selections=True)
-            self._launch(ops.dispatch, "rows", data, scales, *_NO_ROUTING, numbers.addresses, rows, None, *how)
+            self._launch(ops.dispatch, "rows", data, scales, *_NO_ROUTING, numbers, rows, None, *how)
             return self._result(numbers, rows, data.shape[0], counts, arrivals)
         number = row_checks.room(self, max_rows, ops.row_memory.capacity, out)
         row_checks.rows_out(self, out, out_scales, number)
@@ -97,16 +99,17 @@ class RowCalls(Membership[HighThroughputOps]):
         self._launch(ops.dispatch, "whole", *arguments, rows, total_counts, *how)
         return self._result(numbers, rows, data.shape[0])
 
-    def _planned(self, numbers: Numbers) -> list[int]:
-        """Waits until the host knows how many (token, rank) rows come, how many rows layout `packed` has, and how many
-        each expert gets; torch lets go of the GIL.
+    def _planned(self, numbers: Numbers) -> tuple[Numbers, int, int, list[int]]:
+        """Waits until the host knows how many tokens each rank has for each, how many (token, rank) rows come, how many
+        rows layout `packed` has, and how many each expert gets; torch lets go of the GIL.
         """
-        experts = len(self.local_experts)
-        words = (numbers.first_rows[-1:], numbers.first_slots[-1:], numbers.counts, numbers.source_counts[:, 0])
-        told: list[int] = torch.cat(words).tolist()
-        self._raise_by(self._alive().raise_expired)  # nothing else: the other ranks make the second launch too
-        row_checks.all_fit(self, told[2 + experts :])
-        return told[: 2 + experts]
+        words = (numbers.first_rows[-1:], numbers.first_slots[-1:], numbers.counts, numbers.source_counts.flatten())
+        arrivals, slots, *told = torch.cat(words).tolist()
+        self._raise_by(self._alive().raise_unplanned)  # nothing else: the other ranks make the second launch too
+        counts, told = told[: len(self.local_experts)], told[len(self.local_experts) :]
+        sources = [told[first : first + 1 + self.num_ranks] for first in range(0, len(told), 1 + self.num_ranks)]
+        row_checks.all_fit(self, [source[0] for source in sources])
+        return replace(numbers, sources=sources), arrivals, slots, counts
 
     def _result(
         self,
@@ -141,6 +144,8 @@ class RowCalls(Membership[HighThroughputOps]):
         """
         row_checks.handle_memory(self, memory, self.row_memory.words)
         numbers = self.row_memory.numbers(memory)
+        if self.mode == "exact" and self.problem.path == "collective":
+            numbers = replace(numbers, sources=numbers.source_counts.tolist())
         return RowsHandle(self, num_tokens, rows, memory, numbers.addresses, current_stream(self.device), numbers, None)
 
     def _note_use(self, handle: RowsHandle) -> None:
@@ -178,5 +183,5 @@ class RowCalls(Membership[HighThroughputOps]):
         return out, sums
 
 
-_NO_ROUTING = (None, None, None, None)
-"""For a launch that moves rows by an earlier plan: no ids, weights, device-side count, or numbers to write."""
+_NO_ROUTING = (None, None, None)
+"""For a launch that moves rows by an earlier plan: no ids, weights, or device-side count."""

@@ -38,6 +38,7 @@ def problem(
     quantize: str | None,
     borrow: bool,
     on_host: bool,
+    path: str = "ipc",
 ) -> Problem:
     """The arguments that decide the kernels; what only the Spec can judge is judged there."""
     checks.one_of("layout", layout, LAYOUTS)
@@ -52,8 +53,10 @@ def problem(
         word = _GIVEN_SCALES[scale_dtype]
     if borrow and layout != "token":
         raise InputError("rows of layout packed lie nowhere but where they go; borrow is for layout token")
+    if borrow and path == "collective":
+        raise InputError("on path collective rows come in chunks and lie nowhere by themselves; leave borrow out")
     shape = (num_ranks, num_experts, num_topk, hidden, max_tokens_per_rank)
-    return Problem(*shape, word, layout, on_host=on_host, borrowed=borrow)
+    return Problem(*shape, word, layout, path, on_host=on_host, borrowed=borrow)
 
 
 def mode(owner: RowCalls, of_call: str | None) -> str:

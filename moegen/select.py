@@ -12,9 +12,10 @@ from moegen.errors import SpecError
 from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch
 from moegen.kernels.a2a_payloads import RowBytes
 from moegen.kernels.coll import CollectiveOpen, CollectivePack, CollectiveSum
-from moegen.kernels.ht import FORMATS, HighThroughputCombine, HighThroughputDispatch
+from moegen.kernels.coll_rows import CollectivePlace, CollectiveReduce, CollectiveReturn, CollectiveSend
+from moegen.kernels.ht import FORMATS, PHASE_WORDS, HighThroughputCombine, HighThroughputDispatch
 from moegen.kernels.ht_layout import HighThroughputLayout
-from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch
+from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch, ceil_div
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import DTYPE_BYTES, MAX_BLOCK_WARPS, WARP_SIZE, Spec, WarpGroups
 from moegen.tuning import Choice, Table
@@ -25,6 +26,7 @@ HOST_WARP_GROUPS = WarpGroups(2, 1)
 """On a CPU more threads only add switches between fibers; two teams keep several rows per block under test."""
 
 VECTOR_BYTES = 16
+WEIGHTS_OF_VECTOR = 4
 
 MOST_STEPS = 8
 """Vectors of a row that a thread holds in registers."""
@@ -77,6 +79,62 @@ class RowSelection:
         plan, rows = self.dispatch.in_phase("plan"), self.dispatch.in_phase("rows")
         return (self.dispatch, plan, rows, self.combine, self.layout)
 
+    @property
+    def whole(self) -> tuple[Spec, ...]:
+        """Those of ops that are made at once."""
+        return (self.dispatch, self.combine)
+
+
+@dataclass(frozen=True)
+class CollectiveRowSelection:
+    """The kernels of layouts `token` and `packed` on path collective, around an all-to-all: those that fill chunks, and
+    those that read them.
+
+    Attributes:
+        dispatch, place: of dispatch, for the whole op; their phases as in `RowSelection`.
+        combine, reduce: of combine.
+    """
+
+    dispatch: CollectiveSend
+    place: CollectivePlace
+    combine: CollectiveReturn
+    reduce: CollectiveReduce
+    layout: HighThroughputLayout
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        phases = [op.in_phase(phase) for op in (self.dispatch, self.place) for phase in PHASE_WORDS]
+        return (*phases, self.combine, self.reduce, self.layout)
+
+    @property
+    def whole(self) -> tuple[Spec, ...]:
+        """Those of ops that are made at once."""
+        return (self.dispatch, self.place, self.combine, self.reduce)
+
+
+@dataclass(frozen=True)
+class CollectiveSelection:
+    """The kernels of layout `expert` on path collective, around an all-to-all.
+
+    Attributes:
+        dispatch, place: of dispatch.
+        send_weights, place_weights: bring the weights of a combine to where the rows are.
+        combine, reduce: of combine; whose rows an expert's are, they take from what place has left.
+    """
+
+    dispatch: CollectiveSend
+    place: CollectivePlace
+    send_weights: CollectiveSend
+    place_weights: CollectivePlace
+    combine: CollectiveReturn
+    reduce: CollectiveReduce
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """Every kernel that a call may need."""
+        weights = (self.send_weights, self.place_weights)
+        return (self.dispatch, self.place, *weights, self.combine, self.reduce)
+
 
 HOST_NUM_WARPS = 2
 GPU_NUM_WARPS = {"dispatch": 32, "quantising": 16, "combine": 16}
@@ -89,7 +147,7 @@ LAYOUT_NUM_WARPS = 8
 """A token is one load and a few votes: small blocks come and go."""
 
 
-def select_rows(problem: Problem) -> RowSelection:
+def select_rows(problem: Problem) -> RowSelection | CollectiveRowSelection:
     """The kernels for `problem`, whose layout is `token` or `packed`.
 
     Raises:
@@ -99,10 +157,42 @@ def select_rows(problem: Problem) -> RowSelection:
     rows = "borrowed" if problem.borrowed else "placed"
     warps = dict.fromkeys(GPU_NUM_WARPS, HOST_NUM_WARPS) if problem.on_host else GPU_NUM_WARPS
     sends = warps["quantising" if FORMATS[problem.dtype].quantised_here else "dispatch"]
+    counts = layout_spec(problem.num_ranks, problem.num_topk, problem.num_experts, on_host=problem.on_host)
+    if problem.path == "collective":
+        return CollectiveRowSelection(
+            CollectiveSend(problem.dtype, *shape, sends, "whole", rows=rows),
+            CollectivePlace(problem.dtype, *shape, warps["dispatch"], "whole"),
+            CollectiveReturn("bf16", *shape, warps["combine"]),
+            CollectiveReduce("bf16", *shape, warps["combine"]),
+            counts,
+        )
     return RowSelection(
         HighThroughputDispatch(problem.dtype, *shape, sends, "whole", rows=rows),
         HighThroughputCombine("bf16", *shape, warps["combine"]),
-        layout_spec(problem.num_ranks, problem.num_topk, problem.num_experts, on_host=problem.on_host),
+        counts,
+    )
+
+
+def select_collective(problem: Problem) -> CollectiveSelection:
+    """The kernels for `problem`, whose layout is `expert` and whose path is collective.
+
+    Raises:
+        SpecError: as `select`.
+    """
+    routing = (problem.num_topk, problem.num_experts, problem.path)
+    by_expert = ("expert", problem.num_ranks, problem.hidden, *routing)
+    packed = ("packed", problem.num_ranks, problem.hidden, *routing)
+    # K numbers travel as a row of 16-byte vectors, of eight bf16 each.
+    weights = ("bf16", "token", problem.num_ranks, 8 * ceil_div(problem.num_topk, WEIGHTS_OF_VECTOR), *routing)
+    warps = dict.fromkeys(GPU_NUM_WARPS, HOST_NUM_WARPS) if problem.on_host else GPU_NUM_WARPS
+    sends = warps["quantising" if FORMATS[problem.dtype].quantised_here else "dispatch"]
+    return CollectiveSelection(
+        CollectiveSend(problem.dtype, *by_expert, sends, "whole"),
+        CollectivePlace(problem.dtype, *by_expert, warps["dispatch"], "whole"),
+        CollectiveSend(*weights, warps["dispatch"], "rows"),
+        CollectivePlace(*weights, warps["dispatch"], "rows"),
+        CollectiveReturn("bf16", *packed, warps["combine"]),
+        CollectiveReduce("bf16", *packed, warps["combine"]),
     )
 
 

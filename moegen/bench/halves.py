@@ -9,7 +9,7 @@ from moegen.bench.case import Case
 from moegen.bench.inputs import Batch, Buffers
 from moegen.bench.timing import Step
 from moegen.expert_parallel import ExpertParallel
-from moegen.runtime.low_latency import Hook
+from moegen.runtime.halves import Hook
 
 HALVES = {
     "dispatch": ("dispatch_send", "dispatch_receive"),

@@ -24,6 +24,7 @@ from moegen.bench.timing import OpClock, meet, record, time_replays
 from moegen.bench.traffic import bandwidths, byte_summary, matrices, traffic_of
 from moegen.expert_parallel import ExpertParallel
 from moegen.runtime.worlds import RankWorld
+from moegen.select import Selection
 
 log = logging.getLogger(__name__)
 
@@ -198,6 +199,7 @@ def row_of(
 def _stems(ep: ExpertParallel, op: str) -> Json:
     """The kernels of an op or a half."""
     chosen = ep.selection
+    assert isinstance(chosen, Selection)  # of path ipc, which is measured here
     whole, _, phase = op.rpartition("_") if op.endswith(("_send", "_receive")) else (op, "", "whole")
     specs = {
         "dispatch": (chosen.dispatch,),

@@ -14,7 +14,16 @@ from moegen.kernels.ll import MAX_TOKENS_PER_RANK
 from moegen.kernels.presets import preset
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
-from moegen.select import ONE_SIDED_GROUPS, RowSelection, combine_spec, dispatch_spec, open_spec, select, select_rows
+from moegen.select import (
+    ONE_SIDED_GROUPS,
+    CollectiveRowSelection,
+    RowSelection,
+    combine_spec,
+    dispatch_spec,
+    open_spec,
+    select,
+    select_rows,
+)
 
 MAX_CATALOG = 50
 
@@ -26,7 +35,6 @@ _CATALOG: tuple[tuple[str, int, dict[str, Any], tuple[int, ...]], ...] = (
     ("deepseek-v3", 8, {"masked": True}, (64,)),
     ("gpt-oss-120b", 4, {}, (128,)),
     ("tiny", 4, {"on_host": True}, (32,)),
-    ("tiny", 4, {"on_host": True, "dtype": "fp8", "hooks": True}, (32,)),
 )
 """Preset, number of ranks, what else the Problem says, capacities."""
 
@@ -34,9 +42,10 @@ _ROWS_CATALOG: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("deepseek-v3", 8, {"layout": "token"}),
     ("deepseek-v3", 8, {"layout": "packed", "dtype": "e4m3"}),
     ("tiny", 4, {"layout": "packed", "on_host": True}),
+    ("deepseek-v3", 8, {"layout": "packed", "path": "collective"}),
 )
-"""The same of family `ht`, whose kernels do not depend on the capacity. Of its first line, all; of the others, the
-whole ops.
+"""The same of layouts `token` and `packed`, whose kernels do not depend on the capacity. Of the first line, all; of the
+others, the whole ops.
 """
 
 _PAYLOADS = (2, 4, 4)
@@ -65,6 +74,9 @@ def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = No
             capacities = all_one_sided_capacities()
             for first in _one_sided(preset_name, r, capacities, on_host=on_host, path="collective"):
                 specs.update(dict.fromkeys((first, *for_exact(first))))
+            for layout in LAYOUTS:
+                rows = _rows(preset_name, r, layout=layout, on_host=on_host, path="collective")
+                specs.update(dict.fromkeys(rows.specs))
         if family in (None, "ht"):
             for layout in LAYOUTS:
                 specs.update(dict.fromkeys(_rows(preset_name, r, layout=layout, on_host=on_host).specs))
@@ -88,7 +100,7 @@ def catalog() -> list[Spec]:
         specs.update(dict.fromkeys(_specs(name, num_ranks, capacities, **options)))
     for number, (name, num_ranks, options) in enumerate(_ROWS_CATALOG):
         selection = _rows(name, num_ranks, **options)
-        specs.update(dict.fromkeys(selection.specs if number == 0 else (selection.dispatch, selection.combine)))
+        specs.update(dict.fromkeys(selection.specs if number == 0 else selection.whole))
     specs.update(dict.fromkeys(_one_sided("deepseek-v3", 8, (128,))))
     pack, *others = _one_sided("deepseek-v3", 8, (128,), path="collective")
     specs.update(dict.fromkeys((pack, for_exact(pack)[-1], *others)))
@@ -121,7 +133,7 @@ def _one_sided(name: str, num_ranks: int, capacities: Sequence[int], **options: 
             yield open_spec(problem)
 
 
-def _rows(name: str, num_ranks: int, **options: Any) -> RowSelection:
+def _rows(name: str, num_ranks: int, **options: Any) -> RowSelection | CollectiveRowSelection:
     layer = preset(name)
     problem = Problem(num_ranks, layer.num_experts, layer.num_topk, layer.hidden, max_tokens=1, **options)
     return select_rows(problem)

@@ -46,7 +46,7 @@ PIECE_WORDS = 3
 CHUNK = 64
 """Tokens that one block plans at a time: two words of bits per counter."""
 
-AHEAD = {"dispatch": 7, "combine": 4}
+AHEAD_IN_DISPATCH, AHEAD_IN_COMBINE = 7, 4
 """16-byte vectors of a part. Seven divide rows of 7168 elements; combine has two parts under way, and sums of one."""
 
 PHASE_WORDS = ("whole", "plan", "rows")
@@ -108,6 +108,7 @@ class HighThroughputSpec(Spec):
     num_experts: int = tag("e")
     path: str = tag(one_of=("ipc",))
     num_warps: int = tag("w")
+    most_ahead: ClassVar[int]
 
     def validate(self) -> None:
         require_routing(self)
@@ -161,12 +162,17 @@ class HighThroughputSpec(Spec):
 
     @property
     def vectors_ahead(self) -> int:
-        """16-byte vectors of a row that a lane has under way at once: AHEAD, or less in short rows."""
-        return max(1, min(AHEAD[self.op], ceil_div(self.row_bytes // PIECE_BYTES, WARP_SIZE)))
+        """16-byte vectors of a row that a lane has under way at once: fewer in short rows."""
+        return max(1, min(self.most_ahead, ceil_div(self.row_bytes // PIECE_BYTES, WARP_SIZE)))
 
     @property
     def packed(self) -> bool:
         return self.layout == "packed"
+
+    @property
+    def by_expert(self) -> bool:
+        """Whether a token has a row for each local expert that it selects."""
+        return self.layout != "token"
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -218,6 +224,7 @@ class HighThroughputDispatch(HighThroughputSpec, family="ht", op="dispatch"):
     phase: str = tag(one_of=PHASE_WORDS)
     rows: str = rare("placed", "borrowed")
     chunk: ClassVar[int] = CHUNK
+    most_ahead: ClassVar[int] = AHEAD_IN_DISPATCH
 
     def in_phase(self, phase: str) -> Self:
         return replace(self, phase=phase)
@@ -321,6 +328,7 @@ class HighThroughputCombine(HighThroughputSpec, family="ht", op="combine"):
 
     dtype: str = tag(one_of=("bf16",))
     moves: ClassVar[bool] = True
+    most_ahead: ClassVar[int] = AHEAD_IN_COMBINE
     borrowed: ClassVar[bool] = False
 
     @property

@@ -174,16 +174,16 @@ class HighThroughputOps:
         topk_idx: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
         num_tokens: torch.Tensor | None,
-        numbers: Numbers | None,
-        addresses: tuple[int, ...],
+        numbers: Numbers,
         rows: Rows | None,
         total_counts: torch.Tensor | None,
         timeout: float | None,
         num_sms: int | None,
         tokens_wanted: int = 0,
     ) -> None:
-        """Launches one phase; arguments are checked already. `numbers`: None when moving rows by an earlier plan;
-        `rows`: None when only planning; `tokens_wanted`: too many, so that none is sent and every rank is told.
+        """Launches one phase; arguments are checked already. `numbers`: of an earlier plan when only moving rows, else
+        to be filled; `rows`: None when only planning; `tokens_wanted`: too many, so that none is sent and every rank is
+        told.
         """
         self._order.follow("dispatch")
         scales = None if rows is None else rows.scales
@@ -193,11 +193,11 @@ class HighThroughputOps:
             address(topk_idx),
             address(topk_weights),
             *((0,) * 4 if rows is None else map(address, (rows.tokens, scales, rows.topk_idx, rows.topk_weights))),
-            0 if numbers is None else numbers.address("counts"),
+            numbers.address("counts"),
             address(total_counts),
-            0 if numbers is None else numbers.address("first_slots"),
-            0 if numbers is None else numbers.address("source_counts"),
-            *addresses,
+            numbers.address("first_slots"),
+            numbers.address("source_counts"),
+            *numbers.addresses,
             address(num_tokens),
             x.stride(0) * x.element_size(),
             *((0, 0) if scales is None or scales.dim() != 2 else scales.stride()),
@@ -245,6 +245,10 @@ class HighThroughputOps:
         """Of this call's timeout; a report of an expired wait names the last call's."""
         self._watchdog.timeout = seconds = self._timeout if timeout is None else timeout
         return int(seconds * 1e9)
+
+    def raise_unplanned(self) -> None:
+        """What keeps the ranks from moving rows by the plan that they have just made."""
+        self.raise_expired()
 
     def raise_expired(self) -> None:
         self._watchdog.raise_expired()

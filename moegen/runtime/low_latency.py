@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
-from moegen.errors import SlotError
 from moegen.handle import Dispatched, Handle
 from moegen.kernels.ll import PHASES, LowLatencyCombine, LowLatencyDispatch, regions, roles
 from moegen.kernels.problem import Problem
 from moegen.runtime.bound import BoundKernel, address, signed
+from moegen.runtime.halves import OpenHalf, OpenHalves
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.received import FOR_EVERY_COMBINE, Received
@@ -23,20 +22,6 @@ from moegen.runtime.worlds import RankWorld
 from moegen.select import Selection
 
 log = logging.getLogger(__name__)
-
-Hook = Callable[[], None]
-
-
-@dataclass(eq=False)
-class OpenHalf:
-    """An op of which only the first half was launched. Keeps alive what the second reads and writes."""
-
-    op: str
-    slot: int
-    arguments: tuple[int, ...]
-    kept: tuple[object, ...]
-    done: bool = False
-
 
 FIRST_EPOCH = 2
 """See `epoch_after` in `templates/device/signal.cuh`."""
@@ -121,10 +106,9 @@ class LowLatency:
         self.control = torch.zeros(2 * slots + 1, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._verdicts = torch.zeros(2 * slots, problem.num_ranks, dtype=torch.int32, device=world.device)
         self._watchdog = Watchdog([kernel.spec.stem for kernel in kernels], PHASES, timeout, pinned=pinned)
-        self._busy: dict[str, list[bool]] = {"dispatch": [False] * slots, "combine": [False] * slots}
+        self._halves = OpenHalves(slots)
         self._bound: dict[tuple[int, str, str, str], BoundKernel] = {}
         self._order = StreamOrder(world.device)
-        self._unfinished: set[tuple[int, ...]] = set()
         for number, kernel in enumerate(kernels):
             for slot in range(slots):
                 self._bind(world, selection, kernel, self._watchdog.address(number), slot, num_sms)
@@ -234,10 +218,7 @@ class LowLatency:
         if self.active is not None:
             arguments = (*arguments, *selected, address(waited))
         kept = (x, topk_idx, topk_weights, num_tokens, out, total_counts, waited)
-        half = self._launch("dispatch", "", arguments, hook, kept)
-        if half is not None:
-            self._unfinished.add(half.arguments)
-        return half
+        return self._launch("dispatch", "", arguments, hook, kept)
 
     def combine(
         self,
@@ -274,39 +255,25 @@ class LowLatency:
     def _launch(
         self, op: str, weights: str, arguments: tuple[int, ...], hook: bool, kept: tuple[object, ...]
     ) -> OpenHalf | None:
-        slot = self._free_slot(op)
+        slot = self._halves.free_slot(op)
         self._order.follow(op, slot)
         if not hook:
             self._bound[(slot, op, "whole", weights)](*arguments)
             return None
         self._bound[(slot, op, "send", weights)](*arguments)
-        self._busy[op][slot] = True
-        return OpenHalf(op, slot, arguments, kept)
-
-    def _free_slot(self, op: str) -> int:
-        busy = self._busy[op]
-        if all(busy):
-            raise SlotError(
-                f"all {self.slots} slots hold a {op} whose hook was not called; call one of their hooks first, or make "
-                f"this object with slots={self.slots + 1}"
-            )
-        return busy.index(False)
+        return self._halves.open(OpenHalf(op, slot, arguments, kept))
 
     def receive(self, half: OpenHalf) -> None:
         """Launches the second half of an op."""
-        if half.done:
-            raise SlotError("this hook was called already; a hook is called once")
-        half.done = True
+        self._halves.take(half)
         self._order.follow(half.op, half.slot)
         weights = "atdispatch" if half.op == "combine" else ""
         self._bound[(half.slot, half.op, "receive", weights)](*half.arguments)
-        self._busy[half.op][half.slot] = False
-        self._unfinished.discard(half.arguments)
-        half.kept = ()
+        self._halves.close(half)
 
     def is_unfinished(self, handle: Handle) -> bool:
         """Whether the hook of the handle's dispatch is still open."""
-        return any(handle.addresses[0] in arguments for arguments in self._unfinished)
+        return self._halves.is_unfinished(handle.addresses[0])
 
     def raise_expired(self) -> None:
         self._watchdog.raise_expired()

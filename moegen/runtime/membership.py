@@ -7,8 +7,10 @@ import torch
 
 from moegen.errors import InputError
 from moegen.kernels.problem import Problem
+from moegen.runtime.collective_experts import CollectiveExperts
+from moegen.runtime.halves import OpenHalf
 from moegen.runtime.lifecycle import Lifecycle, Ops
-from moegen.runtime.low_latency import LowLatency, OpenHalf
+from moegen.runtime.low_latency import LowLatency
 from moegen.runtime.worlds import RankWorld
 
 
@@ -37,7 +39,7 @@ class Membership(Lifecycle[Ops]):
         return self._alive().buffer_bytes
 
 
-class ActiveMembership(Membership[LowLatency]):
+class ActiveMembership(Membership[LowLatency | CollectiveExperts]):
     """Of ranks that may be missing, and of calls that may be made in halves."""
 
     _active: torch.Tensor | None = None

@@ -16,6 +16,16 @@ _WORD_BYTES = 4
 _NOTHING_GIVEN = GivenNumbers()
 FOR_EVERY_COMBINE = ("rows_received", "row_origin", "row_slots", "row_weights", "token_ranks", "tokens_sent")
 FOR_MASKED_COMBINE = ("selected_ranks", "selected_weights")
+FOR_COLLECTIVE = (
+    "token_ranks",
+    "tokens_sent",
+    "sent_rows",
+    "first_rows",
+    "row_origin",
+    "row_slots",
+    "row_weights",
+    "source_counts",
+)
 _FOR_USER = ("counts", "ranges", "row_tokens")
 
 
@@ -30,13 +40,18 @@ class Received:
             "ranges": 2 * local_experts * ranks,  # and pairs that may be read as 64-bit numbers next
             "counts": local_experts,
             "row_tokens": local_experts * rows,
-            "rows_received": 1,
             "row_origin": rows,
             "row_slots": rows * topk,
             "row_weights": rows * topk,
             "tokens_sent": 1,
         }
-        for_combine = (*FOR_EVERY_COMBINE, *(FOR_MASKED_COMBINE if problem.masked else ()))
+        if problem.path == "collective":
+            for_combine = FOR_COLLECTIVE
+            sizes["sent_rows"] = problem.max_tokens * min(ranks, topk)
+            sizes |= {"first_rows": ranks + 1, "source_counts": ranks * (1 + ranks)}
+        else:
+            for_combine = (*FOR_EVERY_COMBINE, *(FOR_MASKED_COMBINE if problem.masked else ()))
+            sizes["rows_received"] = 1
         if problem.masked:
             sizes.update(dict.fromkeys(FOR_MASKED_COMBINE, problem.max_tokens * topk))
         at = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))

@@ -24,11 +24,13 @@ class Numbers:
 
     Attributes:
         addresses: of OF_HANDLE.
+        sources: `source_counts`, if the host knows them: in mode "exact".
     """
 
     memory: torch.Tensor
     addresses: tuple[int, ...]
     home: RowMemory
+    sources: list[list[int]] | None = None
 
     def part(self, name: str) -> torch.Tensor:
         """One of the parts, as int32: a view, made when it is asked for, because most calls ask for none."""
@@ -85,6 +87,8 @@ class RowMemory:
         self._hidden = problem.hidden
         self._local_experts = local_experts
         rows = problem.num_ranks * problem.max_tokens
+        # On path collective a token's row with each of its ranks.
+        known = min(problem.num_ranks, problem.num_topk) if problem.path == "collective" else 1
         sizes = {
             "token_ranks": 2 * problem.max_tokens,  # 64-bit masks come first
             "tokens_sent": 1,
@@ -92,7 +96,7 @@ class RowMemory:
             "row_tokens": rows,
             "row_slots": rows * problem.num_topk,
             "row_weights": rows * problem.num_topk,
-            "own_rows": problem.max_tokens,
+            "own_rows": problem.max_tokens * known,
             "counts": local_experts,
             "first_slots": local_experts + 1,
             "source_counts": problem.num_ranks * spec.source_words,

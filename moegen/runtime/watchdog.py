@@ -53,6 +53,11 @@ class Watchdog:
             if words["valid"]:
                 raise self._expired(stem, words)
 
+    def raise_mismatched(self) -> None:
+        """Raises WorldError, once, if a rank's part belongs to another call; all else is left for later."""
+        for kernel, stem in enumerate(self._stems):
+            self._raise_mismatched(kernel, stem)
+
     def raise_what_happened(self) -> None:
         """Raises what the kernels have reported so far; costs one look at host memory.
 

@@ -238,11 +238,11 @@ def test_what_was_queued_behind_a_timeout_does_nothing(device: str, layout: str,
         x, ids = arguments(layer, [[0, 3], [1, 2]])
         numbers, rows = ops.row_memory.numbers(ops.row_memory.empty_numbers()), ops.row_memory.rows(16, selections=True)
         phase, into = ("plan", None) if mode == "exact" else ("whole", rows)
-        ops.dispatch(phase, x, None, ids, None, None, numbers, numbers.addresses, into, None, None, None)
+        ops.dispatch(phase, x, None, ids, None, None, numbers, into, None, None, None)
         numbers.memory.fill_(0x3F3F3F3F)  # what fresh memory may hold
         later, out = torch.full_like(rows.tokens, 7), torch.full_like(x, 7)
         again = ops.row_memory.rows(16, selections=False, tokens=later)
-        ops.dispatch("rows", x, None, None, None, None, None, numbers.addresses, again, None, None, None)
+        ops.dispatch("rows", x, None, None, None, None, numbers, again, None, None, None)
         handle = rank._result(numbers, rows, 2, None).handle
         ops.combine(rows.tokens, handle, None, (), out, None, True, None, None)
         with pytest.raises(PeerTimeoutError):

@@ -110,27 +110,27 @@ def _serve(pipe: Connection, rank: int, size: int, device: str, port: int) -> No
     torch.distributed.destroy_process_group()
 
 
-def make_layer(
-    shape: Shape, device: str, *, timeout: float = 30.0, slots: int = 1, active_ranks: bool = False
-) -> moegen.ExpertParallel:
+def make_layer(shape: Shape, device: str, *, group: Any = None, **options: Any) -> moegen.ExpertParallel:
     return moegen.ExpertParallel(
-        torch.distributed.group.WORLD,
+        torch.distributed.group.WORLD if group is None else group,
         num_experts=shape.experts,
         num_topk=shape.topk,
         hidden=shape.hidden,
         max_tokens_per_rank=shape.max_tokens,
-        timeout=timeout,
-        slots=slots,
-        active_ranks=active_ranks,
         device=device,
+        **{"timeout": 30.0, **options},
     )
 
 
 def round_trip_in_process(rank: int, device: str, shape: Shape, rounds: int) -> str:
-    """Random round trips, each compared with the reference by the rank that owns the tokens."""
     with make_layer(shape, device) as layer:
-        for seed in range(rounds):
-            verified_round_trip(layer, shape, routing_of(shape, seed), late=seed % 2 == 1)
+        return round_trips(layer, shape, rounds)
+
+
+def round_trips(layer: moegen.ExpertParallel, shape: Shape, rounds: int) -> str:
+    """Random round trips, each compared with the reference by the rank that owns the tokens."""
+    for seed in range(rounds):
+        verified_round_trip(layer, shape, routing_of(shape, seed), late=seed % 2 == 1)
     return "ok"
 
 
