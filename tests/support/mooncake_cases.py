@@ -152,24 +152,9 @@ def test_bad_calls(device: str) -> None:
     moegen.LocalWorld(1, device).run(work)
 
 
-def takes_path_collective(device: str) -> bool:
-    """Whether ExpertParallel does."""
-    try:
-        moegen.LocalWorld(1, device).run(
-            lambda world: moegen.ExpertParallel(
-                world, num_experts=1, num_topk=1, hidden=512, max_tokens_per_rank=1, path="collective"
-            ).destroy()
-        )
-    except errors.InputError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_mooncakes_switch_takes_alltoall(device: str, case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not takes_path_collective(device):
-        pytest.skip("ExpertParallel has no path collective")
     monkeypatch.setenv("MOONCAKE_EP_USE_TORCH_ALLTOALL", "on")
     used = []
 
