@@ -83,6 +83,7 @@ class OneSidedOps(BoundKernels):
         words[self.at.presence // 4 :][: 2 * problem.num_ranks] = signed(before)
         self._timeout, self._num_sms, self._world = timeout, num_sms, world
         self._order = StreamOrder(world.device)
+        self._views: dict[tuple[tuple[tuple[torch.dtype, int], ...], int], tuple[torch.Tensor, ...]] = {}
 
     def bind(self, kernel: LoadedKernel) -> None:
         """Makes a loaded kernel ready for launches."""
@@ -116,14 +117,18 @@ class OneSidedOps(BoundKernels):
         self, parts: Sequence[torch.Tensor], widths: tuple[int, ...], slots: int, words: int
     ) -> tuple[torch.Tensor, ...]:
         """The planes, as what they hold: [ranks, slots, columns] of each payload. Statistics, of so many `words`, lie
-        elsewhere.
+        elsewhere. Made once for each kind of call: a view costs the host as much as a small torch op.
         """
-        ranks = self.problem.num_ranks
-        planes = (self.memory.local[place:] for place in self.planes(widths, slots))
-        return tuple(
-            plane[: ranks * slots * width].view(part.dtype).view(ranks, slots, part.shape[1])
-            for part, width, plane in zip(parts, widths, planes, strict=True)
-        )
+        kind = (tuple((part.dtype, part.shape[1]) for part in parts), slots)
+        views = self._views.get(kind)
+        if views is None:
+            ranks = self.problem.num_ranks
+            planes = (self.memory.local[place:] for place in self.planes(widths, slots))
+            views = self._views[kind] = tuple(
+                plane[: ranks * slots * width].view(part.dtype).view(ranks, slots, part.shape[1])
+                for part, width, plane in zip(parts, widths, planes, strict=True)
+            )
+        return views
 
     def expert_rows(self, slots: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """The region of experts' rows: [ranks, slots, hidden]."""
