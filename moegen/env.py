@@ -84,6 +84,19 @@ VARIABLES: dict[str, Variable] = {
             ("0", "1"),
         ),
         Variable(
+            "MOEGEN_REPLACE_MOONCAKE_EP",
+            "0 or 1",
+            "0",
+            "1 puts moegen.compat.mooncake in the place of `mooncake.mooncake_ep_buffer`, likewise.",
+            ("0", "1"),
+        ),
+        Variable(
+            "MOONCAKE_EP_USE_TORCH_ALLTOALL",
+            "1, ON, TRUE or YES",
+            "no",
+            "Mooncake's own switch: moegen.compat.mooncake exchanges by torch.distributed. Other values mean no.",
+        ),
+        Variable(
             "MOEGEN_PEER_ACCESS",
             "0 or 1",
             "1",
@@ -132,6 +145,16 @@ def cache_trust() -> bool:
 def replace_deep_ep() -> bool:
     """Whether frameworks get moegen where they import `deep_ep`."""
     return raw("MOEGEN_REPLACE_DEEP_EP") == "1"
+
+
+def replace_mooncake_ep() -> bool:
+    """Whether frameworks get moegen where they import `mooncake.mooncake_ep_buffer`."""
+    return raw("MOEGEN_REPLACE_MOONCAKE_EP") == "1"
+
+
+def mooncake_uses_alltoall() -> bool:
+    """Whether `moegen.compat.mooncake` takes path collective."""
+    return raw("MOONCAKE_EP_USE_TORCH_ALLTOALL").upper() in ("1", "ON", "TRUE", "YES")
 
 
 def packs() -> tuple[Path, ...]:

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any, overload
 
 import torch
 
 from moegen import checks, payload_checks, payload_results
 from moegen.kernels.a2a import OneSidedCombine
+from moegen.kernels.coll import for_exact
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
 from moegen.payloads import DispatchedPayloads, PayloadsHandle, Quantised
@@ -20,16 +23,18 @@ from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.membership import Membership
 from moegen.runtime.one_sided import OneSidedOps
 from moegen.runtime.paths import PATHS, choose
+from moegen.runtime.staged import Staged
 from moegen.runtime.streams import current_stream, record
 from moegen.runtime.worlds import as_rank_world
 from moegen.select import OneSidedSelection, combine_spec, dispatch_spec, open_spec
+from moegen.tuning.exchange import EXCHANGES, ExchangeRule
 
 log = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 
 
-class OneSided(Membership[OneSidedOps | CollectiveOps]):
+class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
     """One rank's end of a one-sided all-to-all. Collective to make and to call: every rank makes the same calls.
 
     Dispatch pushes one copy of a token's payloads, of whatever dtypes and widths, to every rank that holds one of its
@@ -48,7 +53,13 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         payloads: (columns, dtype) of each payload of the first dispatches, whose kernel is then loaded here. One for
             another set is loaded by the first dispatch that has it, on all ranks.
         path: "ipc": ranks map each other's memory; "collective": an all-to-all of torch.distributed on whatever backend
-            the group has, fixed sizes, no mask; "auto": ipc where it is possible.
+            the group has, no mask; "auto": ipc where it is possible.
+        exchange: of path collective. "padded": one all-to-all each way, of as many rows as the call has room for, which
+            a graph may hold; "exact": dispatch exchanges counts first, for which the host waits, and only rows that are
+            needed cross, in combine too; "auto": what `moegen.tuning.exchange` expects to be faster, padded while a
+            stream captures. Results are the same.
+        copy: how dispatch moves wide payloads: "vec" (through registers), "bulk" (by bulk copies through shared memory,
+            which GPUs have from sm_90 on), or "auto": "vec", which bench/results found faster everywhere.
         expert_rows: make room for `expert_rows()`, where experts may write what combine then reads from there.
         warp_groups: e.g. "1x14"; None: what is fastest.
         num_sms: thread blocks per launch at most; None: as many as are useful.
@@ -77,6 +88,8 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         dtype: torch.dtype = torch.bfloat16,
         payloads: Sequence[tuple[int, torch.dtype]] = (),
         path: str = "auto",
+        exchange: str = "auto",
+        copy: str = "auto",
         expert_rows: bool = False,
         warp_groups: str | None = None,
         num_sms: int | None = None,
@@ -91,6 +104,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         self.world = as_rank_world(group_or_world, device)
         self.device = self.world.device
         checks.one_of("path", path, ("auto", *PATHS))
+        checks.one_of("exchange", exchange, EXCHANGES)
         self.problem = payload_checks.problem(
             self.world.size,
             num_experts=num_experts,
@@ -100,22 +114,25 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
             payload_bytes=payload_bytes,
             dtype=dtype,
             warp_groups=warp_groups,
+            copy=payload_checks.copy(self, copy),
             path=choose(self.world, path),
             on_host=self.device.type == "cpu",
         )
         self.dtype, self.payload_bytes, self._expert_rows = dtype, payload_bytes, expert_rows
         self.combine_bytes = hidden * dtype.itemsize
-        self._settings = (payload_bytes, expert_rows, timeout, first_epoch)
-        collective = self.problem.path == "collective"
-        foreseen: list[Spec] = [self._combine_spec(dtype, payload_checks.usual_out(dtype))]
-        if collective:
+        self._settings = (payload_bytes, expert_rows, timeout, first_epoch, exchange)
+        self.exchange, self._rule = exchange, ExchangeRule(self.problem, exchange)
+        self._may_be_exact = self._rule.is_exact(max_tokens_per_rank, payload_bytes + self.combine_bytes)
+        foreseen = self._with_others(self._combine_spec(dtype, payload_checks.usual_out(dtype)), self._may_be_exact)
+        if self.problem.path == "collective":
             foreseen.append(open_spec(self.problem))
         elif expert_rows:
             foreseen.append(self._combine_spec(dtype, payload_checks.usual_out(dtype), pulls=True))
         if payloads:
             widths = tuple(columns * each.itemsize for columns, each in payloads)
             payload_checks.room(self, widths)
-            foreseen.append(dispatch_spec(self.problem, widths))
+            foreseen += self._with_others(dispatch_spec(self.problem, widths), self._may_be_exact)
+        self._chosen: dict[Hashable, Any] = {}
         kernels = self._load(foreseen)
         failure: Exception | None = None
         try:
@@ -130,11 +147,11 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         log.info("rank %d of %s: path %s, kernel %s", *described)
 
     def _make_ops(self, num_sms: int | None) -> OneSidedOps | CollectiveOps:
-        payload_bytes, expert_rows, timeout, first_epoch = self._settings
+        payload_bytes, expert_rows, timeout, first_epoch, _ = self._settings
         sizes = {"payload_bytes": payload_bytes, "combine_bytes": self.combine_bytes}
         how: dict[str, Any] = {"timeout": timeout, "num_sms": num_sms, "first_epoch": first_epoch}
         if self.problem.path == "collective":
-            return CollectiveOps(self.world, self.problem, **sizes, **how)
+            return CollectiveOps(self.world, self.problem, **sizes, **how, may_be_exact=self._may_be_exact)
         return OneSidedOps(self.world, self.problem, **sizes, expert_rows=expert_rows, **how)
 
     def dispatch(
@@ -189,18 +206,20 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         if timeout is not None:
             checks.seconds("timeout", timeout)
         widths = tuple(part.shape[1] * part.element_size() for part in moved)
-        spec = self._ready(dispatch_spec(self.problem, widths), active)
-        handle, counts = self._handle(moved[0].shape[0], slots)
+        exact = payload_checks.exact(self, self._rule.is_exact(slots, sum(widths) + self.combine_bytes))
+        spec = self._ready((widths, exact), active, exact, partial(dispatch_spec, self.problem, widths))
+        memory, addresses = self._routing(moved[0].shape[0])
         gathered = None if stats is None else torch.empty(
             self.num_ranks, stats.numel(), dtype=torch.int32, device=self.device
         )  # fmt: skip
-        self._launch(
-            ops.dispatch, spec, moved, topk_idx, num_tokens, handle.addresses, slots, stats, gathered, unused_ids,
-            active, timeout,
+        exchanged = self._launch(
+            ops.dispatch, spec, moved, topk_idx, num_tokens, addresses, slots, stats, gathered, unused_ids, active,
+            timeout, exact,
         )  # fmt: skip
-        return DispatchedPayloads(
-            ops.views(moved, widths, slots, 0 if stats is None else stats.numel()), counts, gathered, handle
-        )
+        stream = current_stream(self.device)
+        handle = PayloadsHandle(self, moved[0].shape[0], slots, memory, addresses, stream, exchanged)
+        views = ops.views(moved, widths, slots, 0 if stats is None else stats.numel())
+        return DispatchedPayloads(views, memory[-self.num_ranks :], gathered, handle)
 
     @overload
     def combine(
@@ -248,7 +267,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
             y: [ranks, max_tokens, hidden], max_tokens as in that dispatch: row (s, i) is what this rank's experts made
                 of row (s, i) of dispatch, weights included. It may lie anywhere; either all ranks give `expert_rows()`
                 or none does. Other rows mean nothing.
-            handle: of the dispatch; may be used more than once.
+            handle: of the dispatch, on all ranks the same one; may be used more than once.
             out_dtype: bfloat16, float16 or float32. None: that of y, or bfloat16 if that is float8_e4m3fn.
             out: the tensor for the result, whose dtype then counts, or with `quantize` those of a `Quantised`; nothing
                 is allocated.
@@ -266,7 +285,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
             [T, hidden], T as given to dispatch, or a `Quantised` of that; rows from `num_tokens` on are undefined.
 
         Raises:
-            HandleError: the handle is another object's.
+            HandleError: the handle is another object's, or of one that was destroyed.
             InputError, PeerTimeoutError, MissingKernelError, LaunchError, DestroyedError: as `dispatch`.
         """
         ops = self._alive()
@@ -283,12 +302,12 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         if timeout is not None:
             checks.seconds("timeout", timeout)
         word = payload_checks.WORDS[y.dtype]
-        spec = self._ready(combine_spec(self.problem, word, to.word, pulls=ops.holds(y)), active)
+        pulls, exact = ops.holds(y), handle.exchanged is not None
+        choose = partial(combine_spec, self.problem, word, to.word, pulls=pulls)
+        spec = self._ready((word, to.word, pulls, exact), active, exact, choose)
         if handle.stream != current_stream(self.device):  # the handle may be dropped before this stream has read it
             record(self.device, (handle.memory,))
-        self._launch(
-            ops.combine, spec, y, to.addresses, handle.addresses, handle.num_tokens, handle.max_tokens, active, timeout
-        )
+        self._launch(ops.combine, spec, y, to.addresses, handle, active, timeout)
         return to.made
 
     @property
@@ -330,15 +349,26 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
         self.combine(y, received.handle)
         self.synchronize()
 
-    def _ready(self, spec: Any, active: int) -> Any:
-        """The Spec, once its kernel is loaded: the first time on all ranks, none of which launches before."""
-        ops = self._alive()
-        if not ops.knows(spec):
-            payload_checks.everyone_loads(self, spec, active)
-            for kernel in self._load([spec]):
-                ops.bind(kernel)
-            self.world.barrier()
+    def _ready(self, key: Hashable, active: int, exact: bool, choose: Callable[[], Spec]) -> Any:
+        """The Spec that `choose` gives for the key, once the call's kernels are loaded: the first time on all ranks,
+        none of which launches before.
+        """
+        spec = self._chosen.get(key)
+        if spec is None:
+            ops, spec = self._alive(), choose()
+            missing = [each for each in self._with_others(spec, exact) if not ops.knows(each)]
+            if missing:
+                payload_checks.everyone_loads(self, missing[0], active)
+                for kernel in self._load(missing):
+                    ops.bind(kernel)
+                self.world.barrier()
+            self._chosen[key] = spec
         return spec
+
+    @staticmethod
+    def _with_others(spec: Spec, exact: bool) -> list[Spec]:
+        """The kernel, and the others that its call launches."""
+        return [spec, *for_exact(spec)] if exact else [spec]
 
     def _combine_spec(self, dtype: torch.dtype, out: torch.dtype, *, pulls: bool = False) -> OneSidedCombine:
         return combine_spec(self.problem, payload_checks.WORDS[dtype], payload_checks.WORDS[out], pulls=pulls)
@@ -349,12 +379,9 @@ class OneSided(Membership[OneSidedOps | CollectiveOps]):
 
         return load_on_all_ranks(self.world, self.problem, self._settings, select)[1]
 
-    def _handle(self, tokens: int, slots: int) -> tuple[PayloadsHandle, Tensor]:
-        """New memory for a routing: 64-bit masks first; and the counts in it."""
+    def _routing(self, tokens: int) -> tuple[Tensor, tuple[int, ...]]:
+        """New memory for a routing: 64-bit masks first, the counts last; and the addresses in it."""
         ranks, destinations = self.num_ranks, min(self.num_ranks, self.problem.num_topk)
-        sizes = (2 * tokens, tokens * destinations, 1, ranks)
-        memory = torch.empty(sum(sizes), dtype=torch.int32, device=self.device)
-        base = memory.data_ptr()
-        addresses = tuple(base + 4 * sum(sizes[:index]) for index in range(len(sizes)))
-        handle = PayloadsHandle(self, tokens, slots, memory, addresses, current_stream(self.device))
-        return handle, memory[-ranks:]
+        memory = torch.empty(tokens * (2 + destinations) + 1 + ranks, dtype=torch.int32, device=self.device)
+        *addresses, _ = accumulate((8 * tokens, 4 * tokens * destinations, 4, 4 * ranks), initial=memory.data_ptr())
+        return memory, tuple(addresses)

@@ -16,6 +16,7 @@ from moegen.kernels.ll import MAX_TOKENS_PER_RANK
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import MAX_ROW_BYTES, MAX_TOPK, Spec
 from moegen.payloads import PayloadsHandle
+from moegen.runtime.lifecycle import Lifecycle
 
 if TYPE_CHECKING:
     from moegen.one_sided import OneSided
@@ -25,11 +26,6 @@ WORDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", t
 
 _ROWS = tuple(dtype for dtype, word in WORDS.items() if word in ROW_DTYPES)
 _OUTS = tuple(dtype for dtype, word in WORDS.items() if word in OUT_DTYPES)
-
-
-def every_rank(num_ranks: int) -> int:
-    """The mask of active ranks with all of them in it: bit r is rank r."""
-    return (1 << num_ranks) - 1
 
 
 def problem(
@@ -42,6 +38,7 @@ def problem(
     payload_bytes: int,
     dtype: torch.dtype,
     warp_groups: str | None,
+    copy: str,
     path: str,
     on_host: bool,
 ) -> Problem:
@@ -51,7 +48,18 @@ def problem(
     checks.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
     checks.in_range("payload_bytes", payload_bytes, 1, MAX_PAYLOADS * MAX_ROW_BYTES)
     shape = (num_ranks, num_experts, num_topk, hidden, max_tokens_per_rank)
-    return Problem(*shape, WORDS[dtype], "rank", path, on_host=on_host, warp_groups=warp_groups)
+    return Problem(*shape, WORDS[dtype], "rank", path, on_host=on_host, copy=copy, warp_groups=warp_groups)
+
+
+def copy(owner: OneSided, given: str) -> str:
+    """Bulk copies are an instruction of newer GPUs; a CPU imitates them."""
+    checks.one_of("copy", given, ("auto", "vec", "bulk"))
+    if given == "bulk" and owner.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(owner.device)
+        if capability < (9, 0):
+            have = ".".join(map(str, capability))
+            raise InputError(f'copy="bulk" needs compute capability 9.0, and {owner.device} has {have}; use "vec"')
+    return given
 
 
 def usual_out(dtype: torch.dtype) -> torch.dtype:
@@ -110,7 +118,7 @@ def stats(owner: OneSided, given: torch.Tensor | None) -> None:
 
 def active(owner: OneSided, given: int | None) -> int:
     """A bit for every rank that takes part."""
-    everyone = every_rank(owner.num_ranks)
+    everyone = owner.problem.every_rank
     if given is None:
         return everyone
     checks.in_range("active_ranks", given, 1, everyone)
@@ -121,9 +129,20 @@ def active(owner: OneSided, given: int | None) -> int:
     return given
 
 
+def exact(owner: OneSided, wanted: bool) -> bool:
+    """Whether a dispatch exchanges counts first, if the object wants that: not while a stream captures."""
+    if not wanted or owner.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return wanted
+    if owner.exchange == "exact":
+        raise InputError(
+            'exchange="exact" waits for the host and cannot be captured; make the object with "padded" or "auto"'
+        )
+    return False
+
+
 def everyone_loads(owner: OneSided, spec: Spec, active: int) -> None:
     """A kernel is loaded by all ranks together, and those that are left out make no calls."""
-    if active != every_rank(owner.num_ranks):
+    if active != owner.problem.every_rank:
         raise MissingKernelError(
             f"{spec.stem} is not loaded, and active_ranks leaves out ranks that would have to load it, too: make "
             "such a call once with all ranks before"
@@ -136,7 +155,12 @@ def handle(owner: OneSided, given: PayloadsHandle) -> None:
             f"combine takes the handle of a dispatch (DispatchedPayloads.handle); got {type(given).__name__}"
         )
     if given.owner is not owner:
-        raise HandleError("this handle comes from another OneSided; give it to that one's combine")
+        gone = isinstance(given.owner, Lifecycle) and given.owner.destroyed
+        raise HandleError(
+            "the OneSided that made this handle was destroyed; dispatch again"
+            if gone
+            else "this handle comes from another OneSided; give it to that one's combine"
+        )
 
 
 def outputs(owner: OneSided, y: torch.Tensor, slots: int) -> torch.Tensor:

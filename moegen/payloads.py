@@ -4,9 +4,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+
+class ExchangedRows(NamedTuple):
+    """Of a dispatch that exchanged counts first.
+
+    Attributes:
+        came: rows from each source.
+        sent: rows to each rank.
+    """
+
+    came: tuple[int, ...]
+    sent: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -20,6 +32,7 @@ class PayloadsHandle:
         memory: the device memory behind `addresses`.
         addresses: of token_ranks, token_slots, tokens_sent and counts.
         stream: the CUDA stream that its memory was allocated on, as a number; 0 on the CPU.
+        exchanged: what the host knows of an exact dispatch, whose combine is exact, too; else None.
     """
 
     owner: object
@@ -28,6 +41,7 @@ class PayloadsHandle:
     memory: torch.Tensor
     addresses: tuple[int, ...]
     stream: int
+    exchanged: ExchangedRows | None = None
 
     def __repr__(self) -> str:
         return f"PayloadsHandle(num_tokens={self.num_tokens}, max_tokens={self.max_tokens})"

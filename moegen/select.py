@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from moegen import tuning
 from moegen.errors import SpecError
-from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch, RowBytes
+from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch
+from moegen.kernels.a2a_payloads import RowBytes
 from moegen.kernels.coll import CollectiveOpen, CollectivePack, CollectiveSum
 from moegen.kernels.coll_rows import CollectivePlace, CollectiveReduce, CollectiveReturn, CollectiveSend
 from moegen.kernels.ht import FORMATS, PHASE_WORDS, HighThroughputCombine, HighThroughputDispatch
@@ -306,6 +308,8 @@ ONE_SIDED_GROUPS = (
 """Teams by capacity, for 7168 elements between two H200 (bench/results): as many warps as there are to spare move a
 row; 14 and 7 of them divide it.
 """
+PULLED_GROUPS = ((256, WarpGroups(1, 14)), (1024, WarpGroups(2, 7)), (None, WarpGroups(4, 4)))
+"""The same for combine that reads rows where they are: it has more loads under way with more warps."""
 
 
 def dispatch_spec(problem: Problem, widths: tuple[int, ...]) -> OneSidedDispatch:
@@ -315,8 +319,10 @@ def dispatch_spec(problem: Problem, widths: tuple[int, ...]) -> OneSidedDispatch
         SpecError: as `select`.
     """
     shape = (problem.num_ranks, problem.num_topk, problem.num_experts, problem.path)
-    kind = CollectivePack if problem.path == "collective" else OneSidedDispatch
-    return kind(RowBytes(widths), *shape, _one_sided_groups(problem))
+    groups = _one_sided_groups(problem)
+    if problem.path == "collective":
+        return CollectivePack(RowBytes(widths), *shape, groups)
+    return OneSidedDispatch(RowBytes(widths), *shape, groups, copy="bulk" if problem.copy == "bulk" else "vec")
 
 
 def combine_spec(problem: Problem, dtype: str, out: str, *, pulls: bool = False) -> OneSidedCombine:
@@ -332,7 +338,8 @@ def combine_spec(problem: Problem, dtype: str, out: str, *, pulls: bool = False)
     shape = (problem.num_ranks, problem.hidden, destinations, problem.path)
     if problem.path == "collective":
         return CollectiveSum(dtype, out, *shape, _one_sided_groups(problem))
-    return OneSidedCombine(dtype, out, *shape, _one_sided_groups(problem), rows="pulled" if pulls else "pushed")
+    groups = _one_sided_groups(problem, PULLED_GROUPS if pulls else ONE_SIDED_GROUPS)
+    return OneSidedCombine(dtype, out, *shape, groups, rows="pulled" if pulls else "pushed")
 
 
 def open_spec(problem: Problem) -> CollectiveOpen:
@@ -340,9 +347,11 @@ def open_spec(problem: Problem) -> CollectiveOpen:
     return CollectiveOpen(problem.num_ranks, "collective", WarpGroups(1, 1) if problem.on_host else WarpGroups(1, 8))
 
 
-def _one_sided_groups(problem: Problem) -> WarpGroups:
+def _one_sided_groups(
+    problem: Problem, by_capacity: Sequence[tuple[int | None, WarpGroups]] = ONE_SIDED_GROUPS
+) -> WarpGroups:
     if problem.warp_groups is not None:
         return WarpGroups.parse(problem.warp_groups)
     if problem.on_host:
         return HOST_WARP_GROUPS
-    return next(groups for limit, groups in ONE_SIDED_GROUPS if limit is None or problem.max_tokens <= limit)
+    return next(groups for limit, groups in by_capacity if limit is None or problem.max_tokens <= limit)

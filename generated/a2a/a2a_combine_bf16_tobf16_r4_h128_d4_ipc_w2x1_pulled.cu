@@ -35,7 +35,7 @@ struct Params {
     uint32_t* aborted;             // this object's abort word
     Failure* failure;              // where the host reads what went wrong
     uint64_t active;               // bit r: rank r takes part
-    uint64_t presence_offset;      // [rank] pieces: the last dispatch that it has done with, its last combine
+    uint64_t presence_offset;      // [rank] u64: the last dispatch that it has done with, its last combine
     uint64_t timeout_ns;           // how long one wait may take
     uint64_t rows_offset;          // [source][slots, hidden]: what the experts of each rank made
     Blocks senders;                // blocks that send
@@ -71,17 +71,23 @@ __device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank,
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.presence_offset) + from;
 }
 
-// Whatever the user read before this launch, it has read.
+// Whatever the user read before this launch, it has read. The last threads tell, because the first ones have a share of
+// the tokens.
 __device__ __forceinline__ void tell_presence(const Params& p, const Watch& watch) {
     const uint64_t word = uint64_t(epoch_before(p.other_control->epoch)) << 32 | watch.epoch;
 #pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
+    for (uint32_t peer = kBlockThreads - 1 - threadIdx.x; peer < kRanks; peer += kBlockThreads) {
         if (is_active(p, peer)) store_release_sys(presence_at(p, peer, p.rank), word);
     }
 }
 
-// Whether every rank has come as far as `needed`, which is waited for; one that waits for nothing of this rank may be
-// ahead. `thread` of `threads` look at the ranks in turn.
+// How far a rank has come: `needed`, if that far; one that waits for nothing of this rank may be ahead.
+__device__ __forceinline__ uint32_t progress_at(const uint64_t* word, uint32_t needed) {
+    const uint32_t seen = uint32_t(load_acquire_sys(word));
+    return int32_t(seen - needed) >= 0 ? needed : seen;
+}
+
+// Whether every rank has come as far as `needed`, which is waited for. `thread` of `threads` look at the ranks in turn.
 __device__ __forceinline__ bool await_presence(const Params& p, const Watch& watch, Phase phase, uint32_t needed,
                                                uint32_t thread, uint32_t threads) {
     bool came = true;
@@ -89,20 +95,17 @@ __device__ __forceinline__ bool await_presence(const Params& p, const Watch& wat
     for (uint32_t peer = thread; peer < kRanks; peer += threads) {
         if (!is_active(p, peer)) continue;
         const uint64_t* word = presence_at(p, p.rank, peer);
-        came &= wait_for(watch, Awaited{phase, peer, -1}, needed, [=] {
-            const uint32_t seen = uint32_t(load_acquire_sys(word));
-            return int32_t(seen - needed) >= 0 ? needed : seen;
-        });
+        came &= wait_for(watch, Awaited{phase, peer, -1}, needed, [=] { return progress_at(word, needed); });
     }
     return came;
 }
 
 // A barrier of the block: behind it all have read the epoch, so that the next launch may be that of the next, and know
-// whether this object has failed before.
-__device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch, uint32_t aborted) {
-    const bool sound = __syncthreads_and(aborted == 0) != 0;
+// whether all of them found things sound.
+__device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch, bool sound) {
+    const bool all_sound = __syncthreads_and(sound) != 0;
     if (threadIdx.x == kBlockThreads - 1) leave_epoch_to_the_next_launch(p.control, watch.epoch);
-    return sound;
+    return all_sound;
 }
 
 constexpr uint32_t kWordFloats = 2;  // elements in 32 bits
@@ -215,12 +218,13 @@ __device__ __forceinline__ void add_tokens(const Params& p, uint32_t tokens) {
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_combine_bf16_tobf16_r4_h128_d4_ipc_w2x1_pulled(const __grid_constant__ Params p) {
+    await_launch_before();
     const Watch watch = start_watch(p);
-    const uint32_t aborted = load_relaxed_sys(watch.aborted);
-    if (!open_epoch(p, watch, aborted)) return;
-    if (blockIdx.x == p.receivers.first) tell_presence(p, watch);
+    const bool sound = load_relaxed_sys(watch.aborted) == 0;
+    const bool tells = blockIdx.x == p.receivers.first;
+    if (tells && sound) tell_presence(p, watch);
+    const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     // A rank that has begun this has made all its rows.
     const bool came = await_presence(p, watch, kPresence, watch.epoch, threadIdx.x, kBlockThreads);
-    if (__syncthreads_and(came) == 0) return;
-    add_tokens(p, min(uint32_t(*p.tokens_sent), p.tokens));
+    if (open_epoch(p, watch, sound && came)) add_tokens(p, tokens);
 }

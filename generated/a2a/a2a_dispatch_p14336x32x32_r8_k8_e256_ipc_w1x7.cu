@@ -41,7 +41,7 @@ struct Params {
     uint32_t* aborted;             // this object's abort word
     Failure* failure;              // where the host reads what went wrong
     uint64_t active;               // bit r: rank r takes part
-    uint64_t presence_offset;      // [rank] pieces: the last dispatch that it has done with, its last combine
+    uint64_t presence_offset;      // [rank] u64: the last dispatch that it has done with, its last combine
     uint64_t timeout_ns;           // how long one wait may take
     uint64_t counts_offset;        // [half][source] pieces
     uint64_t stats_offset;         // [half][source][stats pieces]
@@ -76,17 +76,33 @@ __device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank,
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.presence_offset) + from;
 }
 
-// Whatever the user read before this launch, it has read.
+// Whatever the user read before this launch, it has read. The last threads tell, because the first ones have a share of
+// the tokens.
 __device__ __forceinline__ void tell_presence(const Params& p, const Watch& watch) {
     const uint64_t word = uint64_t(epoch_before(watch.epoch)) << 32 | epoch_before(p.other_control->epoch);
 #pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
+    for (uint32_t peer = kBlockThreads - 1 - threadIdx.x; peer < kRanks; peer += kBlockThreads) {
         if (is_active(p, peer)) store_release_sys(presence_at(p, peer, p.rank), word);
     }
 }
 
-// Whether every rank has come as far as `needed`, which is waited for; one that waits for nothing of this rank may be
-// ahead. `thread` of `threads` look at the ranks in turn.
+// How far a rank has come: `needed`, if that far; one that waits for nothing of this rank may be ahead.
+__device__ __forceinline__ uint32_t progress_at(const uint64_t* word, uint32_t needed) {
+    const uint32_t seen = uint32_t(load_acquire_sys(word) >> 32);
+    return int32_t(seen - needed) >= 0 ? needed : seen;
+}
+
+// Whether every rank has come as far as `needed` already. A warp looks at the ranks in turn.
+__device__ __forceinline__ bool all_are_present(const Params& p, uint32_t needed) {
+    bool came = true;
+#pragma unroll 1
+    for (uint32_t peer = lane_id(); peer < kRanks; peer += kWarpSize) {
+        came &= !is_active(p, peer) || progress_at(presence_at(p, p.rank, peer), needed) == needed;
+    }
+    return came;
+}
+
+// Whether every rank has come as far as `needed`, which is waited for. `thread` of `threads` look at the ranks in turn.
 __device__ __forceinline__ bool await_presence(const Params& p, const Watch& watch, Phase phase, uint32_t needed,
                                                uint32_t thread, uint32_t threads) {
     bool came = true;
@@ -94,20 +110,17 @@ __device__ __forceinline__ bool await_presence(const Params& p, const Watch& wat
     for (uint32_t peer = thread; peer < kRanks; peer += threads) {
         if (!is_active(p, peer)) continue;
         const uint64_t* word = presence_at(p, p.rank, peer);
-        came &= wait_for(watch, Awaited{phase, peer, -1}, needed, [=] {
-            const uint32_t seen = uint32_t(load_acquire_sys(word) >> 32);
-            return int32_t(seen - needed) >= 0 ? needed : seen;
-        });
+        came &= wait_for(watch, Awaited{phase, peer, -1}, needed, [=] { return progress_at(word, needed); });
     }
     return came;
 }
 
 // A barrier of the block: behind it all have read the epoch, so that the next launch may be that of the next, and know
-// whether this object has failed before.
-__device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch, uint32_t aborted) {
-    const bool sound = __syncthreads_and(aborted == 0) != 0;
+// whether all of them found things sound.
+__device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch, bool sound) {
+    const bool all_sound = __syncthreads_and(sound) != 0;
     if (threadIdx.x == kBlockThreads - 1) leave_epoch_to_the_next_launch(p.control, watch.epoch);
-    return sound;
+    return all_sound;
 }
 
 constexpr uint32_t kExperts = 256;
@@ -146,16 +159,20 @@ __device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
     return given < 0 ? 0 : min(uint32_t(given), p.tokens);
 }
 
-// Counts, in shared memory, how many of the tokens before `begin` go to each rank, and gives the first warp
-// the ranks of the tokens from there to `end`, a lane's each: ids are read in one place, all at once. All threads of
-// the block call this.
-__device__ __forceinline__ uint64_t count_tokens(const Params& p, uint32_t begin, uint32_t end, uint32_t* counts) {
-    constexpr uint32_t kWarps = kBlockThreads / kWarpSize;
+constexpr uint32_t kWarps = kBlockThreads / kWarpSize;
+
+// How many tokens go to each rank: every warp counts for itself, so that nothing is waited for before.
+struct Counts {
+    uint32_t of_warp[kWarps][kRanks];
+};
+
+// Counts the tokens before `begin`, and gives the first warp the ranks of the tokens from there to `end`, a lane's
+// each: ids are read in one place, all at once. All threads of the block call this; the counts are there behind its
+// next barrier.
+__device__ __forceinline__ uint64_t count_tokens(const Params& p, uint32_t begin, uint32_t end, Counts& counts) {
     const uint32_t groups = (begin + kWarpSize - 1) / kWarpSize;
     uint32_t mine[(kRanks + kWarpSize - 1) / kWarpSize] = {};  // lane r counts the tokens of rank r (and r + 32)
     uint64_t own = 0;
-    for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) counts[rank] = 0;
-    __syncthreads();
 #pragma unroll 1
     for (uint32_t group = warp_id(); group <= groups; group += kWarps) {
         const uint32_t token = (group == 0 ? begin : (group - 1) * kWarpSize) + lane_id();
@@ -173,10 +190,16 @@ __device__ __forceinline__ uint64_t count_tokens(const Params& p, uint32_t begin
 #pragma unroll
     for (uint32_t word = 0; word < (kRanks + kWarpSize - 1) / kWarpSize; ++word) {
         const uint32_t rank = word * kWarpSize + lane_id();
-        if (rank < kRanks && mine[word] != 0) atomicAdd(&counts[rank], mine[word]);
+        if (rank < kRanks) counts.of_warp[warp_id()][rank] = mine[word];
     }
-    __syncthreads();
     return own;
+}
+
+__device__ __forceinline__ uint32_t sum_of_warps(const Counts& counts, uint32_t rank) {
+    uint32_t sum = 0;
+#pragma unroll
+    for (uint32_t warp = 0; warp < kWarps; ++warp) sum += counts.of_warp[warp][rank];
+    return sum;
 }
 
 // Of tokens beyond a block's first: out of line, because few launches have any.
@@ -214,7 +237,7 @@ struct Chunk {
 
 // One warp's: gives each of its tokens the next slot with every rank that it goes to, and leaves that for combine.
 __device__ __forceinline__ void plan_chunk(const Params& p, uint32_t begin, uint32_t end, uint64_t ranks,
-                                           uint32_t* counts, Chunk& chunk) {
+                                           uint32_t* next_slots, Chunk& chunk) {
     const uint32_t token = begin + lane_id();
     chunk.ranks[lane_id()] = ranks;
     uint32_t index = 0;
@@ -222,9 +245,9 @@ __device__ __forceinline__ void plan_chunk(const Params& p, uint32_t begin, uint
     for (uint32_t rank = 0; rank < kRanks; ++rank) {
         const bool goes = (ranks >> rank & 1) != 0;
         const uint32_t all = __ballot_sync(kFullWarp, goes);
-        const uint32_t before = counts[rank];
+        const uint32_t before = next_slots[rank];
         __syncwarp();
-        if (lane_id() == 0) counts[rank] = before + __popc(all);
+        if (lane_id() == 0) next_slots[rank] = before + __popc(all);
         if (!goes) continue;
         const uint32_t slot = before + __popc(all & ((1u << lane_id()) - 1));
         chunk.slots[lane_id()][index] = slot;
@@ -320,9 +343,8 @@ __device__ __forceinline__ uint32_t* flag_at(const Params& p, uint32_t rank, uin
     return reinterpret_cast<uint32_t*>(p.peers[rank] + p.flags_offset) + source * 256 + block;
 }
 
-// The block's rows are on their way: the barrier gathers them, and the release sends this behind them.
+// Behind a barrier of the block, which gathers its rows; the release sends this behind them.
 __device__ __forceinline__ void tell_rows_are_sent(const Params& p, const Watch& watch) {
-    __syncthreads();
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
         if (peer == p.rank || !is_active(p, peer)) continue;
@@ -349,13 +371,11 @@ struct Arrivals {
 };
 
 // Tells every rank how many rows go there.
-__device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch, uint32_t tokens) {
-    __shared__ uint32_t counts[kRanks];
-    count_tokens(p, tokens, tokens, counts);
+__device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch, uint32_t tokens, const Counts& all) {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
         if (!is_active(p, rank)) continue;
-        const uint4 piece = make_uint4(counts[rank], blocks_with_a_share(p, tokens), 0, watch.epoch);
+        const uint4 piece = make_uint4(sum_of_warps(all, rank), blocks_with_a_share(p, tokens), 0, watch.epoch);
         store_whole_relaxed_sys(counts_at(p, watch, rank, p.rank), piece);
     }
 }
@@ -376,9 +396,11 @@ __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch
     __syncthreads();
 }
 
-// This rank's statistics to every rank, three words in each piece, and what the others have sent into `gathered`.
-__device__ __forceinline__ void gather_stats(const Params& p, const Watch& watch) {
-    const uint32_t pieces = (p.stats_words + 2) / 3;
+__device__ __forceinline__ uint32_t stats_pieces(const Params& p) { return (p.stats_words + 2) / 3; }
+
+// This rank's statistics to every rank, three words in each piece.
+__device__ __forceinline__ void tell_stats(const Params& p, const Watch& watch) {
+    const uint32_t pieces = stats_pieces(p);
 #pragma unroll 1
     for (uint32_t at = threadIdx.x; at < kRanks * pieces; at += kBlockThreads) {
         const uint32_t rank = at / pieces;
@@ -390,6 +412,11 @@ __device__ __forceinline__ void gather_stats(const Params& p, const Watch& watch
         store_whole_relaxed_sys(stats_at(p, watch, rank, p.rank) + at % pieces,
                                 make_uint4(words[0], words[1], words[2], watch.epoch));
     }
+}
+
+// What the others have sent of theirs, into `gathered`.
+__device__ __forceinline__ void gather_stats(const Params& p, const Watch& watch) {
+    const uint32_t pieces = stats_pieces(p);
 #pragma unroll 1
     for (uint32_t at = threadIdx.x; at < kRanks * pieces; at += kBlockThreads) {
         const uint32_t source = at / pieces;
@@ -443,56 +470,73 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
     if (p.stats_words != 0) gather_stats(p, watch);
 }
 
-// Plans the block's share of the tokens, 32 at a time, and sends each. A team's first token is asked for before
-// anything is known of it.
-__device__ __forceinline__ void send_share(const Params& p, uint32_t tokens, const Token& first, const Watch& watch, bool ready) {
-    __shared__ uint32_t counts[kRanks];
+// What a block learns of its share before its first barrier: all of it is asked for before any is used.
+struct Start {
+    Share share;
+    uint64_t ranks;  // of the first tokens, a lane's each of the first warp
+    Token token;     // a team's first
+};
+
+__device__ __forceinline__ Start start_share(const Params& p, uint32_t tokens, Counts& before) {
+    Start start = {share_of_block(p, tokens), 0, {}};
+    const uint32_t token = start.share.begin + team_id();
+    if (token < start.share.end) start.token = ask_token(p, token);
+    start.ranks = count_tokens(p, start.share.begin, start.share.end, before);
+    return start;
+}
+
+// Plans the block's share of the tokens, 32 at a time, and sends each.
+__device__ __forceinline__ void send_share(const Params& p, const Start& start, const Counts& before, const Watch& watch, bool ready) {
+    __shared__ uint32_t next_slots[kRanks];
     __shared__ Chunk chunk;
-    const Share share = share_of_block(p, tokens);
-    uint64_t ranks = count_tokens(p, share.begin, share.end, counts);
+    const Share share = start.share;
+    uint64_t ranks = start.ranks;
+    if (warp_id() == 0) {
+        for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) next_slots[rank] = sum_of_warps(before, rank);
+        __syncwarp();
+    }
 #pragma unroll 1
     for (uint32_t begin = share.begin; begin < share.end; begin += kWarpSize) {
         if (warp_id() == 0) {
-            plan_chunk(p, begin, share.end, ranks, counts, chunk);
+            plan_chunk(p, begin, share.end, ranks, next_slots, chunk);
             const uint32_t next = begin + kWarpSize + lane_id();
             ranks = next < share.end ? ranks_of_later_token(p, next) : 0;
         }
+        if (!ready) ready = await_presence(p, watch, kPeerReady, epoch_before(watch.epoch), lane_id(), kWarpSize);
         if (__syncthreads_and(ready) == 0) return;
-        Token asked = first;
+        Token asked = start.token;
 #pragma unroll 1
         for (uint32_t index = team_id(); index < min(kWarpSize, share.end - begin); index += kTeams) {
             const uint32_t token = begin + index;
             if (token != share.begin + team_id()) asked = ask_token(p, token);
             send_token(p, asked, chunk.ranks[index], chunk.slots[index]);
         }
-        __syncthreads();  // the chunk is used
+        __syncthreads();  // the chunk is used, and all its rows are on their way
     }
     // A block without a share has waited for nobody, and a peer may still look for the flag that it left before.
     if (share.begin < share.end) tell_rows_are_sent(p, watch);
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_dispatch_p14336x32x32_r8_k8_e256_ipc_w1x7(const __grid_constant__ Params p) {
+    await_launch_before();
     const Watch watch = start_watch(p);
-    const uint32_t aborted = load_relaxed_sys(watch.aborted);
+    const bool sound = load_relaxed_sys(watch.aborted) == 0;
+    if (is_one_of(p.receivers) && sound) tell_presence(p, watch);
+    __shared__ Counts before;
+    __shared__ Counts all;
     const uint32_t tokens = tokens_of_this_call(p);
-    Token first = {};
-    if (is_one_of(p.senders)) {
-        const uint32_t token = share_of_block(p, tokens).begin + team_id();
-        if (token < tokens) first = ask_token(p, token);
+    Start start = {};
+    if (is_one_of(p.senders)) start = start_share(p, tokens, before);
+    if (is_one_of(p.receivers)) count_tokens(p, tokens, tokens, all);
+    // The last warp looks for the peers while the others read ids, and waits for them while the first plans.
+    const bool asks = threadIdx.x >= kBlockThreads - kWarpSize && start.share.begin < start.share.end;
+    const bool ready = !asks || all_are_present(p, epoch_before(watch.epoch));
+    if (!open_epoch(p, watch, sound)) return;
+    if (is_one_of(p.receivers)) {
+        tell_counts(p, watch, tokens, all);
+        if (p.stats_words != 0) tell_stats(p, watch);
+        if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
     }
-    if (open_epoch(p, watch, aborted)) {
-        if (is_one_of(p.receivers)) {
-            tell_presence(p, watch);
-            tell_counts(p, watch, tokens);
-            if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
-        }
-        if (is_one_of(p.senders)) {
-            // The last warp asks the peers while the others plan.
-            const bool asks = threadIdx.x >= kBlockThreads - kWarpSize;
-            const bool ready =
-                !asks || await_presence(p, watch, kPeerReady, epoch_before(watch.epoch), lane_id(), kWarpSize);
-            send_share(p, tokens, first, watch, ready);
-        }
-        if (is_one_of(p.receivers)) receive_rows(p, watch);
-    }
+    if (is_one_of(p.senders)) send_share(p, start, before, watch, ready);
+    if (is_one_of(p.receivers)) receive_rows(p, watch);
 }

@@ -10,18 +10,20 @@ constexpr uint32_t kRanks = 8;
 constexpr uint32_t kBlockThreads = 256;
 
 struct Params {
-    const uint8_t* chunks;   // [ranks][chunk bytes]: what has come from each rank
-    int32_t* counts;         // [ranks]: rows from each source
-    int32_t* gathered;       // [ranks, stats words], or null
-    const Control* control;  // the number of the call behind this one
-    Failure* failure;        // where the host reads what went wrong
-    uint64_t chunk_bytes;    // of one rank
-    uint32_t object;         // a number that all ranks' ends of this object share
-    uint32_t slots;          // rows that a source may send to a rank in this call
-    uint32_t stats_words;    // statistics of a rank
+    const uint8_t* headers;      // of what comes from each rank
+    const uint8_t* own_headers;  // of what goes to each rank, if `exchanged` is asked for
+    int32_t* counts;             // [ranks]: rows from each source
+    int32_t* exchanged;          // [2][ranks]: rows from each source, rows to each rank; or null
+    int32_t* gathered;           // [ranks, stats words], or null
+    const Control* control;      // the number of the call behind this one
+    Failure* failure;            // where the host reads what went wrong
+    uint64_t stride;             // bytes from a header to the next
+    uint32_t object;             // a number that all ranks' ends of this object share
+    uint32_t slots;              // rows that a source may send to a rank in this call
+    uint32_t stats_words;        // statistics of a rank
 };
 
-static_assert(sizeof(Params) == 64);
+static_assert(sizeof(Params) == 80);
 
 struct Header {
     uint32_t rows;
@@ -32,28 +34,30 @@ struct Header {
     uint32_t unused[8 - 5];
 };
 
-__device__ __forceinline__ const  Header* header_at(const Params& p, uint32_t rank) {
-    return reinterpret_cast<const  Header*>(p.chunks + rank * p.chunk_bytes);
+// Of one rank, in `headers` from all or for all.
+__device__ __forceinline__ const Header* header_at(const Params& p, const uint8_t* headers, uint32_t rank) {
+    return reinterpret_cast<const Header*>(headers + rank * p.stride);
 }
 
-// Statistics of a chunk's source lie behind the header.
-__device__ __forceinline__ const  int32_t* stats_at(const Params& p, uint32_t rank) {
-    return reinterpret_cast<const  int32_t*>(header_at(p, rank) + 1);
-}
-
-// One block. A chunk of another call, another object, or of other sizes than this rank's is reported, and holds
-// nothing.
+// One block. A header of another call, another object, or of other sizes than this rank's is reported, and then nothing
+// is taken from that rank, nor sent to it: it sees the same.
 extern "C" __global__ void __launch_bounds__(kBlockThreads) moegen_coll_open_r8_collective_w1x8(const __grid_constant__ Params p) {
+    await_launch_before();
     const uint32_t call = epoch_before(p.control->epoch);
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
-        const Header header = *header_at(p, source);
+        const Header header = *header_at(p, p.headers, source);
         const bool fits = header.object == p.object && header.call == call && header.slots == p.slots;
         if (!fits) store_relaxed_sys(&p.failure->mismatched, source + 1);
-        p.counts[source] = fits ? int32_t(min(header.rows, p.slots)) : 0;
+        const int32_t rows = fits ? int32_t(min(header.rows, p.slots)) : 0;
+        p.counts[source] = rows;
+        if (p.exchanged == nullptr) continue;
+        p.exchanged[source] = rows;
+        p.exchanged[kRanks + source] = fits ? int32_t(header_at(p, p.own_headers, source)->rows) : 0;
     }
 #pragma unroll 1
     for (uint32_t at = threadIdx.x; at < kRanks * p.stats_words; at += kBlockThreads) {
-        p.gathered[at] = stats_at(p, at / p.stats_words)[at % p.stats_words];
+        const Header* header = header_at(p, p.headers, at / p.stats_words);
+        p.gathered[at] = reinterpret_cast<const int32_t*>(header + 1)[at % p.stats_words];
     }
 }

@@ -88,16 +88,20 @@ __device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
     return given < 0 ? 0 : min(uint32_t(given), p.tokens);
 }
 
-// Counts, in shared memory, how many of the tokens before `begin` go to each rank, and gives the first warp
-// the ranks of the tokens from there to `end`, a lane's each: ids are read in one place, all at once. All threads of
-// the block call this.
-__device__ __forceinline__ uint64_t count_tokens(const Params& p, uint32_t begin, uint32_t end, uint32_t* counts) {
-    constexpr uint32_t kWarps = kBlockThreads / kWarpSize;
+constexpr uint32_t kWarps = kBlockThreads / kWarpSize;
+
+// How many tokens go to each rank: every warp counts for itself, so that nothing is waited for before.
+struct Counts {
+    uint32_t of_warp[kWarps][kRanks];
+};
+
+// Counts the tokens before `begin`, and gives the first warp the ranks of the tokens from there to `end`, a lane's
+// each: ids are read in one place, all at once. All threads of the block call this; the counts are there behind its
+// next barrier.
+__device__ __forceinline__ uint64_t count_tokens(const Params& p, uint32_t begin, uint32_t end, Counts& counts) {
     const uint32_t groups = (begin + kWarpSize - 1) / kWarpSize;
     uint32_t mine[(kRanks + kWarpSize - 1) / kWarpSize] = {};  // lane r counts the tokens of rank r (and r + 32)
     uint64_t own = 0;
-    for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) counts[rank] = 0;
-    __syncthreads();
 #pragma unroll 1
     for (uint32_t group = warp_id(); group <= groups; group += kWarps) {
         const uint32_t token = (group == 0 ? begin : (group - 1) * kWarpSize) + lane_id();
@@ -115,10 +119,16 @@ __device__ __forceinline__ uint64_t count_tokens(const Params& p, uint32_t begin
 #pragma unroll
     for (uint32_t word = 0; word < (kRanks + kWarpSize - 1) / kWarpSize; ++word) {
         const uint32_t rank = word * kWarpSize + lane_id();
-        if (rank < kRanks && mine[word] != 0) atomicAdd(&counts[rank], mine[word]);
+        if (rank < kRanks) counts.of_warp[warp_id()][rank] = mine[word];
     }
-    __syncthreads();
     return own;
+}
+
+__device__ __forceinline__ uint32_t sum_of_warps(const Counts& counts, uint32_t rank) {
+    uint32_t sum = 0;
+#pragma unroll
+    for (uint32_t warp = 0; warp < kWarps; ++warp) sum += counts.of_warp[warp][rank];
+    return sum;
 }
 
 // Of tokens beyond a block's first: out of line, because few launches have any.
@@ -156,7 +166,7 @@ struct Chunk {
 
 // One warp's: gives each of its tokens the next slot with every rank that it goes to, and leaves that for combine.
 __device__ __forceinline__ void plan_chunk(const Params& p, uint32_t begin, uint32_t end, uint64_t ranks,
-                                           uint32_t* counts, Chunk& chunk) {
+                                           uint32_t* next_slots, Chunk& chunk) {
     const uint32_t token = begin + lane_id();
     chunk.ranks[lane_id()] = ranks;
     uint32_t index = 0;
@@ -164,9 +174,9 @@ __device__ __forceinline__ void plan_chunk(const Params& p, uint32_t begin, uint
     for (uint32_t rank = 0; rank < kRanks; ++rank) {
         const bool goes = (ranks >> rank & 1) != 0;
         const uint32_t all = __ballot_sync(kFullWarp, goes);
-        const uint32_t before = counts[rank];
+        const uint32_t before = next_slots[rank];
         __syncwarp();
-        if (lane_id() == 0) counts[rank] = before + __popc(all);
+        if (lane_id() == 0) next_slots[rank] = before + __popc(all);
         if (!goes) continue;
         const uint32_t slot = before + __popc(all & ((1u << lane_id()) - 1));
         chunk.slots[lane_id()][index] = slot;
@@ -257,29 +267,47 @@ __device__ __forceinline__ void send_token(const Params& p, const Token& asked, 
     }
 }
 
-// Plans the block's share of the tokens, 32 at a time, and sends each. A team's first token is asked for before
-// anything is known of it.
-__device__ __forceinline__ void send_share(const Params& p, uint32_t tokens, const Token& first) {
-    __shared__ uint32_t counts[kRanks];
+// What a block learns of its share before its first barrier: all of it is asked for before any is used.
+struct Start {
+    Share share;
+    uint64_t ranks;  // of the first tokens, a lane's each of the first warp
+    Token token;     // a team's first
+};
+
+__device__ __forceinline__ Start start_share(const Params& p, uint32_t tokens, Counts& before) {
+    Start start = {share_of_block(p, tokens), 0, {}};
+    const uint32_t token = start.share.begin + team_id();
+    if (token < start.share.end) start.token = ask_token(p, token);
+    start.ranks = count_tokens(p, start.share.begin, start.share.end, before);
+    return start;
+}
+
+// Plans the block's share of the tokens, 32 at a time, and sends each.
+__device__ __forceinline__ void send_share(const Params& p, const Start& start, const Counts& before) {
+    __shared__ uint32_t next_slots[kRanks];
     __shared__ Chunk chunk;
-    const Share share = share_of_block(p, tokens);
-    uint64_t ranks = count_tokens(p, share.begin, share.end, counts);
+    const Share share = start.share;
+    uint64_t ranks = start.ranks;
+    if (warp_id() == 0) {
+        for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) next_slots[rank] = sum_of_warps(before, rank);
+        __syncwarp();
+    }
 #pragma unroll 1
     for (uint32_t begin = share.begin; begin < share.end; begin += kWarpSize) {
         if (warp_id() == 0) {
-            plan_chunk(p, begin, share.end, ranks, counts, chunk);
+            plan_chunk(p, begin, share.end, ranks, next_slots, chunk);
             const uint32_t next = begin + kWarpSize + lane_id();
             ranks = next < share.end ? ranks_of_later_token(p, next) : 0;
         }
         __syncthreads();
-        Token asked = first;
+        Token asked = start.token;
 #pragma unroll 1
         for (uint32_t index = team_id(); index < min(kWarpSize, share.end - begin); index += kTeams) {
             const uint32_t token = begin + index;
             if (token != share.begin + team_id()) asked = ask_token(p, token);
             send_token(p, asked, chunk.ranks[index], chunk.slots[index]);
         }
-        __syncthreads();  // the chunk is used
+        __syncthreads();  // the chunk is used, and all its rows are on their way
     }
 }
 
@@ -292,13 +320,8 @@ struct Header {
     uint32_t unused[8 - 5];
 };
 
-__device__ __forceinline__  Header* header_at(const Params& p, uint32_t rank) {
-    return reinterpret_cast< Header*>(p.chunks + rank * p.chunk_bytes);
-}
-
-// Statistics of a chunk's source lie behind the header.
-__device__ __forceinline__  int32_t* stats_at(const Params& p, uint32_t rank) {
-    return reinterpret_cast< int32_t*>(header_at(p, rank) + 1);
+__device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
+    return reinterpret_cast<Header*>(p.chunks + rank * p.chunk_bytes);
 }
 
 // Ids behind the rows of a chunk become one that names no expert of its rank.
@@ -311,36 +334,35 @@ __device__ __forceinline__ void fill_unused_ids(const Params& p, uint32_t rank, 
     }
 }
 
-__device__ __forceinline__ void write_headers(const Params& p, uint32_t tokens, uint32_t call) {
-    __shared__ uint32_t counts[kRanks];
-    count_tokens(p, tokens, tokens, counts);
+__device__ __forceinline__ void write_headers(const Params& p, uint32_t tokens, uint32_t call, const Counts& all) {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
-        *header_at(p, rank) = Header{counts[rank], tokens, p.slots, p.object, call, {}};
+        *header_at(p, rank) = Header{sum_of_warps(all, rank), tokens, p.slots, p.object, call, {}};
     }
 #pragma unroll 1
     for (uint32_t rank = 0; rank < kRanks; ++rank) {
-        fill_unused_ids(p, rank, counts[rank]);
+        fill_unused_ids(p, rank, sum_of_warps(all, rank));
 #pragma unroll 1
         for (uint32_t word = threadIdx.x; word < p.stats_words; word += kBlockThreads) {
-            stats_at(p, rank)[word] = p.stats[word];
+            reinterpret_cast<int32_t*>(header_at(p, rank) + 1)[word] = p.stats[word];
         }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_coll_pack_p14336x32x32_r8_k8_e256_collective_w1x7(const __grid_constant__ Params p) {
+    await_launch_before();
     const uint32_t tokens = tokens_of_this_call(p);
+    __shared__ Counts before;
     const uint32_t call = p.control->epoch;
-    Token first = {};
-    if (is_one_of(p.senders)) {
-        const uint32_t token = share_of_block(p, tokens).begin + team_id();
-        if (token < tokens) first = ask_token(p, token);
-    }
+    __shared__ Counts all;
+    Start start = {};
+    if (is_one_of(p.senders)) start = start_share(p, tokens, before);
+    if (is_one_of(p.receivers)) count_tokens(p, tokens, tokens, all);
     __syncthreads();  // all have read the number of the call
     if (threadIdx.x == kBlockThreads - 1) leave_epoch_to_the_next_launch(p.control, call);
     if (is_one_of(p.receivers)) {
-        write_headers(p, tokens, call);
+        write_headers(p, tokens, call, all);
         if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
     }
-    if (is_one_of(p.senders)) send_share(p, tokens, first);
+    if (is_one_of(p.senders)) send_share(p, start, before);
 }

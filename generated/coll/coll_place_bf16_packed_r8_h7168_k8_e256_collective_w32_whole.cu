@@ -322,5 +322,6 @@ __device__ __forceinline__ void receive_rows(const Params& p) {
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_coll_place_bf16_packed_r8_h7168_k8_e256_collective_w32_whole(const __grid_constant__ Params p) {
+    await_launch_before();
     receive_rows(p);
 }

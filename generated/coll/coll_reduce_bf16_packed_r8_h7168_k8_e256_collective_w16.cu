@@ -309,5 +309,6 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, uint64_t ranks_he
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_coll_reduce_bf16_packed_r8_h7168_k8_e256_collective_w16(const __grid_constant__ Params p) {
+    await_launch_before();
     reduce_tokens(p, ranks_of_this_call(p), min(uint32_t(*p.tokens_sent), p.tokens));
 }

@@ -241,6 +241,7 @@ __device__ __forceinline__ void send_partials(const Params& p) {
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_coll_return_bf16_packed_r8_h7168_k8_e256_collective_w16(const __grid_constant__ Params p) {
+    await_launch_before();
     const uint32_t call = p.control->epoch;
     __syncthreads();  // all have read the number of the call
     if (threadIdx.x == 0) leave_epoch_to_the_next_launch(p.control, call);

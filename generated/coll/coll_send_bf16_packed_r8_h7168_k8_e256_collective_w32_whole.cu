@@ -365,6 +365,7 @@ __device__ __forceinline__ void plan_and_send(const Params& p, uint32_t tokens, 
     }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_coll_send_bf16_packed_r8_h7168_k8_e256_collective_w32_whole(const __grid_constant__ Params p) {
+    await_launch_before();
     const uint32_t call = p.control->epoch;
     __syncthreads();  // all have read the number of the call
     if (threadIdx.x == 0) leave_epoch_to_the_next_launch(p.control, call);

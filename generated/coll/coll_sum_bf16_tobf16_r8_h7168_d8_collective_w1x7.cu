@@ -21,17 +21,17 @@ struct Blocks {
 };
 
 struct Params {
-    const uint8_t* rows;          // [ranks, slots, hidden]: what has come back from each rank
+    const uint8_t* rows;          // [rows, hidden]: what has come back, rank by rank
     uint8_t* out;                 // [tokens, hidden]
     const uint64_t* token_ranks;  // [tokens]: bit r: rank r holds an expert of this token
     const int32_t* token_slots;   // [tokens, destinations]: its slot with each of them
     const int32_t* tokens_sent;   // one number: the tokens of that dispatch
     Blocks receivers;             // all blocks
     uint32_t tokens;              // tokens of this rank
-    uint32_t slots;               // rows that a source could send to a rank in that dispatch
+    uint32_t first_rows[8];       // of each rank
 };
 
-static_assert(sizeof(Params) == 56);
+static_assert(sizeof(Params) == 88);
 
 __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
@@ -122,7 +122,7 @@ __device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const S
 
 // A row that `rank` has made of this rank's token.
 __device__ __forceinline__ const uint4* row_at(const Params& p, uint32_t rank, uint32_t slot) {
-    return reinterpret_cast<const uint4*>(p.rows) + (uint64_t(rank) * p.slots + slot) * kRowVectors;
+    return reinterpret_cast<const uint4*>(p.rows) + (uint64_t(p.first_rows[rank]) + slot) * kRowVectors;
 }
 
 // While a row is added, the next is on its way.
@@ -153,5 +153,6 @@ __device__ __forceinline__ void add_tokens(const Params& p, uint32_t tokens) {
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_coll_sum_bf16_tobf16_r8_h7168_d8_collective_w1x7(const __grid_constant__ Params p) {
+    await_launch_before();
     add_tokens(p, min(uint32_t(*p.tokens_sent), p.tokens));
 }

@@ -382,6 +382,7 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_combine_bf16_packed_r8_h7168_k8_e256_ipc_w16(const __grid_constant__ Params p) {
+    await_launch_before();
     const Watch watch = start_watch(p);
     if (open_epoch(p, watch)) {
         if (is_one_of(p.senders)) send_partials(p, watch);

@@ -706,6 +706,7 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_dispatch_bf16_packed_r4_h128_k4_e16_ipc_w2_whole(const __grid_constant__ Params p) {
+    await_launch_before();
     const Watch watch = start_watch(p);
     if (open_epoch(p, watch)) {
         const uint32_t tokens = tokens_of_this_call(p);

@@ -319,6 +319,7 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_dispatch_bf16_token_r8_h7168_k8_e256_ipc_w32_rows(const __grid_constant__ Params p) {
+    await_launch_before();
     const Watch watch = start_watch(p);
     if (open_epoch(p, watch)) {
         const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);

@@ -64,6 +64,7 @@ __device__ __forceinline__ void count_token(const Params& p, uint32_t token, uin
 
 // Sums of whole numbers do not depend on the order in which they are added.
 extern "C" __global__ void __launch_bounds__(kBlockThreads) moegen_ht_layout_r8_k8_e256_w8(const __grid_constant__ Params p) {
+    await_launch_before();
     __shared__ uint32_t counts[kCounters];
     for (uint32_t counter = threadIdx.x; counter < kCounters; counter += kBlockThreads) counts[counter] = 0;
     __syncthreads();

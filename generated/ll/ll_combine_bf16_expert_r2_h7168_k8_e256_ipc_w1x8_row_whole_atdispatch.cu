@@ -394,6 +394,7 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_combine_bf16_expert_r2_h7168_k8_e256_ipc_w1x8_row_whole_atdispatch(const __grid_constant__ Params p) {
+    await_launch_before();
     const Watch watch = start_watch(p);
     leave_epoch(p, watch);
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);

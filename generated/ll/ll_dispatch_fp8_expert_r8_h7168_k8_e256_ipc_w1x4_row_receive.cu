@@ -461,6 +461,7 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_dispatch_fp8_expert_r8_h7168_k8_e256_ipc_w1x4_row_receive(const __grid_constant__ Params p) {
+    await_launch_before();
     const Watch watch = start_watch(p);
     leave_epoch(p, watch);
     if (is_one_of(p.receivers)) receive_tokens(p, watch);

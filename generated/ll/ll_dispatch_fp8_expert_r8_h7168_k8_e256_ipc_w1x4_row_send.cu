@@ -476,6 +476,7 @@ __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch,
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_dispatch_fp8_expert_r8_h7168_k8_e256_ipc_w1x4_row_send(const __grid_constant__ Params p) {
+    await_launch_before();
     const Watch watch = start_watch(p);
     if (blockIdx.x < p.tellers) tell_routes(p, watch, tokens_of_this_call(p));
     if (is_one_of(p.senders)) send_tokens(p, watch, tokens_of_this_call(p));

@@ -787,6 +787,7 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_dispatch_fp8ue8m0_expert_r8_h7168_k8_e256_ipc_w2x8_row_whole(const __grid_constant__ Params p) {
+    await_launch_before();
     const Watch watch = start_watch(p);
     leave_epoch(p, watch);
     if (blockIdx.x < p.tellers) tell_routes(p, watch, tokens_of_this_call(p));

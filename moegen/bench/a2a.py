@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
-
-import torch
 
 from moegen.bench.a2a_case import Inputs, OneSidedCase
 from moegen.bench.a2a_config import OneSidedConfig
 from moegen.bench.barrier import DeviceBarrier
 from moegen.bench.eager import measure_eager
+from moegen.bench.exchange import measure_calls, padding
 from moegen.bench.inputs import Batch
 from moegen.bench.link import measure_link
 from moegen.bench.ll import SCHEMA, nodes_of, row_of, seed_of, time_case, world_of
@@ -45,7 +45,7 @@ def measure(world: RankWorld, config: OneSidedConfig) -> Json:
     eager: list[Json] = []
     for tokens in config.tokens:
         for row in _measure_tokens(world, config, clock, tokens, nodes):
-            (eager if row["op"] == "eager" else cases).append(row)
+            (eager if row["op"].startswith("eager") else cases).append(row)
             if world.rank == 0:
                 log.info("%s, %d tokens, %s: measured", row["op"], tokens, row["routing"])
     barrier.check()
@@ -70,19 +70,10 @@ def measure(world: RankWorld, config: OneSidedConfig) -> Json:
 def _measure_tokens(
     world: RankWorld, config: OneSidedConfig, clock: OpClock, tokens: int, nodes: list[int]
 ) -> Iterator[Json]:
-    payloads = ((config.hidden, torch.bfloat16), (config.num_topk, torch.int32), (config.num_topk, torch.float32))
-    with OneSided(
-        world,
-        num_experts=config.num_experts,
-        num_topk=config.num_topk,
-        max_tokens_per_rank=tokens,
-        payload_bytes=config.dispatch_row_bytes,
-        hidden=config.hidden,
-        payloads=payloads,
-        expert_rows=config.path == "ipc",
-        path=config.path,
-        timeout=config.timeout,
-    ) as layer:
+    with ExitStack() as stack:
+        exchanges = ("padded", *(config.exchanges if config.path == "collective" else ()))
+        layers = {each: stack.enter_context(_layer(world, config, tokens, each)) for each in dict.fromkeys(exchanges)}
+        layer = layers["padded"]
         inputs = Inputs(world, config, tokens)
         meet(world)
         for routing in config.routings:
@@ -95,14 +86,43 @@ def _measure_tokens(
             }
             made: dict[str, OneSidedCase] = {}
             for op in config.ops_timed:
-                batch = Batch.draw(world, config, tokens, routing, seed_of(config.seed, tokens, routing, op))
+                seed = seed_of(config.seed, tokens, routing, op.removesuffix("_of_exchanges"))
+                batch = Batch.draw(world, config, tokens, routing, seed)
                 made[op] = OneSidedCase(layer, config, op, inputs, batch)
                 timed = time_case(world, config, clock, made[op])
-                yield row_of(world, config, made[op], op, batch, timed, nodes) | about
+                row = row_of(world, config, made[op], op, batch, timed, nodes) | about
+                if op == "pair" and config.path == "collective":
+                    row["padding"] = padding(layer.problem, config, tokens, row["bytes"]["unique_remote"])
+                yield row
+            called = {"tokens": tokens, "routing": routing, "calls": config.calls}
+            if config.path == "collective":
+                batch = Batch.draw(world, config, tokens, routing, seed_of(config.seed, tokens, routing, "eager"))
+                for exchange in config.exchanges:
+                    case = OneSidedCase(layers[exchange], config, "pair", inputs, batch)
+                    yield {"op": f"eager_{exchange}"} | called | measure_calls(world, case, config)
+                continue
             mine = measure_eager(world, made["pair"], made["combine"], config.calls)
             layer.check()
             answers = world.exchange(mine)
-            yield {"op": "eager", "tokens": tokens, "routing": routing, "ranks": answers, "calls": config.calls} | {
-                name: over_ranks([answer[name] for answer in answers]) for name in mine
-            }
+            yield (
+                {"op": "eager", "ranks": answers}
+                | called
+                | {name: over_ranks([answer[name] for answer in answers]) for name in mine}
+            )
         meet(world)
+
+
+def _layer(world: RankWorld, config: OneSidedConfig, tokens: int, exchange: str) -> OneSided:
+    return OneSided(
+        world,
+        num_experts=config.num_experts,
+        num_topk=config.num_topk,
+        max_tokens_per_rank=tokens,
+        payload_bytes=config.dispatch_row_bytes,
+        hidden=config.hidden,
+        payloads=config.payloads,
+        expert_rows=config.path == "ipc",
+        path=config.path,
+        exchange=exchange,
+        timeout=config.timeout,
+    )

@@ -103,6 +103,14 @@ class OneSidedCase:
         self.dispatch(number)
         self.combine(number)
 
+    def time_stages(self, calls: int) -> dict[str, list[float]]:
+        """Seconds of each stage of so many pairs. Collective."""
+        self._layer.time_stages()
+        for number in range(calls):
+            self.pair(number)
+        self._layer.time_stages(False)
+        return self._layer.stage_seconds()
+
     def exchanges(self, number: int) -> None:
         """Two all-to-alls of the rows that the routing needs on average, and nothing else."""
         for given, came in self._exchanged:

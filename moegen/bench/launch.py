@@ -8,22 +8,39 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from moegen import env
-from moegen.bench.config import LowLatencyConfig
 from moegen.bench.failure import BenchError
 from moegen.errors import InputError
 from moegen.runtime.worlds import GroupWorld, LocalWorld, RankWorld
 
 Json = dict[str, Any]
-Config = TypeVar("Config", bound=LowLatencyConfig)
+
+
+class Placed(Protocol):
+    """What of a configuration says where the ranks are."""
+
+    @property
+    def ranks(self) -> int: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def processes(self) -> bool: ...
+
+
+Config = TypeVar("Config", bound=Placed)
 Measure = Callable[[RankWorld, Config], Json]
 
 _RESULT = "result.json"
+_LONGEST_WAIT = timedelta(minutes=5)
+"""For a rank that computes or compiles while the others wait; a rank that waits longer gives up."""
 
 
 def under_torchrun() -> bool:
@@ -87,7 +104,11 @@ def _run_rank(measure: Measure[Config], config: Config, rank: int, local_rank: i
         torch.cuda.set_device(device)
     # Object collectives go by the CPU's backend; tensors are exchanged by that of their device.
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=config.ranks
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        init_method=store,
+        rank=rank,
+        world_size=config.ranks,
+        timeout=_LONGEST_WAIT,
     )
     # Graphs cannot be captured on the default stream.
     with torch.cuda.stream(torch.cuda.Stream(device)) if cuda else nullcontext():

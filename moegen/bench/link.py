@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -101,9 +102,13 @@ class LinkProbe:
 
 
 def measure_link(world: RankWorld, barrier: Callable[[], object], config: LinkConfig) -> dict[str, Any]:
-    """GB/s per rank and direction of push, pull and copies, all ranks at once. Collective; the same on every rank.
+    """GB/s per direction of push, pull and copies, all ranks at once. Collective; the same on every rank.
 
     Push and pull are timed like ops; copies are enqueued one by one, without a graph and without a barrier.
+
+    Returns:
+        `gbps`: of a rank, over the slowest rank's time; `gbps_of_ranks`: each over its own; `gbps_aggregate`: of all
+        together.
     """
     probe = LinkProbe(world, config)
     clock = OpClock(world, barrier, config.ops, config.replays)
@@ -123,14 +128,21 @@ def measure_link(world: RankWorld, barrier: Callable[[], object], config: LinkCo
     synchronize(world)
     world.barrier()
     probe.destroy()
-    microseconds = {name: median_of_slowest([answer[name] for answer in answers]) for name in answers[0]}
+    times = {name: [answer[name] for answer in answers] for name in answers[0]}
+    microseconds = {name: median_of_slowest(of_ranks) for name, of_ranks in times.items()}
+    gbps = {name: gigabytes_per_second(probe.bytes, us) for name, us in microseconds.items()}
     one_per_gpu = world.device.type == "cuda" and world.ranks_per_device == 1
     return {
         "what": "link" if one_per_gpu else "memory that the ranks share: no link",
         "bytes_per_rank": probe.bytes,
         "blocks": probe.blocks,
         "threads": config.threads,
-        "gbps": {name: gigabytes_per_second(probe.bytes, us) for name, us in microseconds.items()},
+        "gbps": gbps,
+        "gbps_of_ranks": {
+            name: [gigabytes_per_second(probe.bytes, median(own)) for own in of_ranks]
+            for name, of_ranks in times.items()
+        },
+        "gbps_aggregate": {name: world.size * value for name, value in gbps.items()},
         "us": microseconds,
         "stems": [probe.push_spec.stem, probe.pull_spec.stem],
     }

@@ -35,23 +35,32 @@ def file_stem(result: Json) -> str:
 
 def save(result: Json, folder: Path, parts: Parts | None = None) -> tuple[Path, Path]:
     """Writes the result as JSON and as text; gives both paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data, text = (folder / f"{file_stem(result)}.{suffix}" for suffix in ("json", "txt"))
-    data.write_text(json.dumps(result, indent=1) + "\n")
+    data = save_json(result, folder)
+    text = data.with_suffix(".txt")
     stream = io.StringIO()
     show(result, Console(file=stream, width=FILE_WIDTH), parts)
     text.write_text("\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n")
     return data, text
 
 
+def save_json(result: Json, folder: Path) -> Path:
+    """Writes the result as JSON alone, in the place of an older one; gives its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{file_stem(result)}.json"
+    being_written = path.with_suffix(".tmp")
+    being_written.write_text(json.dumps(result, indent=1) + "\n")
+    being_written.replace(path)
+    return path
+
+
 def show(result: Json, console: Console, parts: Parts | None = None) -> None:
     """Prints the result; `parts`: what makes its tables, if not those of `ll`."""
-    for part in (parts or _parts)(result):
+    for part in (parts or tables)(result):
         console.print(part, highlight=False, markup=False) if isinstance(part, str) else console.print(part)
         console.print()
 
 
-def _parts(result: Json) -> Iterator[RenderableType]:
+def tables(result: Json) -> Iterator[RenderableType]:
     """The most looked-at figures last: that is what a terminal, or the tail of a log, shows."""
     yield "\n".join(head(result, result["config"]["quantize"] or "bf16"))
     yield _ranks(result["cases"])
@@ -63,13 +72,8 @@ def _parts(result: Json) -> Iterator[RenderableType]:
 
 
 def head(result: Json, dtype: str) -> Iterator[str]:
-    at, world, config = result["machine"], result["world"], result["config"]
-    yield f"moegen bench {result['bench']}, {result['date']}"
-    driver = f", driver {at['driver']}" if "driver" in at else ""
-    yield f"{at['name']} (GPUs: {at['gpus']}{driver}), {at['cpu']}, {at['cores']} cores"
-    yield ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    yield f"{world['description']}; {world['timing']}"
-    yield from (f"NOTE: {note}" for note in world["notes"])
+    config = result["config"]
+    yield from origin(result)
     yield (
         f"hidden {config['hidden']}, top-{config['num_topk']} of {config['num_experts']} experts, "
         f"{dtype}; "
@@ -78,11 +82,26 @@ def head(result: Json, dtype: str) -> Iterator[str]:
     yield result["command"]
 
 
+def origin(result: Json) -> Iterator[str]:
+    """When, on what and with what a result was measured."""
+    at, world = result["machine"], result["world"]
+    yield f"moegen bench {result['bench']}, {result['date']}"
+    driver = f", driver {at['driver']}" if "driver" in at else ""
+    yield f"{at['name']} (GPUs: {at['gpus']}{driver}), {at['cpu']}, {at['cores']} cores"
+    yield ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    yield f"{world['description']}; {world['timing']}"
+    yield from (f"NOTE: {note}" for note in world["notes"])
+
+
 def link_line(link: Json) -> str:
-    figures = ", ".join(f"{name} {value:.1f}" for name, value in link["gbps"].items())
+    per_rank, together = (
+        ", ".join(f"{name} {value:,.1f}" for name, value in link[key].items()) for key in ("gbps", "gbps_aggregate")
+    )
+    pushes = link["gbps_of_ranks"]["push"]
     return (
-        f"limit measured in this run, all ranks at once, GB/s per rank and direction: {figures}\n"
-        f"({link['what']}; {link['bytes_per_rank'] / 2**20:.1f} MiB per rank, {link['blocks']} x {link['threads']})"
+        f"limit measured in this run, all ranks at once, GB/s per rank and direction: {per_rank}\n"
+        f"(push of single ranks {min(pushes):,.1f} to {max(pushes):,.1f}; all together: {together}; {link['what']}; "
+        f"{link['bytes_per_rank'] / 2**20:.1f} MiB per rank to all others, {link['blocks']} x {link['threads']})"
     )
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`moegen bench FAMILY`: times what a family does, beside the limit of the link, and keeps the result."""
+"""`moegen bench FAMILY`: times what a family does, beside the limit of the link, and keeps the result.
+
+`moegen bench --suite NAME` does so for several families in one run.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,43 @@ _HT_COUNTS = (20, 50, 20)
 _TUNE_REPLAYS = 40
 
 
-@app.callback()
-def root() -> None:
-    """Measure dispatch and combine; every result is verified, and a bench that cannot run fails."""
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    suite: Annotated[str, typer.Option(help="node: all families over the GPUs of this host, in one run.")] = "",
+    parts: Annotated[str, typer.Option(help="Of a suite: ll, ll_fp8, ht, a2a, coll, coll_many; empty: all.")] = "",
+    most_tokens: Annotated[
+        int, typer.Option(min=0, help="Of a suite: larger cases are measured with so many; 0: what fits the device.")
+    ] = 0,
+    ranks: Annotated[int, typer.Option(min=0, help="Of a suite, as of a family; 0: one per GPU, else 2.")] = 0,
+    device: Annotated[str, typer.Option(help="cuda or cpu; empty: cuda if there is a GPU.")] = "",
+    world: Annotated[str, typer.Option(help="processes or local; empty: what fits.")] = "",
+    hidden: Annotated[int, typer.Option(help="Instead of deepseek-v3: elements of a token,")] = 0,
+    experts: Annotated[int, typer.Option(help="experts,")] = 0,
+    topk: Annotated[int, typer.Option(help="and selections per token.")] = 0,
+    routing: Annotated[str, typer.Option(help="uniform, zipf, hot.")] = "uniform,zipf,hot",
+    ops: Annotated[int, typer.Option(min=0, help="Ops in a graph; 0: what fits the family.")] = 0,
+    replays: Annotated[int, typer.Option(min=0, help="Timed replays of a graph; 0: 40, on a CPU 3.")] = 0,
+    calls: Annotated[int, typer.Option(min=0, help="Calls in an eager loop; 0: what fits the family.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random inputs.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the table.")] = RESULTS,
+    list_stems: Annotated[
+        bool, typer.Option("--list-stems", help="Measure nothing; print the kernels, for `moegen build STEM... --out`.")
+    ] = False,
+) -> None:
+    """Measure dispatch and combine; every result is verified, and a bench that cannot run fails.
+
+    The options here are of --suite; a family has its own behind its name.
+    """
+    from moegen.cli import bench_suite
+    from moegen.errors import InputError
+
+    if bool(suite) == (context.invoked_subcommand is not None):
+        raise InputError("give either a family (see `moegen bench --help`) with its options behind it, or --suite")
+    if suite:
+        shape, counts = ("", hidden, experts, topk), (ops, replays, calls)
+        base = _config(ranks, device, world, shape, [1], routing, 0, counts, seed, "", 0)
+        bench_suite.run(suite, base, counts, most_tokens, parts, out, list_stems)
 
 
 @app.command()
@@ -138,6 +175,9 @@ def a2a(
     topk: Annotated[int, typer.Option(help="and selections per token.")] = 0,
     routing: Annotated[str, typer.Option(help="uniform, zipf, hot (one rank gets everything).")] = "uniform,zipf,hot",
     path: Annotated[str, typer.Option(help="ipc or collective.")] = "ipc",
+    exchange: Annotated[
+        str, typer.Option(help="Of path collective, called from Python: padded, exact. Graphs hold padded calls.")
+    ] = "padded,exact",
     ops: Annotated[int, typer.Option(min=0, help="Ops in a graph; 0: 50, on a CPU 2.")] = 0,
     replays: Annotated[int, typer.Option(min=0, help="Timed replays of a graph; 0: 100, on a CPU 3.")] = 0,
     calls: Annotated[int, typer.Option(min=0, help="Calls in an eager loop; 0: 100, on a CPU 2.")] = 0,
@@ -145,18 +185,19 @@ def a2a(
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the table.")] = RESULTS,
 ) -> None:
     """One-sided dispatch and combine, or the same over collectives: graphs, eager calls, and the link's limit."""
-    from moegen.bench import launch, report
+    from moegen.bench import a2a_report, launch, report
     from moegen.bench.a2a import measure
     from moegen.bench.a2a_config import OneSidedConfig
     from moegen.cli import common
 
     shape, counts = (preset, hidden, experts, topk), (ops, replays, calls)
     base = _config(ranks, device, world, shape, common.numbers(tokens), routing, 0, counts, seed, "", 0)
-    result = launch.run(measure, OneSidedConfig(**vars(base), path=path))
+    config = OneSidedConfig(**vars(base), path=path, exchanges=tuple(common.words(exchange)))
+    result = launch.run(measure, config)
     if result is None:
         return
-    report.show(result, common.console())
-    for file in report.save(result, out):
+    report.show(result, common.console(), a2a_report.parts)
+    for file in report.save(result, out, a2a_report.parts):
         typer.echo(f"wrote {file}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from moegen import tuning
 from moegen.errors import InputError
+from moegen.kernels.coll import for_exact
 from moegen.kernels.ht import LAYOUTS
 from moegen.kernels.ll import MAX_TOKENS_PER_RANK
 from moegen.kernels.presets import preset
@@ -71,7 +72,8 @@ def preset_specs(preset_name: str, ranks: Sequence[int], family: str | None = No
             specs.update(dict.fromkeys(_one_sided(preset_name, r, all_one_sided_capacities(), on_host=on_host)))
         if family in (None, "coll"):
             capacities = all_one_sided_capacities()
-            specs.update(dict.fromkeys(_one_sided(preset_name, r, capacities, on_host=on_host, path="collective")))
+            for first in _one_sided(preset_name, r, capacities, on_host=on_host, path="collective"):
+                specs.update(dict.fromkeys((first, *for_exact(first))))
             for layout in LAYOUTS:
                 rows = _rows(preset_name, r, layout=layout, on_host=on_host, path="collective")
                 specs.update(dict.fromkeys(rows.specs))
@@ -100,7 +102,8 @@ def catalog() -> list[Spec]:
         selection = _rows(name, num_ranks, **options)
         specs.update(dict.fromkeys(selection.specs if number == 0 else selection.whole))
     specs.update(dict.fromkeys(_one_sided("deepseek-v3", 8, (128,))))
-    specs.update(dict.fromkeys(_one_sided("deepseek-v3", 8, (128,), path="collective")))
+    pack, *others = _one_sided("deepseek-v3", 8, (128,), path="collective")
+    specs.update(dict.fromkeys((pack, for_exact(pack)[-1], *others)))
     specs.update(dict.fromkeys(_one_sided("tiny", 4, (128,), on_host=True)))
     if len(specs) > MAX_CATALOG:
         raise AssertionError(f"{len(specs)} kernels are too many to read; the catalog holds at most {MAX_CATALOG}")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from moegen.compat.groups import rank_and_size, usual_device
-from moegen.errors import InputError
+from moegen.errors import HandleError, InputError
 from moegen.expert_parallel import ExpertParallel
+from moegen.handle import Dispatched
 
 IN_FLIGHT = 2
 """Calls whose hooks may be open, as in DeepEP and all that follow it."""
@@ -21,11 +22,13 @@ class Layers:
     Args:
         group: a torch process group, or a rank_world.
         masked: whether ranks may be missing.
+        path: of the objects.
     """
 
-    def __init__(self, group: Any, *, masked: bool = False) -> None:
+    def __init__(self, group: Any, *, masked: bool = False, path: str = "auto") -> None:
         self._group = group
         self._masked = masked
+        self._path = path
         self._active: torch.Tensor | None = None
         self._made: dict[tuple[Any, ...], ExpertParallel] = {}
         self.rank, self.size = rank_and_size(group)
@@ -53,8 +56,9 @@ class Layers:
                 num_topk=topk_idx.shape[1],
                 hidden=x.shape[1],
                 max_tokens_per_rank=max_tokens,
+                path=self._path,
                 quantize=quantize,
-                slots=IN_FLIGHT,
+                slots=1 if self._path == "collective" else IN_FLIGHT,
                 active_ranks=self.active_on(x.device) if self._masked else False,
                 device=x.device,
             )
@@ -68,11 +72,19 @@ class Layers:
         return usual_device(self._group)
 
     def active_on(self, device: torch.device) -> torch.Tensor:
-        """The one mask of all these objects, int32 [ranks], 1: active; the first call settles where it is."""
+        """The one mask of all these objects, int32 [ranks], 1: active; `keep_in`, or the first call, settles where it
+        is.
+        """
         if self._active is None:
             self._active = torch.ones(self.size, dtype=torch.int32, device=device)
         elif self._active.device != device and not self._made:
             self._active = self._active.to(device)
+        return self._active
+
+    def keep_in(self, active: torch.Tensor) -> torch.Tensor:
+        """The mask: this tensor, if there is none so far."""
+        if self._active is None:
+            self._active = active
         return self._active
 
     def destroy(self) -> None:
@@ -95,3 +107,59 @@ def unpacked(answer: Any, async_finish: bool, return_recv_hook: bool) -> tuple[A
         result, hook = answer
         return result, None, hook
     return answer, None, None
+
+
+class LowLatencyHandle(tuple[Any, ...]):
+    """DeepEP's five elements: src_info int32 [local experts, ranks * max tokens] (the source's token of each row),
+    layout_range int64 [local experts, ranks] (first row << 32 | rows), max tokens, hidden, num_experts.
+
+    Attributes:
+        owner, received: what moegen's combine needs.
+    """
+
+    owner: ExpertParallel
+    received: Dispatched
+
+    @staticmethod
+    def of(owner: ExpertParallel, received: Dispatched) -> LowLatencyHandle:
+        problem = owner.problem
+        ranges = received.ranges.view(torch.int64).squeeze(2)
+        elements = (received.row_tokens, ranges, problem.max_tokens, problem.hidden, problem.num_experts)
+        handle = LowLatencyHandle(elements)
+        handle.owner, handle.received = owner, received
+        return handle
+
+
+def own_handle(handle: Any) -> LowLatencyHandle:
+    """What dispatch returned.
+
+    Raises:
+        HandleError: it is something else.
+    """
+    if not isinstance(handle, LowLatencyHandle):
+        raise HandleError("the handle is the tuple that dispatch returned, itself: a copy cannot be used")
+    return handle
+
+
+class CombineBuffers:
+    """Memory for experts' outputs: two tensors per object, which take turns with the combines, as in DeepEP.
+
+    Attributes:
+        combines: how many there were so far.
+    """
+
+    def __init__(self) -> None:
+        self.combines = 0
+        self._made: dict[int, list[torch.Tensor]] = {}
+
+    def next(self, owner: ExpertParallel) -> torch.Tensor:
+        """[local experts, ranks * max tokens, hidden] for the next combine."""
+        buffers = self._made.get(id(owner))
+        if buffers is None:
+            shape = owner._alive().received.tokens_shape
+            made = [torch.empty(shape, dtype=owner.dtype, device=owner.device) for _ in range(IN_FLIGHT)]
+            buffers = self._made[id(owner)] = made
+        return buffers[self.combines % IN_FLIGHT]
+
+    def clear(self) -> None:
+        self._made.clear()

@@ -2,17 +2,16 @@
 """Family `a2a`, one-sided: rows of any width go straight to where the receiver's user reads them, rank by rank.
 
 This module is the host half of `templates/a2a_dispatch.cu.jinja` and `templates/a2a_combine.cu.jinja`: their Specs and
-their parameter structs. Where things lie and which blocks do what is in `moegen.kernels.a2a_layout`.
+their parameter structs. The units in which payloads move are in `moegen.kernels.a2a_payloads`; where things lie and
+which blocks do what, in `moegen.kernels.a2a_layout`.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
-from moegen.errors import SpecError
+from moegen.kernels.a2a_payloads import UNITS, BulkRow, Payload, RowBytes
 from moegen.kernels.a2a_results import RESULTS, Result, in_whole_tiles
 from moegen.kernels.ht import require_routing
 from moegen.kernels.ll import MAX_SHARED_BYTES, ceil_div
@@ -21,7 +20,6 @@ from moegen.kernels.spec import (
     MAX_BLOCK_WARPS,
     MAX_RANKS,
     MAX_ROW_BYTES,
-    PARSED,
     WARP_SIZE,
     Spec,
     WarpGroups,
@@ -53,34 +51,11 @@ ROW_DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "e4m3": 1}
 """What combine adds up: bytes of an element."""
 
 
-@dataclass(frozen=True)
-class RowBytes:
-    """The widths of a token's payloads, in order."""
+STAGES = 2
+"""Of a team whose rows travel by bulk copies."""
 
-    widths: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return "x".join(map(str, self.widths))
-
-    @staticmethod
-    def parse(text: str) -> RowBytes:
-        if re.fullmatch(r"\d+(x\d+)*", text) is None:
-            raise SpecError(f"payloads are written as their bytes per token, e.g. 14336x64x32; got {text!r}")
-        return RowBytes(tuple(map(int, text.split("x"))))
-
-
-PARSED["RowBytes"] = RowBytes.parse
-
-
-class Payload(NamedTuple):
-    """One payload as the kernel moves it: `units` of what C++ knows as `unit`."""
-
-    number: int
-    unit: str
-    units: int
-
-
-UNITS = {16: "uint4", 8: "uint2", 4: "uint32_t", 2: "uint16_t", 1: "uint8_t"}
+MAX_STAGE_BYTES = 200 * 1024
+"""Of all stages of a block: an H100 grants 227 KiB of shared memory."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +97,7 @@ _BEGIN = (
     Param("uint32_t*", "aborted", "this object's abort word"),
     Param("Failure*", "failure", "where the host reads what went wrong"),
     Param("uint64_t", "active", "bit r: rank r takes part"),
-    Param("uint64_t", "presence_offset", "[rank] pieces: the last dispatch that it has done with, its last combine"),
+    Param("uint64_t", "presence_offset", "[rank] u64: the last dispatch that it has done with, its last combine"),
     Param("uint64_t", "timeout_ns", "how long one wait may take"),
 )
 _ROLES = (
@@ -148,6 +123,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
     num_experts: int = tag("e")
     path: str = tag(one_of=("ipc",))
     warp_groups: WarpGroups = tag("w")
+    copy: str = rare("vec", "bulk")
 
     def validate(self) -> None:
         require_routing(self)
@@ -159,6 +135,11 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         )
         self.require_groups()
         self.require(self.shared_bytes <= MAX_SHARED_BYTES, f"{self.shared_bytes} bytes of shared memory are too many")
+        self.require(
+            self.dynamic_shared_bytes <= MAX_STAGE_BYTES,
+            f"bulk copies have {MAX_STAGE_BYTES} bytes of shared memory for {STAGES} rows of each of {self.teams} "
+            f"teams; these take {self.dynamic_shared_bytes}: fewer warp groups, or copy=vec",
+        )
 
     @property
     def groups(self) -> WarpGroups:
@@ -182,7 +163,8 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
     def shared_bytes(self) -> int:
         """Upper bound of a block's shared memory."""
         chunk = WARP_SIZE * (8 + 4 * self.destinations)
-        return chunk + 4 * 4 * self.num_ranks + 256
+        counts = 2 * 4 * (self.block_threads // WARP_SIZE) * self.num_ranks
+        return chunk + counts + 3 * 4 * self.num_ranks + 256
 
     @cached_property
     def rows(self) -> tuple[Payload, ...]:
@@ -200,7 +182,32 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
 
     @property
     def wide(self) -> tuple[Payload, ...]:
-        return tuple(row for row in self.rows if row.units > self.team_threads)
+        """The others that go through registers."""
+        return tuple(row for row in self.rows if row.units > self.team_threads and not self._is_bulk(row))
+
+    def _is_bulk(self, row: Payload) -> bool:
+        return self.copy == "bulk" and row.unit == UNITS[16] and row.units > self.team_threads
+
+    @cached_property
+    def bulk(self) -> tuple[BulkRow, ...]:
+        """Those that bulk copies move: too wide for one step of a team, and of whole 16-byte vectors."""
+        made, offset = [], 0
+        for row in filter(self._is_bulk, self.rows):
+            made.append(BulkRow(row.number, row.units, 16 * row.units, offset))
+            offset += 16 * row.units
+        return tuple(made)
+
+    @property
+    def stages(self) -> int:
+        return STAGES
+
+    @property
+    def stage_bytes(self) -> int:
+        return sum(row.bytes for row in self.bulk)
+
+    @property
+    def dynamic_shared_bytes(self) -> int:
+        return STAGES * self.teams * self.stage_bytes
 
     @property
     def long(self) -> tuple[Payload, ...]:

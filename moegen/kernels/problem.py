@@ -20,7 +20,7 @@ class Problem:
         hooks: whether an op may be launched in two halves.
         masked: whether ranks may be missing.
         borrowed: whether dispatch leaves rows where they were received.
-        wire, warp_groups: the user's choice in place of the tables', or "auto" and None.
+        wire, copy, warp_groups: the user's choice in place of the tables', or "auto" and None.
     """
 
     num_ranks: int
@@ -36,7 +36,13 @@ class Problem:
     masked: bool = False
     borrowed: bool = False
     wire: str = "auto"
+    copy: str = "auto"
     warp_groups: str | None = None
+
+    @property
+    def every_rank(self) -> int:
+        """The mask of active ranks with all of them in it: bit r is rank r."""
+        return (1 << self.num_ranks) - 1
 
     def local_experts(self, rank: int) -> range:
         """The experts of a rank: a contiguous share; the first `num_experts % num_ranks` ranks hold one more."""

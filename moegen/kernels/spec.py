@@ -126,6 +126,11 @@ class Spec:
         """Threads of one block."""
         raise NotImplementedError
 
+    @property
+    def dynamic_shared_bytes(self) -> int:
+        """Shared memory of a block that the launch asks for, beside what the text declares."""
+        return 0
+
     @staticmethod
     def parse(stem: str) -> Spec:
         """The Spec that a stem names.

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from moegen.kernels.params import ParamStruct
+from moegen.kernels.spec import Spec
 from moegen.runtime.kernel import LoadedKernel
+from moegen.runtime.watchdog import Watchdog
 
 
 class BoundKernel:
@@ -44,6 +46,24 @@ class BoundKernel:
             values[place] = value
         self._packer.pack_into(self._buffer, 0, *values)
         self._start()
+
+
+class BoundKernels:
+    """The kernels that an object has bound so far, each with what it reports. A new set of payloads brings new ones."""
+
+    def __init__(self) -> None:
+        self._bound: dict[Spec, tuple[BoundKernel, Watchdog]] = {}
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        return tuple(self._bound)
+
+    def knows(self, spec: Spec) -> bool:
+        return spec in self._bound
+
+    def raise_what_happened(self) -> None:
+        for _, watchdog in self._bound.values():
+            watchdog.raise_what_happened()
 
 
 def address(tensor: torch.Tensor | None) -> int:

@@ -83,18 +83,25 @@ class HostKernel(LoadedKernel):
         return HOST_NUM_SMS if num_sms is None else min(num_sms, HOST_MAX_BLOCKS)
 
     def launcher(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> Callable[[], None]:
-        launch = _HostLaunch(ctypes.addressof(params), blocks, self.spec.block_threads, 0, 0, self._seed)
+        spec = self.spec
+        launch = _HostLaunch(
+            ctypes.addressof(params), blocks, spec.block_threads, spec.dynamic_shared_bytes, 0, self._seed
+        )
         text = ctypes.create_string_buffer(self._ERROR_BYTES)
 
         def start() -> None:
             if self._entry(ctypes.addressof(launch), text, self._ERROR_BYTES) != 0:
-                raise KernelFaultError(f"{self.spec.stem}: {text.value.decode(errors='replace')}")
+                raise KernelFaultError(f"{spec.stem}: {text.value.decode(errors='replace')}")
 
         return start
 
 
 class CudaKernel(LoadedKernel):
-    """A cubin in the current context. Launched cooperatively: its blocks wait for other ranks' and for each other."""
+    """A cubin in the current context. Launched cooperatively: its blocks wait for other ranks' and for each other. From
+    sm_90 on also as soon as the blocks of the launch before are over: it waits itself until their writes are seen
+    (programmatic dependent launch). It asks for no earlier start: blocks that only wait would take the room of another
+    stream's launch, for which the launch before may be waiting.
+    """
 
     def __init__(self, spec: Spec, device: torch.device) -> None:
         from cuda.bindings import driver
@@ -109,34 +116,58 @@ class CudaKernel(LoadedKernel):
         self._function = _check(driver.cuModuleGetFunction(self._module, spec.symbol.encode()))
         # Under lazy loading the first launch would load it, and loading waits for kernels that may wait for this one.
         _check(driver.cuFuncLoad(self._function))
-        blocks = _check(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, spec.block_threads, 0))
-        self._resident = int(blocks) * torch.cuda.get_device_properties(device).multi_processor_count
+        if spec.dynamic_shared_bytes:
+            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(self._function, most, spec.dynamic_shared_bytes))
+        size = (spec.block_threads, spec.dynamic_shared_bytes)
+        blocks = _check(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, *size))
+        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._resident = int(blocks) * self._multiprocessors
         self._threads = spec.block_threads
+        self._overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
 
     def blocks(self, ranks_per_device: int, num_sms: int | None) -> int:
         share = self._resident
-        if ranks_per_device > 1:  # a quarter is left for what others run while the ranks wait for each other
-            share = max(1, share * 3 // (4 * ranks_per_device))
+        if ranks_per_device > 1:
+            # While ranks wait for each other, a quarter of the multiprocessors stays idle for what torch runs: one that
+            # splits its cache and shared memory otherwise than torch's kernel needs takes none before its blocks end.
+            share = max(1, self._multiprocessors * 3 // (4 * ranks_per_device))
         return share if num_sms is None else min(share, num_sms)
 
     def launcher(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> Callable[[], None]:
         """Everything that does not change is looked up here: a start is on the hot path."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         address = ctypes.addressof(pointers)
-        launch, function, threads = self._driver.cuLaunchCooperativeKernel, self._function, self._threads
+        launch, function, config = self._driver.cuLaunchKernelEx, self._function, self._configuration(blocks)
         device, index = self._device, self._device.index
 
         def start(_kept: object = pointers) -> None:
-            stream = current_stream(device)
+            config.hStream = current_stream(device)
             if torch._C._cuda_getDevice() == index:
-                status = launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, address)[0]
+                status = launch(config, function, address, 0)[0]
             else:
                 with torch.cuda.device(device):
-                    status = launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, address)[0]
+                    status = launch(config, function, address, 0)[0]
             if status:
-                raise LaunchError(f"{self.spec.stem}: {blocks} x {threads} threads were not launched: {status.name}")
+                size = f"{blocks} x {self._threads}"
+                raise LaunchError(f"{self.spec.stem}: {size} threads were not launched: {status.name}")
 
         return start
+
+    def _configuration(self, blocks: int) -> Any:
+        """Everything of a launch but its stream."""
+        driver, kinds = self._driver, self._driver.CUlaunchAttributeID
+        config, cooperative, overlap = driver.CUlaunchConfig(), driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = self.spec.dynamic_shared_bytes
+        cooperative.id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        cooperative.value.cooperative = 1
+        overlap.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        overlap.value.programmaticStreamSerializationAllowed = 1
+        attributes = [cooperative, overlap] if self._overlaps else [cooperative]
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        return config
 
 
 _loaded: dict[tuple[Spec, torch.device], LoadedKernel] = {}

@@ -84,6 +84,10 @@ class Lifecycle(Generic[Ops]):
     ) -> None:
         self.destroy()
 
+    @property
+    def destroyed(self) -> bool:
+        return self._ops is None
+
     def _alive(self) -> Ops:
         if self._ops is None:
             raise DestroyedError(f"this {type(self).__name__} was destroyed; make a new one")

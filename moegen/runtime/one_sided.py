@@ -11,8 +11,8 @@ import torch
 from moegen.kernels.a2a import PHASES, OneSidedCombine, OneSidedDispatch
 from moegen.kernels.a2a_layout import planes, regions, roles
 from moegen.kernels.problem import Problem
-from moegen.kernels.spec import Spec
-from moegen.runtime.bound import BoundKernel, address, signed
+from moegen.payloads import PayloadsHandle
+from moegen.runtime.bound import BoundKernel, BoundKernels, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.memory import SymmetricMemory
@@ -55,7 +55,7 @@ def _combine_varying(spec: OneSidedCombine) -> tuple[str, ...]:
     return (*rows, "out", *results, *OF_HANDLE, "active", "timeout_ns", "tokens", "slots")
 
 
-class OneSidedOps:
+class OneSidedOps(BoundKernels):
     """One rank's dispatch and combine. Collective to make; kernels are bound when they are first used."""
 
     def __init__(
@@ -70,6 +70,7 @@ class OneSidedOps:
         num_sms: int | None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
+        super().__init__()
         self.problem = problem
         self.at = regions(problem.num_ranks, problem.max_tokens, payload_bytes, combine_bytes, expert_rows)
         self.buffer_bytes = self.at.end
@@ -82,7 +83,6 @@ class OneSidedOps:
         words[self.at.presence // 4 :][: 2 * problem.num_ranks] = signed(before)
         self._timeout, self._num_sms, self._world = timeout, num_sms, world
         self._order = StreamOrder(world.device)
-        self._bound: dict[Spec, tuple[BoundKernel, Watchdog]] = {}
 
     def bind(self, kernel: LoadedKernel) -> None:
         """Makes a loaded kernel ready for launches."""
@@ -112,10 +112,6 @@ class OneSidedOps:
         varying = _DISPATCH_VARYING if isinstance(spec, OneSidedDispatch) else _combine_varying(spec)
         self._bound[spec] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying), watchdog
 
-    @property
-    def specs(self) -> tuple[Spec, ...]:
-        return tuple(self._bound)
-
     def views(
         self, parts: Sequence[torch.Tensor], widths: tuple[int, ...], slots: int, words: int
     ) -> tuple[torch.Tensor, ...]:
@@ -144,9 +140,6 @@ class OneSidedOps:
         place = y.data_ptr() - self.memory.local.data_ptr()
         return self.at.planes <= place < self.at.tags
 
-    def knows(self, spec: Spec) -> bool:
-        return spec in self._bound
-
     def planes(self, widths: tuple[int, ...], slots: int) -> list[int]:
         """Byte offsets of the payloads' planes in the buffer."""
         return planes(widths, self.problem.num_ranks, slots, self.at.planes)
@@ -164,8 +157,9 @@ class OneSidedOps:
         unused_ids: tuple[int, int] | None,
         active: int,
         timeout: float | None,
+        exact: bool,
     ) -> None:
-        """Launches dispatch; arguments are checked already."""
+        """Launches dispatch; arguments are checked already. `exact`: no; rows go where they are read."""
         self._order.follow("a2a")
         kernel, watchdog = self._bound[spec]
         places = self.planes(spec.payloads.widths, slots)
@@ -198,9 +192,7 @@ class OneSidedOps:
         spec: OneSidedCombine,
         y: torch.Tensor,
         results: tuple[int, ...],
-        addresses: tuple[int, ...],
-        tokens: int,
-        slots: int,
+        handle: PayloadsHandle,
         active: int,
         timeout: float | None,
     ) -> None:
@@ -211,7 +203,7 @@ class OneSidedOps:
         kernel, watchdog = self._bound[spec]
         nanoseconds = self._nanoseconds(watchdog, timeout)
         rows = () if spec.pulls else (y.data_ptr(),)
-        kernel(*rows, *results, *addresses, active, nanoseconds, tokens, slots)
+        kernel(*rows, *results, *handle.addresses, active, nanoseconds, handle.num_tokens, handle.max_tokens)
 
     def _nanoseconds(self, watchdog: Watchdog, timeout: float | None) -> int:
         """Of this call's timeout; a report of an expired wait names the last call's."""
@@ -221,7 +213,3 @@ class OneSidedOps:
     def raise_expired(self) -> None:
         for _, watchdog in self._bound.values():
             watchdog.raise_expired()
-
-    def raise_what_happened(self) -> None:
-        for _, watchdog in self._bound.values():
-            watchdog.raise_what_happened()

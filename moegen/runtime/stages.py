@@ -6,10 +6,12 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+_NOT_NOTED = nullcontext()
 
 
 class Stages:
@@ -22,12 +24,14 @@ class Stages:
         self._gpu = device.type == "cuda"
         self._noted: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> AbstractContextManager[None]:
         """What is enqueued (on a CPU: done) inside is the stage `name`."""
         if not self.on or (self._gpu and torch.cuda.is_current_stream_capturing()):
-            yield
-            return
+            return _NOT_NOTED
+        return self._noting(name)
+
+    @contextmanager
+    def _noting(self, name: str) -> Iterator[None]:
         begin = self._now()
         yield
         self._noted[name].append((begin, self._now()))

@@ -80,8 +80,7 @@ class LocalWorld:
 
     Args:
         num_ranks: 1 or more. On a GPU at most 8, or 32 if CUDA_DEVICE_MAX_CONNECTIONS=32 was set before CUDA started
-            (it is set here if CUDA has not started yet). Up to 9 are tested on a GPU; with 16 on an H200 a rank's
-            kernel was seen not to start while the others waited for it.
+            (it is set here if CUDA has not started yet). Up to 16 are tested on a GPU.
         device: "cpu", "cuda" or "cuda:N"; all ranks share it.
 
     Raises:

@@ -36,6 +36,16 @@ __device__ __forceinline__ void barrier_sync(uint32_t id, uint32_t threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// ---- launches -----------------------------------------------------------------------------------
+
+// Waits until what was launched before this on its stream is over and its writes are seen. From sm_90 on a launch
+// begins before that (programmatic dependent launch): every kernel calls this first, and reads nothing ahead of it.
+__device__ __forceinline__ void await_launch_before() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- memory order -------------------------------------------------------------------------------
 // `sys` reaches a peer's GPU and the host; `gpu` reaches the other blocks of this launch only.
 

@@ -48,6 +48,10 @@ __device__ __forceinline__ void store_word(Word* address, Word value, int order,
 
 }  // namespace host
 
+// ---- launches -----------------------------------------------------------------------------------
+
+__device__ __forceinline__ void await_launch_before() {}  // here a launch is over when it returns
+
 // ---- where am I ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t lane_id() { return threadIdx.x % kWarpSize; }

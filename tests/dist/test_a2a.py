@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`OneSided` between processes: gloo groups on the CPU, and on GPUs (two; several ranks share one where there are not
-enough).
-"""
+"""`OneSided` between processes: gloo groups on the CPU, and on all GPUs of the machine (two ranks share a single one)."""
 
 from __future__ import annotations
 
@@ -13,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.a2a_data import DTYPES, How, PayloadShape, expected_of, outputs_of, random_batch, verify_combine, verify_dispatch
-from support.a2a_layer import Got, copied, given_of, make
-from support.processes import Processes
+from support.a2a_data import DTYPES, How, PayloadShape, random_batch
+from support.a2a_layer import given_of, make
+from support.a2a_process_cases import back_to_back, round_trips
+from support.processes import Processes, devices, ranks_on
 
 SHAPES = (
     PayloadShape(4, 16, 10, 8, "fp8", "pulled", "fp16", "fp32"),
@@ -24,14 +23,9 @@ SHAPES = (
 """The first has kernels of `support.a2a_cases.POOL`, which need not be compiled again on a CPU."""
 
 
-def devices() -> list[object]:
-    gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-    return ["cpu", pytest.param("cuda", marks=gpu)]
-
-
 @pytest.fixture(scope="module", params=devices())
 def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(4 if request.param == "cpu" else 2, request.param)
+    processes = Processes(ranks_on(request.param), request.param)
     yield processes
     processes.stop()
 
@@ -40,76 +34,15 @@ def on_each_rank(group: Processes, shape: PayloadShape) -> PayloadShape:
     return replace(shape, ranks=group.size)
 
 
-def hows(shape: PayloadShape, rounds: int) -> list[How]:
-    """Slots per source change; ids are filled in, statistics gathered, and tokens counted on the device in some."""
-    ids = next(index for index, (_, dtype) in enumerate(shape.columns) if dtype == torch.int32)
-    return [
-        How(
-            max_tokens=(None, 24, shape.max_tokens // 2)[step % 3],
-            narrow=step % 2 == 1,
-            unused_ids=(ids, -1) if step % 2 else None,
-            stats=7 * (step % 3),
-            told=tuple(3 * rank for rank in range(shape.ranks)) if step % 4 == 3 else None,
-        )
-        for step in range(rounds)
-    ]
-
-
-def round_trips(rank: int, device: str, shape: PayloadShape, rounds: int) -> str:
-    """Pairs with zero tokens on some ranks, and once on all, each verified."""
-    torch.set_num_threads(1)
-    with make(torch.distributed.group.WORLD, shape, device=device) as layer:
-        for seed, how in enumerate(hows(shape, rounds)):
-            most = how.max_tokens or shape.max_tokens
-            idle = [seed == 4 or (r + seed) % 3 == 0 for r in range(shape.ranks)]
-            tokens = [0 if idle[r] else (29 * r + 41 * seed) % (most + 1) for r in range(shape.ranks)]
-            batch = random_batch(shape, tokens, seed, ("uniform", "free", "one")[seed % 3])
-            expected, given = expected_of(shape, batch, how), given_of(shape, batch, how, rank, device)
-            received = layer.dispatch(given.ids, given.payloads, **given.options)
-            planes = [copied(plane) for plane in received.payloads]
-            y = outputs_of(shape, expected[rank], seed + rank)
-            rows = y.to(device)
-            if shape.rows == "pulled":
-                rows = layer.expert_rows(y.shape[1]).copy_(rows)
-            combined = layer.combine(rows, received.handle, out_dtype=shape.out_dtype)
-            layer.synchronize()
-            stats = None if received.stats is None else received.stats.cpu()
-            mine = Got(planes, received.counts.cpu(), stats, y, combined.cpu())
-            verify_dispatch(f"rank {rank}", expected[rank], mine, how, poisoned=False)
-            sums = [Got([], mine.counts, None, *pair) for pair in layer.world.exchange((mine.y, mine.combined))]
-            verify_combine(shape, batch, how, expected, sums)
-    return "ok"
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_round_trips_equal_reference(group: Processes, shape: PayloadShape) -> None:
     assert group.call(round_trips, on_each_rank(group, shape), 8) == ["ok"] * group.size
 
 
-def fifty_pairs(rank: int, device: str, shape: PayloadShape) -> int:
-    """No rank waits for another but in kernels; every sum equals the first of its kind."""
-    with make(torch.distributed.group.WORLD, shape, device=device) as layer:
-        slots = (shape.max_tokens, 9)
-        batches = [random_batch(shape, [(17 * r + 9) % (n + 1) for r in range(shape.ranks)], n, "free") for n in slots]
-        given = [given_of(shape, batch, How(max_tokens=n), rank, device) for batch, n in zip(batches, slots, strict=True)]
-        ys = [outputs_of(shape, expected_of(shape, batch, How(max_tokens=n))[rank], n).to(device)
-              for batch, n in zip(batches, slots, strict=True)]  # fmt: skip
-        wrong, wanted = torch.zeros((), dtype=torch.int64, device=device), {}
-        for step in range(50 if device == "cpu" else 10):  # two processes on one GPU take turns, milliseconds each
-            now = step % 2
-            received = layer.dispatch(given[now].ids, given[now].payloads, **given[now].options)
-            rows = ys[now]
-            if shape.rows == "pulled":
-                rows = layer.expert_rows(rows.shape[1]).copy_(rows)
-            combined = layer.combine(rows, received.handle, out_dtype=shape.out_dtype)
-            wrong += (combined != wanted.setdefault(now, combined)).sum()
-        layer.synchronize()
-        return int(wrong)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_back_to_back_between_processes(group: Processes, shape: PayloadShape) -> None:
-    assert group.call(fifty_pairs, on_each_rank(group, shape)) == [0] * group.size
+    pairs = 10 if group.take_turns else 50
+    assert group.call(back_to_back, on_each_rank(group, shape), pairs) == [0] * group.size
 
 
 def made_and_destroyed(rank: int, device: str, shape: PayloadShape, cycles: int) -> tuple[int, int, int]:

@@ -8,19 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.collective_cases import compare_with_ipc, inputs, make, outputs
-from support.processes import Processes
+from support.collective_cases import compare_with_ipc, inputs, make, outputs, slow_link
+from support.processes import Processes, devices, ranks_on
 
 from moegen import errors
 
-def devices() -> list[object]:
-    gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs on this machine")
-    return ["cpu", pytest.param("cuda", marks=gpus)]
-
-
-@pytest.fixture(scope="module", params=devices())
+@pytest.fixture(scope="module", params=devices(gpu_each=True))
 def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(4 if request.param == "cpu" else 2, request.param)
+    processes = Processes(ranks_on(request.param), request.param)
     yield processes
     processes.stop()
 
@@ -37,18 +32,23 @@ def group_of(device: str) -> Any:
     return _groups["nccl"]
 
 
-def compare(rank: int, device: str, rounds: int) -> str:
-    return compare_with_ipc(group_of(device), device, rounds)
+def compare(rank: int, device: str, rounds: int, exchange: str) -> str:
+    return compare_with_ipc(group_of(device), device, rounds, exchange)
 
 
-def test_equals_path_ipc(group: Processes) -> None:
-    assert group.call(compare, 9) == ["ok"] * group.size
+@pytest.mark.parametrize("exchange", ["padded", "exact"])
+def test_equals_path_ipc(group: Processes, exchange: str) -> None:
+    assert group.call(compare, 9, exchange) == ["ok"] * group.size
 
 
-def interleave(rank: int, device: str, times: int) -> int:
+def interleave(rank: int, device: str, times: int, exchanges: tuple[str, str]) -> int:
     """Two layers, one inside the other; every result equals the layer's first."""
     size = torch.distributed.get_world_size()
-    with make(group_of(device), device, "collective") as outer, make(group_of(device), device, "collective") as inner:
+    group, (first_exchange, other_exchange) = group_of(device), exchanges
+    with (
+        make(group, device, "collective", exchange=first_exchange) as outer,
+        make(group, device, "collective", exchange=other_exchange) as inner,
+    ):
         wrong = torch.zeros((), dtype=torch.int64, device=device)
         wanted: list[torch.Tensor | None] = [None, None]
         for _ in range(times):
@@ -67,19 +67,23 @@ def interleave(rank: int, device: str, times: int) -> int:
         return int(wrong)
 
 
-def test_two_layers_interleaved(group: Processes) -> None:
-    assert group.call(interleave, 20) == [0] * group.size
+@pytest.mark.parametrize("exchanges", [("padded", "padded"), ("exact", "padded"), ("exact", "exact")])
+def test_two_layers_interleaved(group: Processes, exchanges: tuple[str, str]) -> None:
+    assert group.call(interleave, 20, exchanges) == [0] * group.size
 
 
 @pytest.mark.slow
 def test_two_layers_interleaved_1000(group: Processes) -> None:
-    assert group.call(interleave, 1000) == [0] * group.size
+    assert group.call(interleave, 1000, ("exact", "padded")) == [0] * group.size
 
 
-def mix_up(rank: int, device: str) -> str:
+def mix_up(rank: int, device: str, exchange: str) -> str:
     """Rank 0 calls the other of two layers."""
-    size = torch.distributed.get_world_size()
-    with make(group_of(device), device, "collective") as one, make(group_of(device), device, "collective") as other:
+    size, group = torch.distributed.get_world_size(), group_of(device)
+    with (
+        make(group, device, "collective", exchange=exchange) as one,
+        make(group, device, "collective", exchange=exchange) as other,
+    ):
         ids, payloads = inputs(rank, size, 1, device)
         for layer in (one, other):
             layer.dispatch(ids, payloads)  # loads its kernel, on all ranks
@@ -95,8 +99,43 @@ def mix_up(rank: int, device: str) -> str:
     return "unnoticed"
 
 
-def test_calls_of_different_layers_are_noticed(group: Processes) -> None:
-    assert group.call(mix_up) == ["noticed"] * group.size
+@pytest.mark.parametrize("exchange", ["padded", "exact"])
+def test_calls_of_different_layers_are_noticed(group: Processes, exchange: str) -> None:
+    assert group.call(mix_up, exchange) == ["noticed"] * group.size
+
+
+def capture(rank: int, device: str, exchange: str) -> str:
+    """One graph of a dispatch and its combine; an object that would take exact calls makes padded ones in it."""
+    size, group = torch.distributed.get_world_size(), group_of(device)
+    with slow_link(), make(group, device, "collective", exchange=exchange) as layer:
+        ids, payloads = inputs(rank, size, 1, device)
+        eager = layer.dispatch(ids, payloads)
+        assert (eager.handle.exchanged is None) == (exchange == "padded")
+        wanted = layer.combine(outputs(eager, rank), eager.handle)
+        y = outputs(eager, rank).clone()
+        layer.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                received = layer.dispatch(ids, payloads)
+                combined = layer.combine(y, received.handle)
+        except errors.InputError as error:
+            return str(error)
+        for _ in range(3):
+            combined.zero_()
+            graph.replay()
+            layer.synchronize()
+            assert torch.equal(combined, wanted)
+        assert received.handle.exchanged is None
+        return "ok"
+
+
+def test_graphs_hold_padded_calls(group: Processes) -> None:
+    if group.device == "cpu":
+        pytest.skip("graphs are a GPU's")
+    assert group.call(capture, "auto") == ["ok"] * group.size
+    assert group.call(capture, "padded") == ["ok"] * group.size
+    assert all("cannot be captured" in answer for answer in group.call(capture, "exact"))
 
 
 def chosen(rank: int, device: str, monkeypatched: bool) -> str:

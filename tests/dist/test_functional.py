@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients between processes: gloo groups on the CPU, and on GPUs of their own."""
+"""Gradients between processes: gloo groups on the CPU, and on all GPUs of the machine, each its own."""
 
 from __future__ import annotations
 
@@ -18,33 +18,31 @@ from support.functional_cases import (
     make_targets,
 )
 from support.layer import Shape
-from support.processes import Processes
+from support.processes import Processes, devices, ranks_on
 
 from moegen.runtime.worlds import GroupWorld
 
-SHAPE = Shape(2, 7, 3, 64, 16)
-TOKENS = (16, 9)
+
+def shape_of(ranks: int) -> Shape:
+    """Experts that do not divide over the ranks."""
+    return Shape(ranks, 2 * ranks + 3, 3, 64, 16)
 
 
-def devices() -> list[object]:
-    gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs on this machine")
-    return ["cpu", pytest.param("cuda", marks=gpus)]
-
-
-@pytest.fixture(scope="module", params=devices())
+@pytest.fixture(scope="module", params=devices(gpu_each=True))
 def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(SHAPE.ranks, request.param)
+    processes = Processes(ranks_on(request.param, on_cpu=2), request.param)
     yield processes
     processes.stop()
 
 
 def in_process(rank: int, device: str, layout: str, mode: str) -> str:
-    routing = make_routing(SHAPE, TOKENS, seed=3)
+    shape = shape_of(torch.distributed.get_world_size())
+    routing = make_routing(shape, [(16, 9, 5)[r % 3] for r in range(shape.ranks)], seed=3)
     targets = make_targets(routing)
-    with make_layer(GroupWorld(device=device), SHAPE, layout, mode) as layer:
-        mine = Rank(layer, SHAPE, routing, targets)
+    with make_layer(GroupWorld(device=device), shape, layout, mode) as layer:
+        mine = Rank(layer, shape, routing, targets)
         grads = mine.backward(mine.forward())
-    compare(grads, dense(SHAPE, routing, targets)[rank])
+    compare(grads, dense(shape, routing, targets)[rank])
     return "ok"
 
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`HighThroughput` between processes: gloo groups on the CPU, and on GPUs (two; several ranks share one where there are
-not enough).
-"""
+"""`HighThroughput` between processes: gloo groups on the CPU, and on all GPUs of the machine (two ranks share a single one)."""
 
 from __future__ import annotations
 
@@ -13,20 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.ht_layer import (
-    RowsResult,
-    RowsShape,
-    expected_of,
-    expert_outputs,
-    inputs_of,
-    make,
-    on_cpu,
-    row_weights,
-    verify_combine,
-    verify_dispatch,
-)
+from support.ht_layer import RowsShape, inputs_of, make
+from support.ht_process_cases import back_to_back, round_trips
 from support.layer import random_routing
-from support.processes import Processes
+from support.processes import Processes, devices, ranks_on
 
 SHAPES = (
     RowsShape(4, 16, 4, 512, "token", "fp8_ue8m0", max_tokens=150, mode="exact"),
@@ -35,14 +23,9 @@ SHAPES = (
 """With the kernels of two of `support.ht_cases.POOL`, which need not be compiled again on a CPU."""
 
 
-def devices() -> list[object]:
-    gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-    return ["cpu", pytest.param("cuda", marks=gpu)]
-
-
 @pytest.fixture(scope="module", params=devices())
 def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(4 if request.param == "cpu" else 2, request.param)
+    processes = Processes(ranks_on(request.param), request.param)
     yield processes
     processes.stop()
 
@@ -51,53 +34,15 @@ def on_each_rank(group: Processes, shape: RowsShape) -> RowsShape:
     return replace(shape, ranks=group.size)
 
 
-def round_trips(rank: int, device: str, shape: RowsShape, rounds: int) -> str:
-    """Pairs with zero tokens now and then, fresh and by a handle, all verified."""
-    torch.set_num_threads(1)
-    with make(torch.distributed.group.WORLD, shape, device=device) as layer:
-        for seed in range(rounds):
-            tokens = [0 if (r + seed) % 3 == 0 else (29 * r + 41 * seed) % (shape.max_tokens + 1)
-                      for r in range(shape.ranks)]  # fmt: skip
-            routing = random_routing(shape, tokens, seed, kind=("uniform", "free", "one")[seed % 3])
-            mine = inputs_of(shape, routing, rank, device, biases=seed % 3)
-            expected = expected_of(shape, routing)
-            received = layer.dispatch(mine.x, mine.ids, mine.weights)
-            again = layer.dispatch(mine.x, handle=received.handle)
-            y = expert_outputs(again)
-            weights = row_weights(received) if shape.layout == "token" else None
-            combined, sums = layer.combine(y, again.handle, weights, bias=mine.biases)
-            layer.synchronize()
-            verify_dispatch(rank, shape, expected[rank], on_cpu(received))
-            verify_dispatch(rank, shape, expected[rank], on_cpu(again), by_handle=True)
-            cpu = [None if part is None else part.cpu() for part in (y, weights, combined, sums)]
-            results = [RowsResult({}, *parts) for parts in layer.world.exchange(cpu)]
-            verify_combine(shape, routing, expected, results, biases=seed % 3)
-    return "ok"
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_round_trips_equal_reference(group: Processes, shape: RowsShape) -> None:
     assert group.call(round_trips, on_each_rank(group, shape), 6) == ["ok"] * group.size
 
 
-def fifty_pairs(rank: int, device: str, shape: RowsShape) -> int:
-    """No rank waits for another but in kernels; every result equals the first."""
-    with make(torch.distributed.group.WORLD, shape, device=device) as layer:
-        routing = random_routing(shape, [(17 * r + 9) % 40 for r in range(shape.ranks)], 1, kind="free")
-        mine = inputs_of(shape, routing, rank, device)
-        wrong, wanted = torch.zeros((), dtype=torch.int64, device=device), None
-        for _ in range(50 if device == "cpu" else 10):  # two processes on one GPU take turns, milliseconds each
-            received = layer.dispatch(mine.x, mine.ids, mine.weights)
-            combined, _ = layer.combine(expert_outputs(received), received.handle)
-            wanted = combined if wanted is None else wanted
-            wrong += (combined != wanted).sum()
-        layer.synchronize()
-        return int(wrong)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_back_to_back_between_processes(group: Processes, shape: RowsShape) -> None:
-    assert group.call(fifty_pairs, on_each_rank(group, shape)) == [0] * group.size
+    pairs = 10 if group.take_turns else 50
+    assert group.call(back_to_back, on_each_rank(group, shape), pairs) == [0] * group.size
 
 
 def made_and_destroyed(rank: int, device: str, shape: RowsShape, cycles: int) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from support.layer import Routing, Shape, expert_outputs, random_routing
-from support.processes import Processes, make_layer
+from support.processes import Processes, devices, make_layer, ranks_on
 
 import moegen
 from moegen import reference
@@ -22,8 +22,8 @@ ENOUGH_TO_SEND, ENOUGH_TO_DIE = 0.6, 1.2
 """Seconds: the victim makes its call and is killed in it; then the others make theirs."""
 
 
-def gpus_of_their_own() -> pytest.MarkDecorator:
-    return pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a process of its own GPU each needs two of them")
+def gpus(needed: int) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(torch.cuda.device_count() < needed, reason=f"needs {needed} GPUs, a process has its own")
 
 
 def kill_in(op: str, victims: Mapping[str, int], rank: int, layer: moegen.ExpertParallel) -> None:
@@ -69,9 +69,9 @@ def die_and_be_named(rank: int, device: str, victims: Mapping[str, int]) -> str:
 
 
 @pytest.mark.parametrize("op", ["dispatch", "combine"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpus_of_their_own())])
+@pytest.mark.parametrize("device", devices(gpu_each=True))
 def test_a_killed_rank_is_named_by_the_others(device: str, op: str) -> None:
-    processes = Processes(3 if device == "cpu" else 2, device)
+    processes = Processes(ranks_on(device, on_cpu=3), device)
     answers = processes.call(die_and_be_named, {op: 1}, dead=[1])
     assert [answer for rank, answer in enumerate(answers) if rank != 1] == ["missing 1 after True"] * (len(answers) - 1)
     processes.stop()
@@ -131,14 +131,16 @@ def verify(
 
 
 @pytest.mark.parametrize(
-    ("device", "size", "victims"),
+    ("device", "victims"),
     [
-        ("cpu", 4, {"dispatch": 3, "combine": 2}),
-        pytest.param("cuda", 2, {"dispatch": 1}, marks=gpus_of_their_own()),
-        pytest.param("cuda", 2, {"combine": 1}, marks=gpus_of_their_own()),
+        ("cpu", {"dispatch": 3, "combine": 2}),
+        pytest.param("cuda", {"dispatch": 1}, marks=gpus(2)),
+        pytest.param("cuda", {"combine": 1}, marks=gpus(2)),
+        pytest.param("cuda", {"dispatch": 3, "combine": 2}, marks=gpus(4)),
     ],
 )
-def test_the_others_go_on_without_a_killed_rank(device: str, size: int, victims: dict[str, int]) -> None:
+def test_the_others_go_on_without_killed_ranks(device: str, victims: dict[str, int]) -> None:
+    size = ranks_on(device)
     processes = Processes(size, device)
     answers = processes.call(die_and_be_left_out, victims, dead=victims.values())
     for rank in sorted(set(range(size)) - set(victims.values())):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks as processes: gloo groups on the CPU, and on GPUs (several ranks share one where there are not enough).
+"""Ranks as processes: gloo groups on the CPU, and on all GPUs of the machine (two ranks share a single one).
 
 The processes are spawned once per device and number of ranks; each test sends them one function to run.
 """
@@ -13,19 +13,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.layer import Shape
-from support.processes import Processes, make_layer, round_trip_in_process
+from support.processes import Processes, devices, make_layer, ranks_on, round_trip_in_process
 
 SHAPES = (Shape(4, 16, 4, 128, 64), Shape(4, 10, 3, 512, 80))
 
 
-def devices() -> list[object]:
-    gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-    return ["cpu", pytest.param("cuda", marks=gpu)]
-
-
 @pytest.fixture(scope="module", params=devices())
 def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(4 if request.param == "cpu" else 2, request.param)
+    processes = Processes(ranks_on(request.param), request.param)
     yield processes
     processes.stop()
 
@@ -41,13 +36,12 @@ def test_no_shared_memory_is_left_behind(group: Processes) -> None:
     assert left == []
 
 
-def hundred_pairs(rank: int, device: str) -> float:
+def seconds_per_pair(rank: int, device: str, pairs: int) -> float:
     shape = Shape(torch.distributed.get_world_size(), 16, 4, 128, 32)
     with make_layer(shape, device) as layer:
         x = torch.randn(32, shape.hidden, device=device).bfloat16()
         ids = torch.randint(0, 16, (32, 4), device=device)
         start = time.perf_counter()
-        pairs = 100 if device == "cpu" else 10  # two processes on one GPU take turns, 4 ms each
         for _ in range(pairs):
             received = layer.dispatch(x, ids)
             layer.combine(received.tokens, received.handle)
@@ -56,7 +50,7 @@ def hundred_pairs(rank: int, device: str) -> float:
 
 
 def test_back_to_back_between_processes(group: Processes) -> None:
-    seconds = group.call(hundred_pairs)
+    seconds = group.call(seconds_per_pair, 10 if group.take_turns else 100)
     print(f"\n{group.size} processes on {group.device}: {1e3 * max(seconds):.1f} ms per pair")
 
 

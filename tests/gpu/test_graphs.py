@@ -5,50 +5,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.layer import Layer, RankResult, Shape, expert_outputs, random_routing
+from support.layer import Layer, RankResult, Shape, random_routing
+from support.ll_graph_cases import Replayed
 
 import moegen
 from moegen import reference
 
 SHAPE = Shape(2, 8, 3, 256, 32)
 REPLAYS = 1000
-
-
-class Replayed:
-    """One rank's static inputs and a graph of `ops`: D dispatches, C combines what was dispatched last."""
-
-    def __init__(self, layer: moegen.ExpertParallel, ops: str) -> None:
-        self.layer = layer
-        self.x = torch.zeros(SHAPE.max_tokens, SHAPE.hidden, dtype=torch.bfloat16, device=layer.device)
-        self.ids = torch.zeros(SHAPE.max_tokens, SHAPE.topk, dtype=torch.int64, device=layer.device)
-        self.weights = torch.zeros(SHAPE.max_tokens, SHAPE.topk, device=layer.device)
-        self.count = torch.zeros(1, dtype=torch.int32, device=layer.device)
-        self.counts: list[torch.Tensor] = []
-        self.combined: list[torch.Tensor] = []
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            for op in ops:
-                self._record(op)
-
-    def _record(self, op: str) -> None:
-        if op == "D":
-            self.received = self.layer.dispatch(self.x, self.ids, self.weights, num_tokens=self.count)
-            self.counts.append(self.received.counts)
-        else:
-            self.combined.append(self.layer.combine(expert_outputs(self.received), self.received.handle))
-
-    def replay(self, inputs: list[torch.Tensor], want: RankResult) -> torch.Tensor:
-        """Replays with these tokens; how many numbers differ from what is wanted."""
-        self.count.fill_(len(inputs[0]))
-        for static, value in zip((self.x, self.ids, self.weights), inputs, strict=True):
-            static[: len(value)].copy_(value)
-        self.graph.replay()
-        wrong = torch.zeros((), dtype=torch.int64, device=self.count.device)
-        for counts in self.counts:
-            wrong += (counts != want.counts).sum()
-        for combined in self.combined:
-            wrong += (combined[: len(inputs[0])] != want.combined).sum()
-        return wrong
 
 
 def replay_on_both_ranks(graphs_of_rank: list[list[str]], ops_per_round: int) -> None:
@@ -69,7 +33,7 @@ def replay_on_both_ranks(graphs_of_rank: list[list[str]], ops_per_round: int) ->
         for turn in range(world.size):
             if turn == r:
                 layer.ranks[r].synchronize()
-                graphs.update({name: Replayed(layer.ranks[r], name) for name in names})
+                graphs.update({name: Replayed(layer.ranks[r], SHAPE, name) for name in names})
                 torch.cuda.synchronize()
             world.barrier()
         inputs = [[part[r].to(world.device) for part in (s.x, s.ids, s.weights)] for s in routings]
@@ -112,7 +76,7 @@ def test_mask_in_a_graph() -> None:
         for turn in range(world.size):
             if turn == r:
                 rank.synchronize()
-                graph = Replayed(rank, "DC")
+                graph = Replayed(rank, SHAPE, "DC")
                 torch.cuda.synchronize()
             world.barrier()
         wrong = torch.zeros((), dtype=torch.int64, device=world.device)

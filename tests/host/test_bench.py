@@ -90,6 +90,31 @@ def test_high_throughput(tmp_path: Path) -> None:
         assert 0 < whole < given < case["bytes"]["selections"]
 
 
+STAGES = {"dispatch_pack", "dispatch_collective", "dispatch_compact", "combine_collective", "combine_reduce"}
+
+
+def test_path_collective(tmp_path: Path) -> None:
+    sizes = ("--hidden", "64", "--experts", "7", "--topk", "3", "--ops", "2", "--replays", "2", "--calls", "2")
+    more = ("--ranks", "3", "--tokens", "64,8192", "--routing", "uniform", "--path", "collective")
+    done = moegen("bench", "a2a", "--device", "cpu", *sizes, *more, "--out", str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    (data,) = tmp_path.glob("*.json")
+    assert data.stem == "coll_cpu_virtual_r3_h64_k3_e7"
+    for word in ("stages of calls", "auto takes", "dispatch counts", "pair_of_exchanges", "limit measured in this run"):
+        assert word in done.stdout and word in data.with_suffix(".txt").read_text()
+    result = json.loads(data.read_text())
+    assert "--path collective --exchange padded,exact" in result["command"]
+    assert [case["op"] for case in result["cases"]] == ["dispatch", "combine", "pair", "pair_of_exchanges"] * 2
+    assert [row["op"] for row in result["eager"]] == ["eager_padded", "eager_exact"] * 2
+    for padded, exact in (result["eager"][:2], result["eager"][2:]):
+        assert set(padded["stages_us"]) == STAGES
+        assert set(exact["stages_us"]) == STAGES | {"dispatch_counts", "combine_pack"}
+    for case in result["cases"]:
+        if case["op"] == "pair":
+            sizes_of = case["padding"]
+            assert sizes_of["wasted"] == sizes_of["padded"] - case["bytes"]["unique_remote"] > 0
+
+
 def test_halves(tmp_path: Path) -> None:
     result = bench(tmp_path, "--ranks", "3", "--tokens", "5", "--routing", "zipf", "--halves", "3")
     cases = {case["op"]: case for case in result["cases"]}  # type: ignore[attr-defined]

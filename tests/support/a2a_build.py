@@ -27,6 +27,7 @@ def specs_of(shape: PayloadShape, on_host: bool) -> tuple[OneSidedDispatch, OneS
         payload_bytes=room_for(shape.columns),
         dtype=DTYPES[shape.dtype],
         warp_groups=None,
+        copy="auto",
         path="ipc",
         on_host=on_host,
     )

@@ -218,6 +218,21 @@ def test_calls_in_any_order(shape: PayloadShape, layers: Layers, data: Any) -> N
         seen.add(index)
 
 
+BULK = (PayloadShape(3, 11, 4, 2880, "sixteen", max_tokens=70), PayloadShape(2, 9, 8, 1024, "layer"))
+
+
+@pytest.mark.parametrize("warp_groups", ["3x1", "1x2"])
+@pytest.mark.parametrize("shape", BULK, ids=str)
+def test_rows_that_travel_by_bulk_copies(shape: PayloadShape, warp_groups: str, device: str) -> None:
+    """More tokens to a block than a warp plans at once, and fewer than teams; other payloads go through registers."""
+    layer = PayloadLayer(shape, device, copy="bulk", warp_groups=warp_groups, num_sms=2)
+    assert any(spec.dynamic_shared_bytes for spec in layer.ranks[0].specs)
+    for seed, kind in enumerate(KINDS):
+        counts = [(shape.max_tokens - 31 * rank * seed) % (shape.max_tokens + 1) for rank in range(shape.ranks)]
+        layer.round_trip(random_batch(shape, counts, seed, kind))
+    layer.destroy()
+
+
 @pytest.mark.parametrize("rows", ["pulled", "pushed"])
 def test_payloads_of_a_byte_in_no_more_room_than_they_need(device: str, rows: str) -> None:
     """Sixteen of them; what comes behind their buffers is whole, too."""

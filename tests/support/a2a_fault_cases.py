@@ -160,7 +160,7 @@ def test_fault_while_waiting_for_the_end_of_reading(device: str) -> None:
     layer = start(device)
     dispatch_together(layer, [[[0, 3]], [[1, 2]]])
     with pytest.raises(PeerTimeoutError) as caught:
-        dispatch_alone(layer, [])
+        dispatch_alone(layer, [[0, 3]])
     assert_reported(caught.value, layer, "kPeerReady", -1)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import moegen
 from moegen.compat import deep_ep
-from moegen.compat.deep_ep.buffer import _own
+from moegen.compat.low_latency import own_handle
 from moegen.runtime.worlds import RankWorld
 
 MAX_TOKENS = 40
@@ -119,7 +119,7 @@ def round_trip_of_rank(buffer: deep_ep.Buffer, world: RankWorld, case: Case, mod
         x, ids, MAX_TOKENS, case.experts, cumulative_local_expert_recv_stats=stats, **case.options, **asked
     )
     settle(event, hook, mode)
-    layer = _own(handle).owner
+    layer = own_handle(handle).owner
     layer.synchronize()
     world.barrier()
     y = check_dispatch(case, world.rank, received, count, handle).bfloat16()

@@ -14,13 +14,30 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import moegen
 from moegen import reference
-from support.layer import RankResult, Shape, expert_outputs, random_routing
+from support.layer import RankResult, Routing, Shape, expert_outputs, random_routing
 
 ANSWER_SECONDS = 240
+
+CPU_RANKS = 4
+
+
+def devices(*, gpu_each: bool = False) -> list[Any]:
+    """The CPU, and GPUs where a test can have them; `gpu_each`: two at least, no rank shares one."""
+    if gpu_each:
+        needed = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs on this machine")
+    else:
+        needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+    return ["cpu", pytest.param("cuda", marks=needed)]
+
+
+def ranks_on(device: str, on_cpu: int = CPU_RANKS) -> int:
+    """One for each GPU of this machine; two at least, which then share the only one."""
+    return on_cpu if device == "cpu" else max(2, torch.cuda.device_count())
 
 
 class Processes:
@@ -35,6 +52,7 @@ class Processes:
             port = probe.getsockname()[1]
         self._ends: list[Connection] = []
         self._processes = []
+        self._leave_together = True
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, size, device, port), daemon=True)
@@ -44,6 +62,7 @@ class Processes:
 
     def call(self, fn: Callable[..., Any], *args: Any, dead: Collection[int] = ()) -> list[Any]:
         """`fn(rank, device, *args)` in every process; raises the first error. Ranks that are `dead` will not answer."""
+        self._leave_together &= not dead
         for end in self._ends:
             end.send((fn, args))
         answers: list[Any] = []
@@ -59,12 +78,17 @@ class Processes:
             answers.append(value)
         return answers
 
+    @property
+    def take_turns(self) -> bool:
+        """Several of them share a GPU, on which each wait for one another costs milliseconds."""
+        return self.device == "cuda" and torch.cuda.device_count() < self.size
+
     def stop(self) -> None:
         for end in self._ends:
             with contextlib.suppress(BrokenPipeError):
                 end.send(None)
         for process in self._processes:
-            process.join(20)
+            process.join(20 if self._leave_together else 0)  # a group waits for members that are dead
             if process.is_alive():
                 process.kill()
 
@@ -105,19 +129,27 @@ def round_trip_in_process(rank: int, device: str, shape: Shape, rounds: int) -> 
 
 def round_trips(layer: moegen.ExpertParallel, shape: Shape, rounds: int) -> str:
     """Random round trips, each compared with the reference by the rank that owns the tokens."""
-    rank, device = layer.rank, layer.device
     for seed in range(rounds):
-        tokens = [(7 * r + 13 * seed) % (shape.max_tokens // 2) for r in range(shape.ranks)]
-        routing = random_routing(shape, tokens, seed, kind=("uniform", "free", "one")[seed % 3])
-        late = seed % 2 == 1
-        inputs = [part[rank].to(device) for part in (routing.x, routing.ids, routing.weights)]
-        received = layer.dispatch(inputs[0], inputs[1], None if late else inputs[2])
-        y = expert_outputs(received)
-        combined = layer.combine(y, received.handle, inputs[2] if late else None)
-        layer.synchronize()
-        mine = RankResult(*(t.cpu() for t in (received.tokens, received.counts, received.ranges, y, combined)))
-        _verify_rank(rank, shape, routing, mine, layer.world.exchange(mine.y))
+        verified_round_trip(layer, shape, routing_of(shape, seed), late=seed % 2 == 1)
     return "ok"
+
+
+def routing_of(shape: Shape, seed: int) -> Routing:
+    """Ranks with no tokens among them."""
+    tokens = [(7 * r + 13 * seed) % (shape.max_tokens // 2) for r in range(shape.ranks)]
+    return random_routing(shape, tokens, seed, kind=("uniform", "free", "one")[seed % 3])
+
+
+def verified_round_trip(layer: moegen.ExpertParallel, shape: Shape, routing: Routing, *, late: bool) -> RankResult:
+    """What this rank got, on the CPU, compared with the reference. Collective."""
+    inputs = [part[layer.rank].to(layer.device) for part in (routing.x, routing.ids, routing.weights)]
+    received = layer.dispatch(inputs[0], inputs[1], None if late else inputs[2])
+    y = expert_outputs(received)
+    combined = layer.combine(y, received.handle, inputs[2] if late else None)
+    layer.synchronize()
+    mine = RankResult(*(t.cpu() for t in (received.tokens, received.counts, received.ranges, y, combined)))
+    _verify_rank(layer.rank, shape, routing, mine, layer.world.exchange(mine.y))
+    return mine
 
 
 def _verify_rank(rank: int, shape: Shape, routing: Any, mine: RankResult, outputs: list[torch.Tensor]) -> None:

@@ -8,7 +8,9 @@ import math
 import pytest
 import torch
 
+from moegen.bench.a2a_config import OneSidedConfig
 from moegen.bench.config import GPU_LINK, LowLatencyConfig
+from moegen.bench.exchange import padding
 from moegen.bench.halves import HALVES
 from moegen.bench.inputs import plan_rotation
 from moegen.bench.machine import short_name
@@ -17,6 +19,7 @@ from moegen.bench.routing import ROUTINGS, draw
 from moegen.bench.stats import over_ranks, quantile, quantiles, slowest
 from moegen.bench.traffic import bandwidths, byte_summary, dispatch_traffic, matrices, traffic_of
 from moegen.errors import InputError
+from moegen.kernels.problem import Problem
 from moegen.reference import expert_ranges
 
 # Seven experts on three ranks: 0-2, 3-4, 5-6.
@@ -53,6 +56,43 @@ def test_what_is_sent_is_received() -> None:
         for name in ("unique_remote", "unique_with_self", "selections", "same_node", "cross_node"):
             sent, received = (sum(getattr(way, name) for way in ways) for ways in zip(*map(ends, traffic), strict=True))
             assert sent == received
+
+
+@pytest.mark.parametrize(("ranks", "experts", "topk"), [(4, 16, 4), (8, 33, 5), (16, 256, 8)])
+def test_bytes_of_many_ranks_are_those_of_counting_one_by_one(ranks: int, experts: int, topk: int) -> None:
+    ids = draw("zipf", ranks, 11, experts, topk, seed=ranks)
+    ids[1][3] = -1
+    ids[2][5] = ids[2][5, 0]  # the same expert again and again: one row
+    holder = {expert: rank for rank, held in enumerate(expert_ranges(experts, ranks)) for expert in held}
+    rows, selections = torch.zeros(ranks, ranks, dtype=torch.int64), torch.zeros(ranks, ranks, dtype=torch.int64)
+    for source, own in enumerate(ids):
+        for token in own.tolist():
+            chosen = [holder[expert] for expert in token if expert >= 0]
+            for rank in chosen:
+                selections[source, rank] += 1
+            for rank in set(chosen):
+                rows[source, rank] += 1
+    nodes = [rank * 2 // ranks for rank in range(ranks)]
+    for rank, own in enumerate(dispatch_traffic(matrices(ids, experts), ROW, nodes)):
+        others = [peer for peer in range(ranks) if peer != rank]
+        near = [peer for peer in others if nodes[peer] == nodes[rank]]
+        for way, counted, selected in ((own.send, rows[rank], selections[rank]),
+                                       (own.receive, rows[:, rank], selections[:, rank])):  # fmt: skip
+            assert way.unique_remote == ROW * int(counted[others].sum())
+            assert way.unique_with_self == ROW * int(counted.sum())
+            assert way.selections == ROW * int(selected.sum())
+            assert way.same_node == ROW * int(counted[near].sum())
+            assert way.same_node + way.cross_node == way.unique_remote
+
+
+def test_a_hot_rank_is_the_busiest_and_bounds_the_bandwidth() -> None:
+    ranks, tokens = 8, 10
+    traffic = traffic_of("dispatch", matrices(draw("hot", ranks, tokens, 32, 4, seed=1), 32), ROW, ROW, [0] * ranks)
+    assert byte_summary(traffic)["busiest"] == (ranks - 1) * tokens * ROW
+    found = bandwidths(traffic, {"min": 1.0, "avg": 1.0, "max": 1.0})
+    assert found["busiest"] == pytest.approx(found["aggregate"]) and found["from_avg"] == pytest.approx(
+        found["aggregate"] / ranks
+    )
 
 
 def ends(traffic: object) -> tuple[object, object]:
@@ -160,6 +200,23 @@ def test_a_configuration_that_cannot_be_is_refused() -> None:
     for wrong in ({"routings": ("nope",)}, *counts):
         with pytest.raises(InputError):
             config(**wrong)
+
+
+def test_padding_is_what_is_sent_for_nothing() -> None:
+    """Four tokens of 16 elements, payloads of 32, 8 and 8 bytes: a chunk is a header and three planes of up to 128."""
+    small = config(ranks=3, hidden=16, num_experts=5, num_topk=2)
+    collective = OneSidedConfig(**vars(small), path="collective")
+    sizes = padding(Problem(3, 5, 2, 16, 4, layout="rank", path="collective"), collective, 4, needed=100.0)
+    assert sizes["padded"] == 2 * (4 * 128 + 4 * 32)
+    assert sizes["wasted"] == sizes["padded"] - 100
+    assert 0 < sizes["expected_waste"] < 2 * 4 * (48 + 32)
+    assert not sizes["takes_exact"]
+
+
+@pytest.mark.parametrize("exchanges", [(), ("auto",), ("padded", "some")])
+def test_exchanges_that_cannot_be_measured(exchanges: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match="exchange is padded, exact or both"):
+        OneSidedConfig(**vars(config()), path="collective", exchanges=exchanges)
 
 
 def test_buffers_exceed_the_cache_where_memory_allows() -> None:

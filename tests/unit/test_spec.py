@@ -15,7 +15,7 @@ from moegen.codegen.render import render
 from moegen.compile import nvrtc
 from moegen.compile.target import Target
 from moegen.errors import SpecError
-from moegen.kernels.a2a import RowBytes
+from moegen.kernels.a2a_payloads import RowBytes
 from moegen.kernels.spec import Spec, WarpGroups
 
 SPECS = catalog()
@@ -128,3 +128,11 @@ def test_text_has_no_jinja_left(spec: Spec) -> None:
         assert mark not in text
     assert text.startswith("// SPDX-License-Identifier: Apache-2.0\n")
     assert text.endswith("\n")
+
+
+@pytest.mark.parametrize("spec", SAMPLES, ids=lambda spec: f"{spec.family}_{spec.op}")
+def test_a_kernel_first_waits_for_the_launch_before(spec: Spec) -> None:
+    """Launches overlap from sm_90 on: what is read ahead of this may not be written yet."""
+    body = re.search(r'extern "C" __global__ [^{]*\{\s*(\S+)', render(spec).text)
+    assert body is not None
+    assert body[1] == "await_launch_before();"

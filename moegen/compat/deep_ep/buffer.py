@@ -11,34 +11,11 @@ import torch
 from moegen.compat.deep_ep.config import Config, combine_config, dispatch_config, low_latency_size_hint
 from moegen.compat.deep_ep.normal import NormalMode
 from moegen.compat.deep_ep.utils import CallEvent, EventHandle, EventOverlap
-from moegen.compat.low_latency import IN_FLIGHT, Layers, mode, unpacked
-from moegen.errors import HandleError, InputError
-from moegen.expert_parallel import ExpertParallel
-from moegen.handle import Dispatched
+from moegen.compat.low_latency import CombineBuffers, Layers, LowLatencyHandle, mode, own_handle, unpacked
+from moegen.errors import InputError
 
 Tensor = torch.Tensor
 Hook = Callable[[], None]
-
-
-class LowLatencyHandle(tuple[Any, ...]):
-    """DeepEP's five elements: src_info int32 [local experts, ranks * max tokens] (the source's token of each row),
-    layout_range int64 [local experts, ranks] (first row << 32 | rows), max tokens, hidden, num_experts.
-
-    Attributes:
-        owner, received: what moegen's combine needs.
-    """
-
-    owner: ExpertParallel
-    received: Dispatched
-
-    @staticmethod
-    def of(owner: ExpertParallel, received: Dispatched) -> LowLatencyHandle:
-        problem = owner.problem
-        ranges = received.ranges.view(torch.int64).squeeze(2)
-        elements = (received.row_tokens, ranges, problem.max_tokens, problem.hidden, problem.num_experts)
-        handle = LowLatencyHandle(elements)
-        handle.owner, handle.received = owner, received
-        return handle
 
 
 class Buffer(NormalMode):
@@ -88,8 +65,7 @@ class Buffer(NormalMode):
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self._combine_buffers: dict[int, list[Tensor]] = {}
-        self._combines = 0
+        self._combine_buffers = CombineBuffers()
         self._local: dict[bool, Tensor] = {}
 
     def destroy(self) -> None:
@@ -215,10 +191,10 @@ class Buffer(NormalMode):
             InputError: arguments that do not fit.
         """
         self._check_stats("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
-        given = _own(handle)
+        given = own_handle(handle)
         if topk_idx.shape != topk_weights.shape:
             raise InputError(f"topk_idx and topk_weights differ: {list(topk_idx.shape)}, {list(topk_weights.shape)}")
-        self._combines += 1
+        self._combine_buffers.combines += 1
         answer = given.owner.combine(
             x,
             given.received.handle,
@@ -234,13 +210,7 @@ class Buffer(NormalMode):
         """A bfloat16 tensor [local experts, ranks * max tokens, hidden] for the `x` of the next combine: one of two per
         shape, which take turns with the combines, as in DeepEP.
         """
-        owner = _own(handle).owner
-        buffers = self._combine_buffers.get(id(owner))
-        if buffers is None:
-            shape = owner._alive().received.tokens_shape
-            made = [torch.empty(shape, dtype=owner.dtype, device=owner.device) for _ in range(IN_FLIGHT)]
-            buffers = self._combine_buffers[id(owner)] = made
-        return buffers[self._combines % IN_FLIGHT]
+        return self._combine_buffers.next(own_handle(handle).owner)
 
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
@@ -324,9 +294,3 @@ def _unpacked(answer: Any, async_finish: bool, return_recv_hook: bool) -> tuple[
     """Moegen's result, with DeepEP's event and hook."""
     result, event, hook = unpacked(answer, async_finish, return_recv_hook)
     return result, EventOverlap(None if event is None else CallEvent(event)), hook
-
-
-def _own(handle: tuple[Any, ...]) -> LowLatencyHandle:
-    if not isinstance(handle, LowLatencyHandle):
-        raise HandleError("the handle is the tuple that low_latency_dispatch returned, itself: a copy cannot be used")
-    return handle

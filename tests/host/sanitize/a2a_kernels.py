@@ -22,8 +22,9 @@ from host.sanitize.build import (
     variants_header,
 )
 
-from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch, RowBytes
+from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch
 from moegen.kernels.a2a_layout import planes, regions, roles
+from moegen.kernels.a2a_payloads import RowBytes
 from moegen.kernels.spec import WARP_SIZE, WarpGroups
 
 HIDDEN = 1032

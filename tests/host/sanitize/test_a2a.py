@@ -47,15 +47,12 @@ PRESENCE = {
 
 FLAGS = {
     "flag_barrier": Edit(
-        KERNEL,
-        r"(void tell_rows_are_sent[^{]*\{\s*)__syncthreads\(\);(.*)__syncthreads\(\);(?=  // the chunk)",
-        r"\1\2if (begin + kWarpSize < share.end) __syncthreads();",
+        KERNEL, r"__syncthreads\(\);(?=  // the chunk)", "if (begin + kWarpSize < share.end) __syncthreads();"
     ),
     "flag_store": relaxed_store(r"flag_at\("),
     "flag_load": relaxed_load("flag"),
 }
-"""How a block announces its rows. Of two barriers behind the last of them one is enough: only without both is an order
-missing."""
+"""How a block announces its rows."""
 
 TAGS = {
     "tag_barrier": barrier_before(r"store_release_sys\(tag_at\(", "team_sync"),
@@ -72,9 +69,8 @@ VOTES = {
 """How the threads of a block learn what one warp has planned, and how many rows come."""
 
 PLANS = {
-    "counts_zero": Edit(KERNEL, r"(counts\[rank\] = 0;\s*)__syncthreads\(\);", r"\1"),
-    "counts_sum": Edit(KERNEL, r"__syncthreads\(\);(?=\s*return own;)", ""),
-    "slots": Edit(KERNEL, r"(before = counts\[rank\];\s*)__syncwarp\(\);", r"\1"),
+    "next_slots": Edit(KERNEL, r"__syncwarp\(\);(?=\s*\}\s*#pragma unroll 1\s*for \(uint32_t begin = share)", ""),
+    "slots": Edit(KERNEL, r"(before = next_slots\[rank\];\s*)__syncwarp\(\);", r"\1"),
     "chunk_used": Edit(KERNEL, r"__syncthreads\(\);(?=  // the chunk)", ""),
 }
 """How they plan."""
@@ -83,9 +79,11 @@ ENTERING = {
     "entering": entering("__ATOMIC_RELAXED"),
     "entering_release": entering("__ATOMIC_ACQUIRE"),
     "entering_acquire": entering("__ATOMIC_RELEASE"),
-    "entering_barrier": Edit(KERNEL, r"__syncthreads_and\(aborted == 0\) != 0", "aborted == 0"),
+    "entering_barrier": Edit(KERNEL, r"__syncthreads_and\(sound\) != 0", "sound"),
 }
-"""How the last block to enter knows that all threads have read the epoch."""
+"""How the last block to enter knows that all threads have read the epoch; and, in dispatch, how its threads learn what
+each warp has counted.
+"""
 
 NO_PRESENCE = {"presence_wait": Edit(KERNEL, r"int32_t\(seen - needed\) >= 0", "seen != needed")}
 NO_ROWS = {"counts_wait": no_wait_for_whole("kCounts", "counts_at", "told"), "flag_wait": no_wait("flag")}
@@ -97,10 +95,9 @@ NO_PARTIALS = {
 
 PULLING = {
     **{f"pulled_{name}": edit for name, edit in {**PRESENCE, **NO_PRESENCE}.items()},
-    "pulled_vote": Edit(KERNEL, r"__syncthreads_and\(came\) == 0", "!came"),
     "pulled_entering_barrier": ENTERING["entering_barrier"],
 }
-"""How a block learns that others have made the rows that it reads."""
+"""How a block learns that others have made the rows that it reads; its barrier is that of the epoch."""
 
 WEAKENED = [
     *without(APART, "dispatch", PRESENCE, FLAGS, VOTES),
