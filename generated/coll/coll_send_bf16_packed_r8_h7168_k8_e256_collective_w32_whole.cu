@@ -267,6 +267,7 @@ __device__ __forceinline__ Share share_of_block(const Params& p, uint32_t tokens
     return Share{begin, min(begin + number, tokens)};
 }
 
+// A chunk is one of tokens here, kChunk of them; those that are exchanged are p.chunks.
 // Begins a plan: what each counter counts of the tokens before `end`. A token counts once, also if it selects an expert
 // twice.
 __device__ __forceinline__ void count_before(const Params& p, uint32_t end, Chunk& chunk) {

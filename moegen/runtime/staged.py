@@ -33,7 +33,9 @@ class Staged:
             By name: "dispatch_pack" (rows to where they are sent from), "dispatch_collective", "dispatch_compact"
             (headers read; exact: rows to where the user reads them), "combine_collective", "combine_reduce" (sums).
             Exact calls also have "dispatch_counts" (counted, exchanged, and the host's wait for them) and
-            "combine_pack"; padded ones send `y` as it lies. What was not noted has no name.
+            "combine_pack"; padded ones send `y` as it lies. Layouts `token`, `packed` and `expert` have "_pack",
+            "_collective" and "_compact" of "dispatch", of "plan" (what mode "exact" exchanges first) and of "weights"
+            (given to combine), and "combine_pack". What was not noted has no name.
 
         Raises:
             InputError: as `time_stages`.

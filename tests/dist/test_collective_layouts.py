@@ -128,6 +128,8 @@ def test_two_layers_interleaved(group: Processes) -> None:
 
 @pytest.mark.slow
 def test_two_layers_interleaved_1000(group: Processes) -> None:
+    if group.size > 4:
+        pytest.skip("gloo's threads of so many processes take minutes for it on few cores")
     assert group.call(interleave, 1000) == [0] * group.size
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moegen import errors
+from support.ht_cases import EDGES
 from support.ht_layer import RowsLayer, RowsShape, assert_same_results
 from support.layer import Routing, random_routing
 
@@ -51,6 +52,20 @@ def test_equals_path_ipc_and_the_reference(shape: RowsShape, device: str) -> Non
         layer.verify(routing, found, weighted=how["weighted"], biases=how["biases"])
         assert_same_results(wanted, found)
     right.destroy()
+    layer.destroy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+def test_edges_of_the_domain(shape: RowsShape, device: str) -> None:
+    """Many ranks, experts and selections, the widest rows, more tokens than blocks plan at once."""
+    if device == "cuda" and shape.ranks > 9:
+        pytest.skip("as on path ipc")
+    layer = RowsLayer(shape, device, path="collective")
+    for seed, kind in enumerate(("uniform", "free", "one")):
+        tokens = [(shape.max_tokens + 3 * rank * seed) % (shape.max_tokens + 1) for rank in range(shape.ranks)]
+        routing = random_routing(shape, tokens, seed, kind=kind)  # type: ignore[arg-type]
+        layer.verify(routing, layer.round_trip(routing, sums=shape.layout == "token"))
     layer.destroy()
 
 
