@@ -25,7 +25,13 @@ def test_share_of_tokens_is_the_average_of_all_routings(ranks: int, experts: int
 
 def test_few_tokens_are_padded_and_many_are_not() -> None:
     rule = ExchangeRule(PROBLEM, "auto")
-    assert [rule.is_exact(slots, ROW_BYTES) for slots in (1, 128, 1024, 2048, 4096)] == [False, False, False, True, True]
+    assert [rule.is_exact(slots, ROW_BYTES) for slots in (1, 128, 1024, 2048, 4096)] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
     assert rule.padding_bytes(2048, ROW_BYTES) > NCCL.bytes_per_second * NCCL.round_trip
 
 
