@@ -25,6 +25,7 @@ from moegen.kernels.a2a import (
 from moegen.kernels.ll import ceil_div
 from moegen.kernels.spec import Spec
 from moegen.runtime.low_latency import FIRST_EPOCH
+from moegen.runtime.streams import current_stream
 from moegen.runtime.worlds import RankWorld
 from support.a2a_data import PayloadShape
 from support.a2a_layer import PayloadLayer
@@ -221,13 +222,14 @@ def test_what_was_queued_behind_a_timeout_does_nothing(device: str, rows: str) -
         if world.rank == ABSENT:
             return
         ids, payloads = arguments(layer, [[0, 3], [1, 2]])
-        handle, _ = rank._handle(2, SHAPE.max_tokens)
+        memory, addresses = rank._routing(2)
+        handle = moegen.PayloadsHandle(rank, 2, SHAPE.max_tokens, memory, addresses, current_stream(rank.device))
         y, out = outputs(layer), torch.full((2, SHAPE.hidden), 7, dtype=torch.bfloat16, device=device)
         everybody = 0b11
         ops.dispatch(
-            dispatched, payloads, ids, None, handle.addresses, SHAPE.max_tokens, None, None, None, everybody, None
+            dispatched, payloads, ids, None, addresses, SHAPE.max_tokens, None, None, None, everybody, None, False
         )
-        ops.combine(combined, y, (out.data_ptr(),), handle.addresses, 2, SHAPE.max_tokens, everybody, None)
+        ops.combine(combined, y, (out.data_ptr(),), handle, everybody, None)
         with pytest.raises(PeerTimeoutError):
             rank.synchronize()
         assert (out == 7).all()

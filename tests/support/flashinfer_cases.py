@@ -88,8 +88,9 @@ def experts_of(case: Case, rank: int, received: list[torch.Tensor]) -> torch.Ten
     x, _, ids, weights, _ = received
     experts = case.local(rank)
     here = (ids >= experts.start) & (ids < experts.stop)
-    factors = torch.where(here, weights * (1 + ids) / case.experts, 0.0).sum(dim=-1, keepdim=True)
-    return (x.float() * factors).to(x.dtype)
+    # In float64, whose sum is the same in whatever order a device's torch adds.
+    factors = torch.where(here, weights.double() * (1 + ids) / case.experts, 0.0).sum(dim=-1, keepdim=True)
+    return (x.float() * factors.float()).to(x.dtype)
 
 
 def sums(case: Case, rank: int, turn: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
