@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,10 +13,9 @@ from support.processes import Processes, devices, ranks_on
 from moegen import errors
 
 @pytest.fixture(scope="module", params=devices(gpu_each=True))
-def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(ranks_on(request.param), request.param)
-    yield processes
-    processes.stop()
+def group(request: pytest.FixtureRequest, processes: Any) -> Processes:
+    kept: Processes = processes(ranks_on(request.param), request.param)
+    return kept
 
 
 _groups: dict[str, Any] = {}

@@ -6,7 +6,6 @@ What path ipc and the reference give is what is right.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,10 +32,9 @@ def groups() -> list[object]:
 
 
 @pytest.fixture(scope="module", params=groups(), ids=lambda param: f"{param[0]}-{param[1]}")
-def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(request.param[1], request.param[0])
-    yield processes
-    processes.stop()
+def group(request: pytest.FixtureRequest, processes: Any) -> Processes:
+    kept: Processes = processes(request.param[1], request.param[0])
+    return kept
 
 
 _groups: dict[str, Any] = {}

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
+
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,9 @@ from moegen.runtime.worlds import GroupWorld
 
 
 @pytest.fixture(scope="module", params=devices(gpu_each=True))
-def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(ranks_on(request.param, on_cpu=2), request.param)
-    yield processes
-    processes.stop()
+def group(request: pytest.FixtureRequest, processes: Any) -> Processes:
+    kept: Processes = processes(ranks_on(request.param, on_cpu=2), request.param)
+    return kept
 
 
 def in_process(rank: int, device: str, case: Case) -> str:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+
+from typing import Any
 
 import pytest
 import torch
@@ -29,10 +30,9 @@ def shape_of(ranks: int) -> Shape:
 
 
 @pytest.fixture(scope="module", params=devices(gpu_each=True))
-def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(ranks_on(request.param, on_cpu=2), request.param)
-    yield processes
-    processes.stop()
+def group(request: pytest.FixtureRequest, processes: Any) -> Processes:
+    kept: Processes = processes(ranks_on(request.param, on_cpu=2), request.param)
+    return kept
 
 
 def in_process(rank: int, device: str, layout: str, mode: str) -> str:

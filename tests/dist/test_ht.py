@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +25,9 @@ SHAPES = (
 
 
 @pytest.fixture(scope="module", params=devices())
-def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(ranks_on(request.param), request.param)
-    yield processes
-    processes.stop()
+def group(request: pytest.FixtureRequest, processes: Any) -> Processes:
+    kept: Processes = processes(ranks_on(request.param), request.param)
+    return kept
 
 
 def on_each_rank(group: Processes, shape: RowsShape) -> RowsShape:

@@ -5,7 +5,8 @@ processes on a GPU each waits for its turn before it can wait for a peer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +28,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", params=devices())
-def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(SIZE, request.param)
-    yield processes
-    processes.stop()
+def group(request: pytest.FixtureRequest, processes: Any) -> Processes:
+    kept: Processes = processes(SIZE, request.param)
+    return kept
 
 
 def test_low_latency(group: Processes) -> None:

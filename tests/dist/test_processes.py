@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,9 @@ SHAPES = (Shape(4, 16, 4, 128, 64), Shape(4, 10, 3, 512, 80))
 
 
 @pytest.fixture(scope="module", params=devices())
-def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(ranks_on(request.param), request.param)
-    yield processes
-    processes.stop()
+def group(request: pytest.FixtureRequest, processes: Any) -> Processes:
+    kept: Processes = processes(ranks_on(request.param), request.param)
+    return kept
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,10 +33,9 @@ GRAPHS = (["D"], ["DC"], ["DCD"], ["DC", "DCDC", "DCDCDC"])
 
 
 @pytest.fixture(scope="module", params=devices(gpu_each=True))
-def group(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    processes = Processes(ranks_on(request.param), request.param)
-    yield processes
-    processes.stop()
+def group(request: pytest.FixtureRequest, processes: Any) -> Processes:
+    kept: Processes = processes(ranks_on(request.param), request.param)
+    return kept
 
 
 def pairs_of(group: Processes) -> int:
@@ -86,12 +85,11 @@ def test_one_sided(group: Processes, shape: PayloadShape) -> None:
 
 
 @pytest.fixture(scope="module")
-def gpus() -> Iterator[Processes]:
+def gpus(processes: Any) -> Processes:
     if torch.cuda.device_count() < 2:
         pytest.skip("fewer than two GPUs on this machine")
-    processes = Processes(torch.cuda.device_count(), "cuda")
-    yield processes
-    processes.stop()
+    kept: Processes = processes(torch.cuda.device_count(), "cuda")
+    return kept
 
 
 def on_a_stream(rank: int, device: str, replays: Callable[..., int], *args: Any) -> int:

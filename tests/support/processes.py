@@ -52,7 +52,8 @@ class Processes:
             port = probe.getsockname()[1]
         self._ends: list[Connection] = []
         self._processes = []
-        self._leave_together = True
+        self.lost = False
+        """Whether one of them has died, or has not answered."""
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, size, device, port), daemon=True)
@@ -62,7 +63,7 @@ class Processes:
 
     def call(self, fn: Callable[..., Any], *args: Any, dead: Collection[int] = ()) -> list[Any]:
         """`fn(rank, device, *args)` in every process; raises the first error. Ranks that are `dead` will not answer."""
-        self._leave_together &= not dead
+        self.lost |= bool(dead)
         for end in self._ends:
             end.send((fn, args))
         answers: list[Any] = []
@@ -71,6 +72,7 @@ class Processes:
                 answers.append(None)
                 continue
             if not end.poll(ANSWER_SECONDS):
+                self.lost = True
                 raise TimeoutError(f"rank {rank} did not answer within {ANSWER_SECONDS} s")
             ok, value = end.recv()
             if not ok:
@@ -88,7 +90,7 @@ class Processes:
             with contextlib.suppress(BrokenPipeError):
                 end.send(None)
         for process in self._processes:
-            process.join(20 if self._leave_together else 0)  # a group waits for members that are dead
+            process.join(0 if self.lost else 20)  # a group waits for members that are dead
             if process.is_alive():
                 process.kill()
 
