@@ -16,7 +16,8 @@ OLD_TOOLS = 'cuda-bindings==12.9.*' nvidia-cuda-nvrtc-cu12==12.8.93 jinja2 ninja
 OLD_ARCHS = sm80,sm90
 
 TEMPLATE_FILES = $(shell find templates -name '*.cuh' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.jinja')
-# Two processes are faster than one on two cores and more; the kernels' own threads fill the rest.
+# Two processes are faster than one on two cores and more; the kernels' own threads fill the rest. What the tests of a
+# file share is made once, in one of them.
 TEST_JOBS ?= 2
 
 .DEFAULT_GOAL := help
@@ -74,7 +75,7 @@ generated: $(STAMP)
 	$(MOEGEN) generate --check --resources
 
 pytest: $(STAMP)
-	$(PYTEST) -n $(TEST_JOBS)
+	$(PYTEST) -n $(TEST_JOBS) --dist loadfile
 
 tsan asan: $(STAMP)
 	$(PYTEST) tests/host -m $@

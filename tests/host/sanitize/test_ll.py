@@ -27,6 +27,9 @@ RIGHT = [
 """Together: both wire formats, both times of weights, each of a team's three kinds of barrier, with and without ranks
 that may be missing; at most 1,920 fibers."""
 
+SLOW = RIGHT[4:]
+"""Whose kinds of barrier, and missing ranks, other tests here have as well."""
+
 ROW = RIGHT[2]
 MASKED = RIGHT[-1]
 
@@ -72,7 +75,9 @@ def name_of(variant: Variant) -> str:
 
 
 @pytest.mark.tsan
-@pytest.mark.parametrize("variant", RIGHT, ids=name_of)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(each, marks=pytest.mark.slow) if each in SLOW else each for each in RIGHT], ids=name_of
+)
 def test_kernels_have_no_race(tsan: Path, variant: Variant) -> None:
     code, output = run(tsan, variant.name, SEEDED)
     assert code == 0, output
