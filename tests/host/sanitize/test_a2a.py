@@ -121,7 +121,19 @@ MORE = [
 """
 
 UNORDERED_REPORT = weakened(APART, "dispatch", "report", REPORT)
-EARLY = weakened(APART, "dispatch", "stats_wait", no_wait_for_whole("kStats", "stats_at", "piece"))
+EARLY = weakened(
+    APART,
+    "dispatch",
+    "stats_wait",
+    Edit(
+        KERNEL,
+        r"!wait_for_whole\(watch, Awaited\{kStats, source, -1\},\s*(stats_at\(.*?), piece\)(.*?)"
+        r"(await_counts\(p, watch, arrivals\);.*?)(if \(p\.stats_words != 0\) gather_stats\(p, watch\);)",
+        r"((piece = load_whole_relaxed_sys(\1)), false)\2\4\n    \3",
+    ),
+)
+"""Statistics are told before rows, so that they are here when the rows are: they are read before those, too."""
+
 BEYOND = weakened(APART, "dispatch", "beyond", Edit(KERNEL, r"const Id id = ids\[k\]", "const Id id = ids[k + 1]"))
 
 
