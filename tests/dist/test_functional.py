@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-
 from typing import Any
 
 import pytest
 import torch
-from support.functional_cases import (
+from support.functional_layer import (
     LAYOUTS,
     MODES,
     Rank,

@@ -5,7 +5,6 @@ processes on a GPU each waits for its turn before it can wait for a peer.
 
 from __future__ import annotations
 
-
 from typing import Any
 
 import pytest
