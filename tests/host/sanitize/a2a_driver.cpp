@@ -18,7 +18,7 @@ struct Variant {
     moegen_host_entry *dispatch[kRanks], *combine[kRanks];
     unsigned long (*dispatch_bytes)();
     unsigned long (*combine_bytes)();
-    uint32_t threads, out_bytes;
+    uint32_t threads, shared_bytes, out_bytes;
     bool pulls;
     Roles dispatch_roles, combine_roles;
 };
@@ -44,7 +44,9 @@ class Ranks {
     template <typename Params>
     Params common_params(Rank& rank, Round& round, uint32_t op, const Roles& roles);
     void launch(Rank& rank, moegen_host_entry* entry, const void* params, const Roles& roles) {
-        if (!launched(rank, entry, params, roles.blocks, variant_.threads, seed_ != 0)) failed_ = true;
+        if (!launched(rank, entry, params, roles.blocks, variant_.threads, seed_ != 0, variant_.shared_bytes)) {
+            failed_ = true;
+        }
     }
     void dispatch(Rank& rank, Round& round);
     void combine(Rank& rank, Round& round, std::vector<uint8_t>& result);

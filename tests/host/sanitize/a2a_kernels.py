@@ -60,10 +60,12 @@ class Variant(KernelSet):
     combine: Kernel
 
 
-def variant(groups: WarpGroups, blocks: int, out: str = "bf16", ranks: int = RANKS, rows: str = "pushed") -> Variant:
+def variant(
+    groups: WarpGroups, blocks: int, out: str = "bf16", ranks: int = RANKS, rows: str = "pushed", copy: str = "vec"
+) -> Variant:
     """Unmodified kernels of one kind of team."""
-    name = f"r{ranks}_w{groups}_{out}_{rows}"
-    dispatch = OneSidedDispatch(RowBytes(WIDTHS), ranks, TOPK, EXPERTS, "ipc", groups)
+    name = f"r{ranks}_w{groups}_{out}_{rows}_{copy}"
+    dispatch = OneSidedDispatch(RowBytes(WIDTHS), ranks, TOPK, EXPERTS, "ipc", groups, copy=copy)
     combine = OneSidedCombine("bf16", out, ranks, HIDDEN, min(ranks, TOPK), "ipc", groups, rows=rows)
     return Variant(name, blocks, Kernel(f"dispatch_{name}", dispatch), Kernel(f"combine_{name}", combine))
 
@@ -89,6 +91,7 @@ def _row(variant: Variant) -> str:
         *map(entries_of, variant.kernels),
         *map(params_bytes_of, variant.kernels),
         str(dispatch.block_threads),
+        str(dispatch.dynamic_shared_bytes),
         str(combine.out_row_bytes // HIDDEN),
         flag(combine.pulls),
         _roles(dispatch, variant.blocks),
