@@ -92,6 +92,7 @@ def test_a_part_that_fails_takes_nothing_with_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_processes(tmp_path: Path) -> None:
     done, result = suite(tmp_path, "--world", "processes", "--most-tokens", "1", "--parts", "a2a,coll")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout

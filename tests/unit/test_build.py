@@ -102,7 +102,11 @@ def test_bad_words_are_one_message(moegen_command: Run) -> None:
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["sm80", "sm90", "sm100", "host"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sm80", "sm100")]
+"""The catalog is compiled for these in `make generated` and `make nvrtc-oldest`."""
+
+
+@pytest.mark.parametrize("name", [*SLOW, "sm90", "host"])
 def test_the_tiny_preset_compiles(name: str) -> None:
     target = Target(name)
     report = build([(render(spec), target) for spec in preset_specs("tiny", [2], None, name)])
