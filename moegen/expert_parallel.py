@@ -104,7 +104,7 @@ class ExpertParallel(ActiveMembership, Staged):
         checks.one_of("path", path, ("auto", *PATHS))
         checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
         if num_sms is not None:
-            checks.in_range("num_sms", num_sms, 1, 1024)
+            checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
         checks.seconds("timeout", timeout)
         self.world: RankWorld = as_rank_world(group_or_world, device)
         self.problem = checks.problem(

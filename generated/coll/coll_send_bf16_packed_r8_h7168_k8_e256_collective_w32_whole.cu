@@ -261,8 +261,12 @@ struct Share {
     uint32_t end;
 };
 
+__device__ __forceinline__ uint32_t tokens_per_block(const Params& p, uint32_t tokens) {
+    return (tokens + p.senders.blocks - 1) / p.senders.blocks;
+}
+
 __device__ __forceinline__ Share share_of_block(const Params& p, uint32_t tokens) {
-    const uint32_t number = (tokens + p.senders.blocks - 1) / p.senders.blocks;
+    const uint32_t number = tokens_per_block(p, tokens);
     const uint32_t begin = min((blockIdx.x - p.senders.first) * number, tokens);
     return Share{begin, min(begin + number, tokens)};
 }
@@ -343,27 +347,27 @@ __device__ __forceinline__ void tell_counts(const Params& p, uint32_t tokens, ui
 }
 
 __device__ __forceinline__ void plan_and_send(const Params& p, uint32_t tokens, uint32_t call) {
-        __shared__ Chunk chunk;
-        const Share share = share_of_block(p, tokens);
-        if (share.begin == share.end && blockIdx.x != p.senders.first) return;
-        count_before(p, share.begin, chunk);
-        uint32_t first = share.begin;
+    __shared__ Chunk chunk;
+    const Share share = share_of_block(p, tokens);
+    if (share.begin == share.end && blockIdx.x != p.senders.first) return;
+    count_before(p, share.begin, chunk);
+    uint32_t first = share.begin;
 #pragma unroll 1
-        do {
-            read_chunk(p, first, share.end, chunk);
-            if (share.end == tokens && share.end - first <= kChunk) tell_counts(p, tokens, call, chunk);
-            leave_rows(p, first, share.end, chunk);
-            tell_entries(p, first, chunk);
-            __syncthreads();  // the rows are known to all
+    do {
+        read_chunk(p, first, share.end, chunk);
+        if (share.end == tokens && share.end - first <= kChunk) tell_counts(p, tokens, call, chunk);
+        leave_rows(p, first, share.end, chunk);
+        tell_entries(p, first, chunk);
+        __syncthreads();  // the rows are known to all
 #pragma unroll 1
-            for (uint32_t token = first + warp_id(); token < min(first + kChunk, share.end); token += kWarps) {
-                send_row(p, token, p.token_ranks[token]);
-            }
-            add_chunk(chunk);
-            first += kChunk;
-        } while (first < share.end);
-        if (share.end == tokens && threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
-    }
+        for (uint32_t token = first + warp_id(); token < min(first + kChunk, share.end); token += kWarps) {
+            send_row(p, token, p.token_ranks[token]);
+        }
+        add_chunk(chunk);
+        first += kChunk;
+    } while (first < share.end);
+    if (share.end == tokens && threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
+}
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_coll_send_bf16_packed_r8_h7168_k8_e256_collective_w32_whole(const __grid_constant__ Params p) {
     await_launch_before();

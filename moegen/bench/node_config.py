@@ -59,12 +59,12 @@ class Cost:
 
 
 COSTS: dict[type[LowLatencyConfig], Cost] = {
-    LowLatencyConfig: Cost(0.35, 0.005, 8e-5),
-    HighThroughputConfig: Cost(0.5, 0.0, 4e-5),
-    OneSidedConfig: Cost(0.6, 0.0, 3e-5),
+    LowLatencyConfig: Cost(0.25, 0.0033, 5e-5),
+    HighThroughputConfig: Cost(0.2, 0.0, 1.8e-5),
+    OneSidedConfig: Cost(0.22, 0.0, 1.3e-5),
 }
-"""By family: what cases of `ht` and `a2a` took on two H200, and what the reference, the routings and the inputs of more
-ranks take on one core.
+"""By family: how cases share out the seconds of their parts on four H200 (bench/results/node_h200_processes_r4), in the
+proportions that the reference, the routings and the inputs took on one core.
 """
 
 START_SECONDS = 20.0

@@ -83,6 +83,7 @@ class ChunkExchange:
         }
         self._order = StreamOrder(world.device)
         self.stages = Stages(world.device)
+        self._whole = {spec: self._parts(layout.end, layout.end) for spec, layout in self._padded.items()}
         self._bound: dict[tuple[Chunked, int | None], BoundKernel] = {}
         for spec in self._kernels:
             self._bind(spec, None)
@@ -120,17 +121,23 @@ class ChunkExchange:
         """
         self._order.follow("calls")
         spec = fill[0]
-        sent = came = self._padded[spec]
-        if numbers is not None:
+        if numbers is None:
+            sent = came = self._padded[spec]
+            (parts_out, parts_in), sizes = self._whole[spec], None
+        else:
             sent, came = (chunks(spec, of_side) for of_side in numbers)
+            (parts_out, parts_in), sizes = self._parts(sent.end, came.end), (came.sizes, sent.sizes)
         with self.stages.stage(f"{name}_pack"):
             self._bind(spec, num_sms)(*sent.starts, sent.records_offset, *fill[1])
         with self.stages.stage(f"{name}_collective"):
-            local = self.memory.local
-            sizes = None if numbers is None else (came.sizes, sent.sizes)
-            self._world.all_to_all(local[self._half :][: came.end], local[: sent.end], sizes)
+            self._world.all_to_all(parts_in, parts_out, sizes)
         with self.stages.stage(f"{name}_{_LAST_STAGE.get(name, 'compact')}"):
             self._bind(read[0], num_sms)(*came.starts, came.records_offset, *read[1])
+
+    def _parts(self, sent: int, came: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is sent and what comes: so many bytes of this rank's memory."""
+        local = self.memory.local
+        return local[:sent], local[self._half : self._half + came]
 
     def raise_mismatched(self) -> None:
         self._watchdog.raise_mismatched()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moegen.kernels.ht import PHASE_WORDS
 from moegen.kernels.ht_layout import HighThroughputLayout
 from moegen.kernels.problem import Problem
 from moegen.rows import RowsHandle
@@ -47,6 +48,9 @@ class CollectiveRows:
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
         self.problem, self._selection = problem, selection
+        self._of_phase = {
+            phase: (selection.dispatch.in_phase(phase), selection.place.in_phase(phase)) for phase in PHASE_WORDS
+        }
         self.row_memory = RowMemory(
             problem, selection.dispatch, len(problem.local_experts(world.rank)), alignment, world.device
         )
@@ -77,7 +81,7 @@ class CollectiveRows:
         """One exchange; arguments are checked already. `rows`: None when only planning; `tokens_wanted`: too many, so
         that none is sent and every rank is told. Rows of a plan that the host knows have the size that they need.
         """
-        fill, place = self._selection.dispatch.in_phase(phase), self._selection.place.in_phase(phase)
+        fill, place = self._of_phase[phase]
         sent, came = _split(numbers.addresses)
         given = (
             x.data_ptr(),

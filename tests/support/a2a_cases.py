@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moegen.errors import PeerTimeoutError
 from moegen.runtime.worlds import RankWorld
 from support.a2a_build import build
 from support.a2a_data import (
@@ -230,6 +231,23 @@ def test_rows_that_travel_by_bulk_copies(shape: PayloadShape, warp_groups: str, 
     for seed, kind in enumerate(KINDS):
         counts = [(shape.max_tokens - 31 * rank * seed) % (shape.max_tokens + 1) for rank in range(shape.ranks)]
         layer.round_trip(random_batch(shape, counts, seed, kind))
+    layer.destroy()
+
+
+def test_bulk_copies_of_a_call_that_gives_up(device: str) -> None:
+    """A rank's first rows are on their way into its shared memory when it learns that a peer is not ready for them."""
+    shape = BULK[1]
+    layer = PayloadLayer(shape, device, copy="bulk", warp_groups="3x1", num_sms=2, timeout=0.5)
+    batch = random_batch(shape, [5, 5], 1)
+    layer.world.run(layer.dispatch, batch, How())
+
+    def alone(world: RankWorld) -> None:
+        if world.rank == 0:
+            layer.call(world, layer.given(batch, How(), 0))
+            layer.ranks[0].synchronize()
+
+    with pytest.raises(PeerTimeoutError, match="reading of the rows before of rank 1"):
+        layer.world.run(alone)
     layer.destroy()
 
 

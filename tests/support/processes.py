@@ -74,7 +74,11 @@ class Processes:
             if not end.poll(ANSWER_SECONDS):
                 self.lost = True
                 raise TimeoutError(f"rank {rank} did not answer within {ANSWER_SECONDS} s")
-            ok, value = end.recv()
+            try:
+                ok, value = end.recv()
+            except EOFError:
+                self.lost = True
+                raise
             if not ok:
                 raise RuntimeError(f"rank {rank}:\n{value}")
             answers.append(value)
