@@ -29,7 +29,7 @@ class Handle:
         owner: the object that made it; only that object's combine takes it.
         num_tokens: rows of the token tensor that was dispatched; -1: nothing was.
         memory: the device memory behind `addresses`.
-        addresses: of rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent, in that order; where
+        addresses: of first_rows, row_origin, row_slots, row_weights, token_ranks, tokens_sent, in that order; where
             ranks may be missing, then of selected_ranks, selected_weights. On path collective, of
             `moegen.runtime.received.FOR_COLLECTIVE`.
         stream: the CUDA stream that its memory was allocated on, as a number; 0 on the CPU.

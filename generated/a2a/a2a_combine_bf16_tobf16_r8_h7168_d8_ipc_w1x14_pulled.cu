@@ -189,23 +189,32 @@ __device__ __forceinline__ const uint4* row_at(const Params& p, uint32_t rank, u
            (uint64_t(p.rank) * p.slots + slot) * kRowVectors;
 }
 
-// While a row is added, the next is on its way.
+constexpr uint32_t kRowsAhead = 8;  // of which a thread asks for a part at once: no rank is asked by all
+
+__device__ __forceinline__ Sums sums_of(const Params& p, uint64_t ranks, const int32_t* slots, uint32_t first) {
+    Sums sums = {};
+#pragma unroll 1
+    for (uint64_t rest = ranks; rest != 0;) {
+        Part parts[kRowsAhead] = {};
+#pragma unroll
+        for (uint32_t row = 0; row < kRowsAhead; ++row) {
+            if (rest == 0) break;
+            const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
+            const uint32_t slot = uint32_t(*slots++);
+            rest &= rest - 1;
+            if (!is_active(p, rank)) continue;
+            parts[row] = load_part(row_at(p, rank, slot), first);
+        }
+#pragma unroll
+        for (uint32_t row = 0; row < kRowsAhead; ++row) add(sums, parts[row]);
+    }
+    return sums;
+}
+
 __device__ __forceinline__ void add_token(const Params& p, uint64_t ranks, const int32_t* slots, uint8_t* out) {
 #pragma unroll 1
     for (uint32_t first = 0; first < kRowVectors; first += kSummed * kTeamThreads) {
-        Sums sums = {};
-        Part next = {};
-        uint32_t index = 0;
-#pragma unroll 1
-        for (uint64_t rest = ranks; rest != 0; rest &= rest - 1, ++index) {
-            const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
-            if (!is_active(p, rank)) continue;
-            const Part part = next;
-            next = load_part(row_at(p, rank, uint32_t(slots[index])), first);
-            add(sums, part);
-        }
-        add(sums, next);
-        store_sums(out, first, sums);
+        store_sums(out, first, sums_of(p, ranks, slots, first));
     }
 }
 

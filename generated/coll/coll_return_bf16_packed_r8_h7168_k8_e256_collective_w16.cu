@@ -226,14 +226,14 @@ __device__ __forceinline__ void send_partial(const Params& p, uint32_t row, uint
     __syncwarp();  // the next row's terms overwrite these
 }
 
-// Begins with the rows of the next rank, so that every rank is sent to by another one.
+// All rows but this rank's own, which lie between those of the ranks before and behind it.
 __device__ __forceinline__ void send_partials(const Params& p) {
     const uint32_t rows = uint32_t(p.first_rows[kRanks]);
-    const uint32_t own_end = uint32_t(p.first_rows[p.rank + 1]);
-    const uint32_t own_rows = own_end - uint32_t(p.first_rows[p.rank]);
+    const uint32_t own_begin = uint32_t(p.first_rows[p.rank]);
+    const uint32_t own_rows = uint32_t(p.first_rows[p.rank + 1]) - own_begin;
 #pragma unroll 1
     for (uint32_t turn = turn_of_warp(p.senders); turn < rows - own_rows; turn += warps_of(p.senders)) {
-        const uint32_t row = turn + own_end < rows ? turn + own_end : turn + own_end - rows;
+        const uint32_t row = turn < own_begin ? turn : turn + own_rows;
         uint32_t owner = 0;
         while (row >= uint32_t(p.first_rows[owner + 1])) ++owner;
         send_partial(p, row, owner);

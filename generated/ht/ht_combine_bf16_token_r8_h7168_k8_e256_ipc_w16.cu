@@ -285,17 +285,36 @@ __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch
     if (lane_id() == 0) store_release_sys(tag_at(p, owner, p.rank, token), watch.epoch);
 }
 
-// Begins with the rows of the next rank, so that every rank is sent to by another one.
-__device__ __forceinline__ void send_partials(const Params& p, const Watch& watch) {
-    const uint32_t rows = uint32_t(p.first_rows[kRanks]);
-    const uint32_t own_end = uint32_t(p.first_rows[p.rank + 1]);
-    const uint32_t own_rows = own_end - uint32_t(p.first_rows[p.rank]);
+constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
+
+// Rows are dealt out to the other ranks in turn, each rank beginning with the one behind it: no rank is sent to by all
+// others at once, and every rank's first tokens are complete early.
+__device__ __forceinline__ uint32_t owner_of_turn(const Params& p, uint32_t turn) {
+    return rank_after(p.rank, 1 + turn % kOthers);
+}
+
+__device__ __forceinline__ uint32_t row_of_turn(const Params& p, uint32_t owner, uint32_t turn) {
+    return uint32_t(p.first_rows[owner]) + turn / kOthers;
+}
+
+// Behind the last turn in which there is a row for any other rank.
+__device__ __forceinline__ uint32_t end_of_turns(const Params& p) {
+    uint32_t most = 0;
 #pragma unroll 1
-    for (uint32_t turn = turn_of_warp(p.senders); turn < rows - own_rows; turn += warps_of(p.senders)) {
-        const uint32_t row = turn + own_end < rows ? turn + own_end : turn + own_end - rows;
-        uint32_t owner = 0;
-        while (row >= uint32_t(p.first_rows[owner + 1])) ++owner;
-        send_partial(p, watch, row, owner);
+    for (uint32_t owner = lane_id(); owner < kRanks; owner += kWarpSize) {
+        const uint32_t rows = uint32_t(p.first_rows[owner + 1] - p.first_rows[owner]);
+        if (owner != p.rank) most = max(most, rows);
+    }
+    return kOthers * __reduce_max_sync(kFullWarp, most);
+}
+
+__device__ __forceinline__ void send_partials(const Params& p, const Watch& watch) {
+    const uint32_t end = end_of_turns(p);
+#pragma unroll 1
+    for (uint32_t turn = turn_of_warp(p.senders); turn < end; turn += warps_of(p.senders)) {
+        const uint32_t owner = owner_of_turn(p, turn);
+        const uint32_t row = row_of_turn(p, owner, turn);
+        if (row < uint32_t(p.first_rows[owner + 1])) send_partial(p, watch, row, owner);
     }
 }
 

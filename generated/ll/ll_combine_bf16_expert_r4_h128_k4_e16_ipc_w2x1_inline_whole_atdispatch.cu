@@ -29,29 +29,29 @@ struct Blocks {
 };
 
 struct Params {
-    uint8_t* peers[4];             // symmetric memory of each rank, as mapped here
-    const uint8_t* y;              // [local experts, ranks * max_tokens, hidden]
-    uint8_t* out;                  // [tokens, hidden]
-    const float* topk_weights;     // [tokens, topk] if given at combine, else null
-    const int32_t* rows_received;  // one number: rows from other ranks
-    const int32_t* row_origin;     // [(ranks - 1) * max_tokens]: source * max_tokens + token of each
-    const int32_t* row_slots;      // [ranks * max_tokens, topk]: row in `y` or -1; own tokens last
-    const float* row_weights;      // [ranks * max_tokens, topk]
-    const uint64_t* token_ranks;   // [max_tokens]: bit r: rank r holds an expert of this token
-    const int32_t* tokens_sent;    // one number: the tokens of that dispatch
-    Control* control;              // this op's epoch
-    uint32_t* aborted;             // this object's abort word
-    Failure* failure;              // where the host reads what went wrong
-    uint64_t consumed_offset;      // [rank] u32: the last epoch that the peer has read
-    uint64_t rows_offset;          // [half][source][max_tokens] records, each at its token's number
-    uint64_t tags_offset;          // [half][source][max_tokens] u64: epoch of the row there
-    uint64_t weights_offset;       // [half][source][max_tokens][weight pieces]
-    uint64_t timeout_ns;           // how long one wait may take
-    Blocks senders;                // blocks that send
-    Blocks receivers;              // blocks that receive; the same ones where there are too few
-    uint32_t rank;                 // this rank
-    uint32_t tokens;               // rows of this rank's token tensor
-    uint32_t max_tokens;           // capacity: tokens that a rank may send
+    uint8_t* peers[4];            // symmetric memory of each rank, as mapped here
+    const uint8_t* y;             // [local experts, ranks * max_tokens, hidden]
+    uint8_t* out;                 // [tokens, hidden]
+    const float* topk_weights;    // [tokens, topk] if given at combine, else null
+    const int32_t* first_rows;    // [ranks + 1]: first row of each other source, then their number
+    const int32_t* row_origin;    // [(ranks - 1) * max_tokens]: source * max_tokens + token of each
+    const int32_t* row_slots;     // [ranks * max_tokens, topk]: row in `y` or -1; own tokens last
+    const float* row_weights;     // [ranks * max_tokens, topk]
+    const uint64_t* token_ranks;  // [max_tokens]: bit r: rank r holds an expert of this token
+    const int32_t* tokens_sent;   // one number: the tokens of that dispatch
+    Control* control;             // this op's epoch
+    uint32_t* aborted;            // this object's abort word
+    Failure* failure;             // where the host reads what went wrong
+    uint64_t consumed_offset;     // [rank] u32: the last epoch that the peer has read
+    uint64_t rows_offset;         // [half][source][max_tokens] records, each at its token's number
+    uint64_t tags_offset;         // [half][source][max_tokens] u64: epoch of the row there
+    uint64_t weights_offset;      // [half][source][max_tokens][weight pieces]
+    uint64_t timeout_ns;          // how long one wait may take
+    Blocks senders;               // blocks that send
+    Blocks receivers;             // blocks that receive; the same ones where there are too few
+    uint32_t rank;                // this rank
+    uint32_t tokens;              // rows of this rank's token tensor
+    uint32_t max_tokens;          // capacity: tokens that a rank may send
 };
 
 static_assert(sizeof(Params) == 200);
@@ -61,6 +61,11 @@ static_assert(sizeof(Params) == 200);
 __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
+
+// A block's teams come after all other blocks': few rows are spread over all multiprocessors.
+__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
+    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
+}
 
 __device__ __forceinline__ void team_sync() { __syncwarp(); }
 
@@ -283,6 +288,11 @@ __device__ __forceinline__ uint4 rounded(const Sums& sums) {
                       round_to_bf16x2(sums.values[4], sums.values[5]), round_to_bf16x2(sums.values[6], sums.values[7]));
 }
 
+__device__ __forceinline__ void add(Sums (&sums)[kSteps], const Row& row, float weight) {
+#pragma unroll
+    for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], row.vectors[step], weight);
+}
+
 // The rows of `y` that add up to one partial sum, and their weights.
 struct Terms {
     const uint4* rows[kTopk];
@@ -325,66 +335,112 @@ __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] con
     team_sync();
 }
 
-// Rows of `y` of which a thread asks for all its vectors at once: two if registers allow.
-constexpr uint32_t kTermsAhead = kSteps * kBlockThreads * kResident <= 2048 ? 2 : 1;
+__device__ __forceinline__ Row ask_for_term(const Terms& terms, uint32_t term) {
+    Row asked = {};
+    if (term >= terms.count) return asked;
+#pragma unroll
+    for (uint32_t step = 0; step < kSteps; ++step) {
+        if (vector_at(step) < kRowVectors) asked.vectors[step] = load_input(terms.rows[term] + vector_at(step));
+    }
+    return asked;
+}
 
-// A thread's part of a partial sum.
-__device__ __forceinline__ void partial_sums(const Terms& terms, Sums (&sums)[kSteps]) {
-#pragma unroll kTermsAhead
-    for (uint32_t term = 0; term < terms.count; ++term) {
-        const uint4* row = terms.rows[term];
-        uint4 vectors[kSteps] = {};
-#pragma unroll
-        for (uint32_t step = 0; step < kSteps; ++step) {
-            if (vector_at(step) < kRowVectors) vectors[step] = load_input(row + vector_at(step));
-        }
-#pragma unroll
-        for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], vectors[step], terms.weights[term]);
+// A thread's part of a partial sum, whose first term is on its way; while one is added, so is the next. Two by two: a
+// row that is on its way cannot be moved to other registers.
+__device__ __forceinline__ void partial_sums(const Terms& terms, Row first, Sums (&sums)[kSteps]) {
+#pragma unroll 1
+    for (uint32_t term = 0; term < terms.count; term += 2) {
+        const Row second = ask_for_term(terms, term + 1);
+        add(sums, first, terms.weights[term]);
+        if (term + 1 == terms.count) break;
+        first = ask_for_term(terms, term + 2);
+        add(sums, second, terms.weights[term + 1]);
     }
 }
 
-// Sends what this rank adds up for one token of `source`, rounded once.
-__device__ __forceinline__ void send_partial(const Params& p, const Watch& watch, uint32_t source, uint32_t token,
-                                             const Terms& terms) {
+// Sends what this rank adds up for one token, rounded once.
+__device__ __forceinline__ void send_partial(const Terms& terms, const Row& first, uint4* record,
+                                             [[maybe_unused]] uint32_t epoch) {
     Sums sums[kSteps] = {};
-    partial_sums(terms, sums);
+    partial_sums(terms, first, sums);
     Row row;
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) row.vectors[step] = rounded(sums[step]);
-    uint4* record = record_at(p, watch, source, p.rank, token);
-    send_pieces(as_pieces(row, watch.epoch), record);
-    team_sync();
+    send_pieces(as_pieces(row, epoch), record);
 }
 
-// One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens.
+constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
+
+// Rows are dealt out to the other ranks in turn, each rank beginning with the one behind it: no rank is sent to by all
+// others at once, and every rank's first tokens are complete early.
+__device__ __forceinline__ uint32_t owner_of_turn(const Params& p, uint32_t turn) {
+    return rank_after(p.rank, 1 + turn % kOthers);
+}
+
+__device__ __forceinline__ uint32_t row_of_turn(const Params& p, uint32_t owner, uint32_t turn) {
+    return uint32_t(p.first_rows[owner]) + turn / kOthers;
+}
+
+// Behind the last turn in which there is a row for any other rank.
+__device__ __forceinline__ uint32_t end_of_turns(const Params& p) {
+    uint32_t most = 0;
+#pragma unroll 1
+    for (uint32_t owner = lane_id(); owner < kRanks; owner += kWarpSize) {
+        const uint32_t rows = uint32_t(p.first_rows[owner + 1] - p.first_rows[owner]);
+        if (owner != p.rank) most = max(most, rows);
+    }
+    return kOthers * __reduce_max_sync(kFullWarp, most);
+}
+
+// A row that a team sends, or none: what it needs of what dispatch recorded.
+struct Outgoing {
+    bool exists;
+    uint32_t source;
+    uint32_t token;
+    Selection selection;
+};
+
+// Loads only, whether or not there is such a row, and also if dispatch has recorded nothing because it was abandoned.
+// What it recorded ends with this rank's own tokens.
+__device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t turn) {
+    Outgoing row;
+    row.source = owner_of_turn(p, turn);
+    const uint32_t own = (kRanks - 1) * p.max_tokens;
+    const uint32_t entry = row_of_turn(p, row.source, turn);
+    row.exists = entry < min(uint32_t(p.first_rows[row.source + 1]), own);
+    row.selection = load_selection(p, min(entry, own));
+    row.token = row.exists ? uint32_t(p.row_origin[entry]) - row.source * p.max_tokens : 0;
+    return row;
+}
+
+// One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens. While a
+// row's terms are on their way, the row before is announced.
 __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, [[maybe_unused]] uint32_t tokens) {
     __shared__ bool opened;
     __shared__ Terms terms[kTeams];
+    Terms& listed = terms[team_id()];
     const uint32_t teams = p.senders.blocks * kTeams;
-    const uint32_t turn = team_id() * p.senders.blocks + blockIdx.x - p.senders.first;
-    const uint32_t capacity = (kRanks - 1) * p.max_tokens;
-    const uint32_t rows = min(uint32_t(*p.rows_received), capacity);
-    uint32_t index = turn;
-    Selection selection = load_selection(p, min(index, capacity));
-    uint32_t origin = index < capacity ? uint32_t(p.row_origin[index]) : 0;
+    const uint32_t first_turn = turn_of_team(p.senders);
+    Outgoing next = outgoing_at(p, first_turn);
     open_epoch(p, watch, opened);
     __syncthreads();
     if (!opened) return;
+    const uint32_t end = end_of_turns(p);
 #pragma unroll 1
-    while (index < rows) {
-        const uint32_t source = origin / p.max_tokens;
-        const uint32_t token = origin % p.max_tokens;
-        list_terms(p, watch, source, token, selection, terms[team_id()]);
-        index += teams;
-        if (index < rows) {
-            selection = load_selection(p, index);
-            origin = uint32_t(p.row_origin[index]);
-        }
-        send_partial(p, watch, source, token, terms[team_id()]);
+    for (uint32_t turn = first_turn; turn < end; turn += teams) {
+        const Outgoing row = next;
+        if (row.exists) list_terms(p, watch, row.source, row.token, row.selection, listed);
+        if (turn + teams < end) next = outgoing_at(p, turn + teams);
+        if (!row.exists) continue;
+        const Row first = ask_for_term(listed, 0);
+        send_partial(listed, first, record_at(p, watch, row.source, p.rank, row.token), watch.epoch);
+        team_sync();
     }
     // The last block has the fewest rows, and this waits for what it has stored.
     if (blockIdx.x == p.senders.first + p.senders.blocks - 1) tell_consumed(p, watch);
 }
+
+constexpr uint32_t kPartialsAhead = kRanks > 2 ? 2 : 1;  // that a thread asks for at once
 
 // Adds the partial sums of one token in the order of the ranks.
 // This rank's own never leaves fp32.
@@ -393,25 +449,36 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     Sums sums[kSteps] = {};
     const bool own = (ranks >> p.rank & 1) != 0;
     Sums own_sums[kSteps] = {};
-    if (own) partial_sums(terms, own_sums);
+    if (own) partial_sums(terms, ask_for_term(terms, 0), own_sums);
     const uint64_t awaited = ranks & ~(uint64_t(1) << p.rank);
     if (awaited != 0) {
         const uint32_t rank = uint32_t(__ffsll(int64_t(awaited))) - 1;
         await_row(record_at(p, watch, p.rank, rank, token), watch, Awaited{kPartial, rank, int32_t(token)});
     }
 #pragma unroll 1
-    for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-        const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
-        if (rank == p.rank) {
+    for (uint64_t rest = ranks; rest != 0;) {
+        uint32_t of[kPartialsAhead];
+        Row rows[kPartialsAhead] = {};
 #pragma unroll
-            for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], own_sums[step]);
-            continue;
+        for (uint32_t ahead = 0; ahead < kPartialsAhead; ++ahead) {
+            of[ahead] = rest == 0 ? kRanks : uint32_t(__ffsll(int64_t(rest))) - 1;
+            rest &= rest - 1;
+            if (of[ahead] == p.rank) continue;
+            if (of[ahead] < kRanks) rows[ahead] = ask_for_row(record_at(p, watch, p.rank, of[ahead], token));
         }
-        const uint4* from = record_at(p, watch, p.rank, rank, token);
-        Row row = ask_for_row(from);
-        complete_row(from, watch, Awaited{kPartial, rank, int32_t(token)}, row);
 #pragma unroll
-        for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], row.vectors[step], 1.0f);
+        for (uint32_t ahead = 0; ahead < kPartialsAhead; ++ahead) {
+            const uint32_t rank = of[ahead];
+            if (rank == kRanks) break;
+            if (rank == p.rank) {
+#pragma unroll
+                for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], own_sums[step]);
+                continue;
+            }
+            const Awaited what = {kPartial, rank, int32_t(token)};
+            complete_row(record_at(p, watch, p.rank, rank, token), watch, what, rows[ahead]);
+            add(sums, rows[ahead], 1.0f);
+        }
     }
     uint4* out = reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors;
 #pragma unroll
@@ -424,7 +491,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
 __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
     __shared__ bool opened;
     const uint32_t teams = p.receivers.blocks * kTeams;
-    uint32_t token = team_id() * p.receivers.blocks + blockIdx.x - p.receivers.first;
+    uint32_t token = turn_of_team(p.receivers);
     uint64_t ranks = token < tokens ? p.token_ranks[token] : 0;
     __shared__ Terms terms[kTeams];
     const uint64_t first_own = uint64_t(kRanks - 1) * p.max_tokens;

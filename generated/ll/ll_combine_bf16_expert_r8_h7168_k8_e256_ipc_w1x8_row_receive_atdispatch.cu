@@ -28,29 +28,29 @@ struct Blocks {
 };
 
 struct Params {
-    uint8_t* peers[8];             // symmetric memory of each rank, as mapped here
-    const uint8_t* y;              // [local experts, ranks * max_tokens, hidden]
-    uint8_t* out;                  // [tokens, hidden]
-    const float* topk_weights;     // [tokens, topk] if given at combine, else null
-    const int32_t* rows_received;  // one number: rows from other ranks
-    const int32_t* row_origin;     // [(ranks - 1) * max_tokens]: source * max_tokens + token of each
-    const int32_t* row_slots;      // [ranks * max_tokens, topk]: row in `y` or -1; own tokens last
-    const float* row_weights;      // [ranks * max_tokens, topk]
-    const uint64_t* token_ranks;   // [max_tokens]: bit r: rank r holds an expert of this token
-    const int32_t* tokens_sent;    // one number: the tokens of that dispatch
-    Control* control;              // this op's epoch
-    uint32_t* aborted;             // this object's abort word
-    Failure* failure;              // where the host reads what went wrong
-    uint64_t consumed_offset;      // [rank] u32: the last epoch that the peer has read
-    uint64_t rows_offset;          // [half][source][max_tokens] records, each at its token's number
-    uint64_t tags_offset;          // [half][source][max_tokens] u64: epoch of the row there
-    uint64_t weights_offset;       // [half][source][max_tokens][weight pieces]
-    uint64_t timeout_ns;           // how long one wait may take
-    Blocks senders;                // blocks that send
-    Blocks receivers;              // blocks that receive; the same ones where there are too few
-    uint32_t rank;                 // this rank
-    uint32_t tokens;               // rows of this rank's token tensor
-    uint32_t max_tokens;           // capacity: tokens that a rank may send
+    uint8_t* peers[8];            // symmetric memory of each rank, as mapped here
+    const uint8_t* y;             // [local experts, ranks * max_tokens, hidden]
+    uint8_t* out;                 // [tokens, hidden]
+    const float* topk_weights;    // [tokens, topk] if given at combine, else null
+    const int32_t* first_rows;    // [ranks + 1]: first row of each other source, then their number
+    const int32_t* row_origin;    // [(ranks - 1) * max_tokens]: source * max_tokens + token of each
+    const int32_t* row_slots;     // [ranks * max_tokens, topk]: row in `y` or -1; own tokens last
+    const float* row_weights;     // [ranks * max_tokens, topk]
+    const uint64_t* token_ranks;  // [max_tokens]: bit r: rank r holds an expert of this token
+    const int32_t* tokens_sent;   // one number: the tokens of that dispatch
+    Control* control;             // this op's epoch
+    uint32_t* aborted;            // this object's abort word
+    Failure* failure;             // where the host reads what went wrong
+    uint64_t consumed_offset;     // [rank] u32: the last epoch that the peer has read
+    uint64_t rows_offset;         // [half][source][max_tokens] records, each at its token's number
+    uint64_t tags_offset;         // [half][source][max_tokens] u64: epoch of the row there
+    uint64_t weights_offset;      // [half][source][max_tokens][weight pieces]
+    uint64_t timeout_ns;          // how long one wait may take
+    Blocks senders;               // blocks that send
+    Blocks receivers;             // blocks that receive; the same ones where there are too few
+    uint32_t rank;                // this rank
+    uint32_t tokens;              // rows of this rank's token tensor
+    uint32_t max_tokens;          // capacity: tokens that a rank may send
 };
 
 static_assert(sizeof(Params) == 232);
@@ -60,6 +60,11 @@ static_assert(sizeof(Params) == 232);
 __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
+
+// A block's teams come after all other blocks': few rows are spread over all multiprocessors.
+__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
+    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
+}
 
 __device__ __forceinline__ void team_sync() { __syncthreads(); }
 
@@ -163,6 +168,13 @@ __device__ __forceinline__ uint4 rounded(const Sums& sums) {
                       round_to_bf16x2(sums.values[4], sums.values[5]), round_to_bf16x2(sums.values[6], sums.values[7]));
 }
 
+__device__ __forceinline__ void add(Sums (&sums)[kSteps], const Row& row, float weight) {
+#pragma unroll
+    for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], row.vectors[step], weight);
+}
+
+constexpr uint32_t kPartialsAhead = kRanks > 2 ? 2 : 1;  // that a thread asks for at once
+
 // Adds the partial sums of one token in the order of the ranks.
 __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch, uint32_t token,
                                              uint64_t ranks) {
@@ -174,13 +186,23 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     }
     team_sync();
 #pragma unroll 1
-    for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-        const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
-        const uint4* from = record_at(p, watch, p.rank, rank, token);
-        Row row = ask_for_row(from);
-        complete_row(from, watch, Awaited{kPartial, rank, int32_t(token)}, row);
+    for (uint64_t rest = ranks; rest != 0;) {
+        uint32_t of[kPartialsAhead];
+        Row rows[kPartialsAhead] = {};
 #pragma unroll
-        for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], row.vectors[step], 1.0f);
+        for (uint32_t ahead = 0; ahead < kPartialsAhead; ++ahead) {
+            of[ahead] = rest == 0 ? kRanks : uint32_t(__ffsll(int64_t(rest))) - 1;
+            rest &= rest - 1;
+            if (of[ahead] < kRanks) rows[ahead] = ask_for_row(record_at(p, watch, p.rank, of[ahead], token));
+        }
+#pragma unroll
+        for (uint32_t ahead = 0; ahead < kPartialsAhead; ++ahead) {
+            const uint32_t rank = of[ahead];
+            if (rank == kRanks) break;
+            const Awaited what = {kPartial, rank, int32_t(token)};
+            complete_row(record_at(p, watch, p.rank, rank, token), watch, what, rows[ahead]);
+            add(sums, rows[ahead], 1.0f);
+        }
     }
     uint4* out = reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors;
 #pragma unroll
@@ -193,7 +215,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
 __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
     __shared__ bool opened;
     const uint32_t teams = p.receivers.blocks * kTeams;
-    uint32_t token = team_id() * p.receivers.blocks + blockIdx.x - p.receivers.first;
+    uint32_t token = turn_of_team(p.receivers);
     uint64_t ranks = token < tokens ? p.token_ranks[token] : 0;
     if (threadIdx.x == 0) opened = load_relaxed_sys(p.aborted) == 0;  // else dispatch may not have recorded anything
     __syncthreads();

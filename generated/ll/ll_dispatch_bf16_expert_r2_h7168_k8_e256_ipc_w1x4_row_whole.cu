@@ -37,7 +37,7 @@ struct Params {
     int32_t* total_counts;      // [local experts], to which counts are added; or null
     int32_t* ranges;            // [local experts, ranks, 2]: rows of each source, and the first of them
     int32_t* row_tokens;        // [local experts, ranks * max_tokens]: the source's token of each row
-    int32_t* rows_received;     // one number: rows from other ranks
+    int32_t* first_rows;        // [ranks + 1]: first row of each other source, then the number of rows
     int32_t* row_origin;        // [(ranks - 1) * max_tokens]: source * max_tokens + token of each
     int32_t* row_slots;         // [ranks * max_tokens, topk]: row in `out` or -1; own tokens last
     float* row_weights;         // [ranks * max_tokens, topk]
@@ -59,6 +59,7 @@ struct Params {
     uint32_t tokens;            // rows of this rank's token tensor
     uint32_t max_tokens;        // capacity: tokens that a rank may send
     uint32_t tellers;           // first blocks, which tell the routes
+    uint32_t shares;            // that a token's destinations are dealt out to
     uint32_t wide_ids;          // 1: topk_idx is int64
 };
 
@@ -69,6 +70,11 @@ static_assert(sizeof(Params) == 248);
 __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
+
+// A block's teams come after all other blocks': few rows are spread over all multiprocessors.
+__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
+    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
+}
 
 __device__ __forceinline__ void team_sync() { __syncthreads(); }
 
@@ -353,8 +359,8 @@ __device__ __forceinline__ void receive_sources(const Params& p, const Watch& wa
     __syncthreads();
 }
 
-// Of some first tokens: how many select each of this rank's experts, counted once each, and how many rows of other
-// ranks they make.
+// Of some tokens: how many select each of this rank's experts, counted once each, and how many rows of other ranks they
+// make.
 struct Tally {
     uint32_t tokens_of_expert[kLocalExperts];
     uint32_t rows;
@@ -364,7 +370,6 @@ __device__ __forceinline__ void clear(Tally& sum) {
 #pragma unroll 1
     for (uint32_t local = team_thread(); local < kLocalExperts; local += kTeamThreads) sum.tokens_of_expert[local] = 0;
     if (team_thread() == 0) sum.rows = 0;
-    team_sync();
 }
 
 // What a token selects here: experts of this rank, kAgain added where an earlier selection is the same; else -1.
@@ -372,10 +377,9 @@ struct Selections {
     int16_t experts[kRoutePieces * kIdsOfPiece];
 };
 
-__device__ __forceinline__ Selections receive_route(const uint4* from, const Watch& watch, Awaited what) {
-    uint4 pieces[kRoutePieces];
-#pragma unroll
-    for (uint32_t piece = 0; piece < kRoutePieces; ++piece) pieces[piece] = load_whole_relaxed_sys(from + piece);
+// What a route's pieces say, one that has not come yet waited for.
+__device__ __forceinline__ Selections selections_of(uint4 (&pieces)[kRoutePieces], const uint4* from,
+                                                    const Watch& watch, Awaited what) {
     Selections here;
 #pragma unroll
     for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
@@ -393,34 +397,59 @@ __device__ __forceinline__ Selections receive_route(const uint4* from, const Wat
     return here;
 }
 
-// A team adds the tokens [from, end) to the sum and, if `kept` is not null, keeps what token `end` selects. Out of
-// line, because it is called from several places. `routes` are those of source 0, `stride` pieces before those of the
-// next.
+constexpr uint32_t kRoutesAhead = 1;  // that a thread asks for at once
+
+// The tokens that are counted: those from `begin` on, up to `end`.
+struct Counted {
+    uint32_t begin;
+    uint32_t end;
+};
+
+// A team adds the tokens to the sum: to one of each source, `sums`, if `kept` is null; else to a single one, and keeps
+// what token `end` selects. Out of line, because it is called from several places. `routes` are those of source 0,
+// `stride` pieces before those of the next.
 __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, Watch watch,
-                                          const uint32_t (&first)[kRanks + 1], uint32_t from, uint32_t end, Tally& sum,
+                                          const uint32_t (&first)[kRanks + 1], Counted tokens, Tally* sums,
                                           Selections* kept) {
-    const uint32_t last = end + (kept != nullptr ? 1 : 0);
+    const uint32_t last = tokens.end + (kept != nullptr ? 1 : 0);
 #pragma unroll 1
-    for (uint32_t base = from + team_thread() / kWarpSize * kWarpSize; base < last; base += kTeamThreads) {
-        const uint32_t index = base + lane_id();
-        bool row = false;
-        if (index < last) {
-            uint32_t source = 0;
+    for (uint32_t begin = tokens.begin + team_thread(); begin < last; begin += kRoutesAhead * kTeamThreads) {
+        const uint4* from[kRoutesAhead];
+        uint32_t sources[kRoutesAhead];
+        uint4 pieces[kRoutesAhead][kRoutePieces];
+        uint32_t source = 0;
+#pragma unroll
+        for (uint32_t ahead = 0; ahead < kRoutesAhead; ++ahead) {
+            const uint32_t index = begin + ahead * kTeamThreads;
+            if (index >= last) break;
             while (index >= first[source + 1]) ++source;
-            const uint32_t token = index - first[source];
-            const uint4* from_here = routes + source * stride + 1 + uint64_t(token) * kRoutePieces;
-            const Selections selections = receive_route(from_here, watch, Awaited{kRoutes, source, int32_t(token)});
-            if (index == end) *kept = selections;
+            sources[ahead] = source;
+            from[ahead] = routes + source * stride + 1 + uint64_t(index - first[source]) * kRoutePieces;
+#pragma unroll
+            for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
+                pieces[ahead][piece] = load_whole_relaxed_sys(from[ahead] + piece);
+            }
+        }
+#pragma unroll
+        for (uint32_t ahead = 0; ahead < kRoutesAhead; ++ahead) {
+            const uint32_t index = begin + ahead * kTeamThreads;
+            if (index >= last) break;
+            const Awaited what = {kRoutes, sources[ahead], int32_t(index - first[sources[ahead]])};
+            const Selections selections = selections_of(pieces[ahead], from[ahead], watch, what);
+            if (index == tokens.end) {
+                *kept = selections;
+                break;
+            }
+            Tally& sum = sums[kept == nullptr ? sources[ahead] : 0];
+            bool row = false;
 #pragma unroll
             for (uint32_t k = 0; k < kTopk; ++k) {
                 const int32_t expert = selections.experts[k];
                 row |= expert >= 0;
-                if (expert >= 0 && expert < kAgain && index < end) atomicAdd(&sum.tokens_of_expert[expert], 1u);
+                if (expert >= 0 && expert < kAgain) atomicAdd(&sum.tokens_of_expert[expert], 1u);
             }
-            row &= index < end && source != watch.rank;
+            if (row && sources[ahead] != watch.rank) atomicAdd(&sum.rows, 1u);
         }
-        const uint32_t rows = uint32_t(__popc(__ballot_sync(kFullWarp, row)));
-        if (lane_id() == 0 && rows != 0) atomicAdd(&sum.rows, rows);
     }
     team_sync();
 }
@@ -428,32 +457,36 @@ __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, 
 // The first block tells the user how much comes from whom.
 __device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
     __shared__ uint32_t first[kRanks + 1];
-    __shared__ Tally sum;
+    __shared__ Tally sums[kRanks];
     receive_sources(p, watch, first);
     if (team_id() != 0) return;
-    clear(sum);
 #pragma unroll 1
-    for (uint32_t source = 0; source < kRanks; ++source) {
-#pragma unroll 1
-        for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
-            p.ranges[(local * kRanks + source) * 2 + 1] = int32_t(sum.tokens_of_expert[local]);
-        }
-        team_sync();
-        count_routes(routes_at(p, watch, p.rank, 0), pieces_of_source(p), watch, first, first[source],
-                     first[source + 1], sum, nullptr);
-#pragma unroll 1
-        for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
-            int32_t* range = p.ranges + (local * kRanks + source) * 2;
-            range[0] = int32_t(sum.tokens_of_expert[local]) - range[1];
-        }
-    }
+    for (uint32_t source = 0; source < kRanks; ++source) clear(sums[source]);
+    team_sync();
+    count_routes(routes_at(p, watch, p.rank, 0), pieces_of_source(p), watch, first, Counted{0, first[kRanks]}, sums,
+                 nullptr);
 #pragma unroll 1
     for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
-        const int32_t rows = int32_t(sum.tokens_of_expert[local]);
-        p.counts[local] = rows;
-        if (p.total_counts != nullptr) p.total_counts[local] += rows;
+        uint32_t rows = 0;
+#pragma unroll 1
+        for (uint32_t source = 0; source < kRanks; ++source) {
+            const uint32_t number = sums[source].tokens_of_expert[local];
+            int32_t* range = p.ranges + (local * kRanks + source) * 2;
+            range[0] = int32_t(number);
+            range[1] = int32_t(rows);
+            rows += number;
+        }
+        p.counts[local] = int32_t(rows);
+        if (p.total_counts != nullptr) p.total_counts[local] += int32_t(rows);
     }
-    if (team_thread() == 0) *p.rows_received = int32_t(sum.rows);
+    if (team_thread() != 0) return;
+    uint32_t rows = 0;
+#pragma unroll 1
+    for (uint32_t source = 0; source < kRanks; ++source) {
+        p.first_rows[source] = int32_t(rows);
+        rows += sums[source].rows;
+    }
+    p.first_rows[kRanks] = int32_t(rows);
 }
 
 // What goes ahead of a row: the weights of its selections.
@@ -508,52 +541,74 @@ __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t ind
 }
 
 constexpr uint32_t kDestinations = kRanks - 1;  // this rank's own rows are read where they lie
-// Sends a token's row to its place in every destination: its own number among its source's tokens.
-__device__ __forceinline__ void send_token(const Params& p, const Watch& watch, uint32_t index, uint64_t ranks,
+// What a team sends: one token, to a share of its destinations. Where there are more teams than tokens, several share
+// one: a multiprocessor stores a row of 14 KB in a third of a microsecond.
+struct Unit {
+    uint32_t token;
+    uint32_t share;
+};
+
+// Units are numbered through, the first share of every token first.
+__device__ __forceinline__ Unit unit_at(const Params& p, uint32_t turn, uint32_t tokens) {
+    if (turn < tokens) return Unit{turn, 0};
+    return turn < tokens * p.shares ? Unit{turn % tokens, turn / tokens} : Unit{tokens, 0};
+}
+
+// Sends a token's row to its place in every destination of the share: its own number among its source's tokens.
+__device__ __forceinline__ void send_token(const Params& p, const Watch& watch, Unit unit, uint64_t ranks,
                                            const Token& token, Head& head) {
     if (team_thread() < kTopk) head.words[team_thread()] = __float_as_uint(token.weight);
     const Row pieces = as_pieces(row_of(token, head), watch.epoch);
     team_sync();  // the head is complete
 #pragma unroll 1
-    for (uint32_t step = 1; step <= kDestinations; ++step) {
+    for (uint32_t step = 1 + unit.share; step <= kDestinations; step += p.shares) {
         const uint32_t rank = rank_after(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
-        uint4* record = record_at(p, watch, rank, p.rank, index);
+        uint4* record = record_at(p, watch, rank, p.rank, unit.token);
 #pragma unroll 1
         for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeadPieces; at += kTeamThreads) {
             send_piece(record + at, as_piece(head.words + at * kPieceWords, watch.epoch));
         }
         send_pieces(pieces, record + kHeadPieces);
     }
-    if (team_thread() == 0) p.token_ranks[index] = ranks;
+    if (team_thread() == 0 && unit.share == 0) p.token_ranks[unit.token] = ranks;
     team_sync();
 #pragma unroll 1
-    for (uint32_t step = 1 + team_thread(); step <= kDestinations; step += kTeamThreads) {
+    for (uint32_t step = 1 + unit.share + p.shares * team_thread(); step <= kDestinations;
+         step += p.shares * kTeamThreads) {
         const uint32_t rank = rank_after(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
-        store_release_sys(tag_at(p, watch, rank, p.rank, index), uint64_t(watch.epoch));
+        store_release_sys(tag_at(p, watch, rank, p.rank, unit.token), uint64_t(watch.epoch));
     }
 }
 
-// Where a row goes needs no plan. What the first token needs is asked for while the epoch opens. A block's teams come
-// after all other blocks': few tokens are spread over all multiprocessors.
+// What a team needs of a token that it sends.
+struct Outgoing {
+    Unit unit;
+    Token token;
+    uint64_t ranks;
+};
+
+__device__ __forceinline__ Outgoing ask_for_unit(const Params& p, uint32_t turn, uint32_t tokens) {
+    const Unit unit = unit_at(p, turn, tokens);
+    return Outgoing{unit, load_token(p, unit.token, tokens), ranks_of_token(p, unit.token, tokens)};
+}
+
+// Where a row goes needs no plan. What the first token needs is asked for while the epoch opens.
 __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
     __shared__ bool opened;
     __shared__ Head heads[kTeams];
     const uint32_t teams = p.senders.blocks * kTeams;
-    uint32_t index = team_id() * p.senders.blocks + blockIdx.x - p.senders.first;
-    Token token = load_token(p, index, tokens);
-    uint64_t ranks = ranks_of_token(p, index, tokens);
+    uint32_t turn = turn_of_team(p.senders);
+    Outgoing next = ask_for_unit(p, turn, tokens);
     open_epoch(p, watch, opened);
     __syncthreads();
     if (!opened) return;
 #pragma unroll 1
-    while (index < tokens) {
-        send_token(p, watch, index, ranks, token, heads[team_id()]);
-        index += teams;
-        if (index >= tokens) break;
-        token = load_token(p, index, tokens);
-        ranks = ranks_of_token(p, index, tokens);
+    while (turn < tokens * p.shares) {
+        send_token(p, watch, next.unit, next.ranks, next.token, heads[team_id()]);
+        turn += teams;
+        if (turn < tokens * p.shares) next = ask_for_unit(p, turn, tokens);
     }
 }
 
@@ -688,18 +743,17 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
     const uint32_t tokens = first[kRanks];
     const uint32_t teams = p.receivers.blocks * kTeams;
     uint32_t counted = ~0u;  // tokens that are in the sums
-    // A block's teams come after all other blocks': few rows are spread over all multiprocessors.
-    uint32_t turn = team_id() * p.receivers.blocks + blockIdx.x - p.receivers.first;
 #pragma unroll 1
-    for (; turn < tokens; turn += teams) {
+    for (uint32_t turn = turn_of_team(p.receivers); turn < tokens; turn += teams) {
         const uint32_t after_own = first[p.rank] + turn;
         const uint32_t index = after_own < tokens ? after_own : after_own - tokens;
         team_sync();  // the row before is placed
         if (index < counted) {
             clear(before);
+            team_sync();
             counted = 0;
         }
-        count_routes(routes, pieces_of_source(p), watch, first, counted, index, before, &incoming.selections);
+        count_routes(routes, pieces_of_source(p), watch, first, Counted{counted, index}, &before, &incoming.selections);
         counted = index;
         receive_token(p, watch, before, origin_of(p, first, index, before.rows), incoming);
     }

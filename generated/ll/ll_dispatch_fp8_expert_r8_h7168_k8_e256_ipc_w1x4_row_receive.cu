@@ -38,7 +38,7 @@ struct Params {
     int32_t* total_counts;      // [local experts], to which counts are added; or null
     int32_t* ranges;            // [local experts, ranks, 2]: rows of each source, and the first of them
     int32_t* row_tokens;        // [local experts, ranks * max_tokens]: the source's token of each row
-    int32_t* rows_received;     // one number: rows from other ranks
+    int32_t* first_rows;        // [ranks + 1]: first row of each other source, then the number of rows
     int32_t* row_origin;        // [(ranks - 1) * max_tokens]: source * max_tokens + token of each
     int32_t* row_slots;         // [ranks * max_tokens, topk]: row in `out` or -1; own tokens last
     float* row_weights;         // [ranks * max_tokens, topk]
@@ -60,6 +60,7 @@ struct Params {
     uint32_t tokens;            // rows of this rank's token tensor
     uint32_t max_tokens;        // capacity: tokens that a rank may send
     uint32_t tellers;           // first blocks, which tell the routes
+    uint32_t shares;            // that a token's destinations are dealt out to
     uint32_t wide_ids;          // 1: topk_idx is int64
 };
 
@@ -70,6 +71,11 @@ static_assert(sizeof(Params) == 304);
 __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
+
+// A block's teams come after all other blocks': few rows are spread over all multiprocessors.
+__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
+    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
+}
 
 __device__ __forceinline__ void team_sync() { __syncthreads(); }
 
@@ -200,8 +206,8 @@ __device__ __forceinline__ void receive_sources(const Params& p, const Watch& wa
     __syncthreads();
 }
 
-// Of some first tokens: how many select each of this rank's experts, counted once each, and how many rows of other
-// ranks they make.
+// Of some tokens: how many select each of this rank's experts, counted once each, and how many rows of other ranks they
+// make.
 struct Tally {
     uint32_t tokens_of_expert[kLocalExperts];
     uint32_t rows;
@@ -211,7 +217,6 @@ __device__ __forceinline__ void clear(Tally& sum) {
 #pragma unroll 1
     for (uint32_t local = team_thread(); local < kLocalExperts; local += kTeamThreads) sum.tokens_of_expert[local] = 0;
     if (team_thread() == 0) sum.rows = 0;
-    team_sync();
 }
 
 // What a token selects here: experts of this rank, kAgain added where an earlier selection is the same; else -1.
@@ -219,10 +224,9 @@ struct Selections {
     int16_t experts[kRoutePieces * kIdsOfPiece];
 };
 
-__device__ __forceinline__ Selections receive_route(const uint4* from, const Watch& watch, Awaited what) {
-    uint4 pieces[kRoutePieces];
-#pragma unroll
-    for (uint32_t piece = 0; piece < kRoutePieces; ++piece) pieces[piece] = load_whole_relaxed_sys(from + piece);
+// What a route's pieces say, one that has not come yet waited for.
+__device__ __forceinline__ Selections selections_of(uint4 (&pieces)[kRoutePieces], const uint4* from,
+                                                    const Watch& watch, Awaited what) {
     Selections here;
 #pragma unroll
     for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
@@ -240,34 +244,59 @@ __device__ __forceinline__ Selections receive_route(const uint4* from, const Wat
     return here;
 }
 
-// A team adds the tokens [from, end) to the sum and, if `kept` is not null, keeps what token `end` selects. Out of
-// line, because it is called from several places. `routes` are those of source 0, `stride` pieces before those of the
-// next.
+constexpr uint32_t kRoutesAhead = 4;  // that a thread asks for at once
+
+// The tokens that are counted: those from `begin` on, up to `end`.
+struct Counted {
+    uint32_t begin;
+    uint32_t end;
+};
+
+// A team adds the tokens to the sum: to one of each source, `sums`, if `kept` is null; else to a single one, and keeps
+// what token `end` selects. Out of line, because it is called from several places. `routes` are those of source 0,
+// `stride` pieces before those of the next.
 __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, Watch watch,
-                                          const uint32_t (&first)[kRanks + 1], uint32_t from, uint32_t end, Tally& sum,
+                                          const uint32_t (&first)[kRanks + 1], Counted tokens, Tally* sums,
                                           Selections* kept) {
-    const uint32_t last = end + (kept != nullptr ? 1 : 0);
+    const uint32_t last = tokens.end + (kept != nullptr ? 1 : 0);
 #pragma unroll 1
-    for (uint32_t base = from + team_thread() / kWarpSize * kWarpSize; base < last; base += kTeamThreads) {
-        const uint32_t index = base + lane_id();
-        bool row = false;
-        if (index < last) {
-            uint32_t source = 0;
+    for (uint32_t begin = tokens.begin + team_thread(); begin < last; begin += kRoutesAhead * kTeamThreads) {
+        const uint4* from[kRoutesAhead];
+        uint32_t sources[kRoutesAhead];
+        uint4 pieces[kRoutesAhead][kRoutePieces];
+        uint32_t source = 0;
+#pragma unroll
+        for (uint32_t ahead = 0; ahead < kRoutesAhead; ++ahead) {
+            const uint32_t index = begin + ahead * kTeamThreads;
+            if (index >= last) break;
             while (index >= first[source + 1]) ++source;
-            const uint32_t token = index - first[source];
-            const uint4* from_here = routes + source * stride + 1 + uint64_t(token) * kRoutePieces;
-            const Selections selections = receive_route(from_here, watch, Awaited{kRoutes, source, int32_t(token)});
-            if (index == end) *kept = selections;
+            sources[ahead] = source;
+            from[ahead] = routes + source * stride + 1 + uint64_t(index - first[source]) * kRoutePieces;
+#pragma unroll
+            for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
+                pieces[ahead][piece] = load_whole_relaxed_sys(from[ahead] + piece);
+            }
+        }
+#pragma unroll
+        for (uint32_t ahead = 0; ahead < kRoutesAhead; ++ahead) {
+            const uint32_t index = begin + ahead * kTeamThreads;
+            if (index >= last) break;
+            const Awaited what = {kRoutes, sources[ahead], int32_t(index - first[sources[ahead]])};
+            const Selections selections = selections_of(pieces[ahead], from[ahead], watch, what);
+            if (index == tokens.end) {
+                *kept = selections;
+                break;
+            }
+            Tally& sum = sums[kept == nullptr ? sources[ahead] : 0];
+            bool row = false;
 #pragma unroll
             for (uint32_t k = 0; k < kTopk; ++k) {
                 const int32_t expert = selections.experts[k];
                 row |= expert >= 0;
-                if (expert >= 0 && expert < kAgain && index < end) atomicAdd(&sum.tokens_of_expert[expert], 1u);
+                if (expert >= 0 && expert < kAgain) atomicAdd(&sum.tokens_of_expert[expert], 1u);
             }
-            row &= index < end && source != watch.rank;
+            if (row && sources[ahead] != watch.rank) atomicAdd(&sum.rows, 1u);
         }
-        const uint32_t rows = uint32_t(__popc(__ballot_sync(kFullWarp, row)));
-        if (lane_id() == 0 && rows != 0) atomicAdd(&sum.rows, rows);
     }
     team_sync();
 }
@@ -275,32 +304,36 @@ __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, 
 // The first block tells the user how much comes from whom.
 __device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
     __shared__ uint32_t first[kRanks + 1];
-    __shared__ Tally sum;
+    __shared__ Tally sums[kRanks];
     receive_sources(p, watch, first);
     if (team_id() != 0) return;
-    clear(sum);
 #pragma unroll 1
-    for (uint32_t source = 0; source < kRanks; ++source) {
-#pragma unroll 1
-        for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
-            p.ranges[(local * kRanks + source) * 2 + 1] = int32_t(sum.tokens_of_expert[local]);
-        }
-        team_sync();
-        count_routes(routes_at(p, watch, p.rank, 0), pieces_of_source(p), watch, first, first[source],
-                     first[source + 1], sum, nullptr);
-#pragma unroll 1
-        for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
-            int32_t* range = p.ranges + (local * kRanks + source) * 2;
-            range[0] = int32_t(sum.tokens_of_expert[local]) - range[1];
-        }
-    }
+    for (uint32_t source = 0; source < kRanks; ++source) clear(sums[source]);
+    team_sync();
+    count_routes(routes_at(p, watch, p.rank, 0), pieces_of_source(p), watch, first, Counted{0, first[kRanks]}, sums,
+                 nullptr);
 #pragma unroll 1
     for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
-        const int32_t rows = int32_t(sum.tokens_of_expert[local]);
-        p.counts[local] = rows;
-        if (p.total_counts != nullptr) p.total_counts[local] += rows;
+        uint32_t rows = 0;
+#pragma unroll 1
+        for (uint32_t source = 0; source < kRanks; ++source) {
+            const uint32_t number = sums[source].tokens_of_expert[local];
+            int32_t* range = p.ranges + (local * kRanks + source) * 2;
+            range[0] = int32_t(number);
+            range[1] = int32_t(rows);
+            rows += number;
+        }
+        p.counts[local] = int32_t(rows);
+        if (p.total_counts != nullptr) p.total_counts[local] += int32_t(rows);
     }
-    if (team_thread() == 0) *p.rows_received = int32_t(sum.rows);
+    if (team_thread() != 0) return;
+    uint32_t rows = 0;
+#pragma unroll 1
+    for (uint32_t source = 0; source < kRanks; ++source) {
+        p.first_rows[source] = int32_t(rows);
+        rows += sums[source].rows;
+    }
+    p.first_rows[kRanks] = int32_t(rows);
 }
 
 constexpr uint32_t kScalesAt = kWeightPieces * kPieceWords;  // word of a head
@@ -443,18 +476,17 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
     const uint32_t tokens = first[kRanks];
     const uint32_t teams = p.receivers.blocks * kTeams;
     uint32_t counted = ~0u;  // tokens that are in the sums
-    // A block's teams come after all other blocks': few rows are spread over all multiprocessors.
-    uint32_t turn = team_id() * p.receivers.blocks + blockIdx.x - p.receivers.first;
 #pragma unroll 1
-    for (; turn < tokens; turn += teams) {
+    for (uint32_t turn = turn_of_team(p.receivers); turn < tokens; turn += teams) {
         const uint32_t after_own = first[p.rank] + turn;
         const uint32_t index = after_own < tokens ? after_own : after_own - tokens;
         team_sync();  // the row before is placed
         if (index < counted) {
             clear(before);
+            team_sync();
             counted = 0;
         }
-        count_routes(routes, pieces_of_source(p), watch, first, counted, index, before, &incoming.selections);
+        count_routes(routes, pieces_of_source(p), watch, first, Counted{counted, index}, &before, &incoming.selections);
         counted = index;
         receive_token(p, watch, before, origin_of(p, first, index, before.rows), incoming);
     }

@@ -39,7 +39,7 @@ struct Params {
     int32_t* total_counts;      // [local experts], to which counts are added; or null
     int32_t* ranges;            // [local experts, ranks, 2]: rows of each source, and the first of them
     int32_t* row_tokens;        // [local experts, ranks * max_tokens]: the source's token of each row
-    int32_t* rows_received;     // one number: rows from other ranks
+    int32_t* first_rows;        // [ranks + 1]: first row of each other source, then the number of rows
     int32_t* row_origin;        // [(ranks - 1) * max_tokens]: source * max_tokens + token of each
     int32_t* row_slots;         // [ranks * max_tokens, topk]: row in `out` or -1; own tokens last
     float* row_weights;         // [ranks * max_tokens, topk]
@@ -61,6 +61,7 @@ struct Params {
     uint32_t tokens;            // rows of this rank's token tensor
     uint32_t max_tokens;        // capacity: tokens that a rank may send
     uint32_t tellers;           // first blocks, which tell the routes
+    uint32_t shares;            // that a token's destinations are dealt out to
     uint32_t wide_ids;          // 1: topk_idx is int64
 };
 
@@ -71,6 +72,11 @@ static_assert(sizeof(Params) == 304);
 __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
+
+// A block's teams come after all other blocks': few rows are spread over all multiprocessors.
+__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
+    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
+}
 
 __device__ __forceinline__ void team_sync() { __syncthreads(); }
 
@@ -426,52 +432,74 @@ __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t ind
 }
 
 constexpr uint32_t kDestinations = kRanks;  // this rank too, last: x may change before the second half
-// Sends a token's row to its place in every destination: its own number among its source's tokens.
-__device__ __forceinline__ void send_token(const Params& p, const Watch& watch, uint32_t index, uint64_t ranks,
+// What a team sends: one token, to a share of its destinations. Where there are more teams than tokens, several share
+// one: a multiprocessor stores a row of 14 KB in a third of a microsecond.
+struct Unit {
+    uint32_t token;
+    uint32_t share;
+};
+
+// Units are numbered through, the first share of every token first.
+__device__ __forceinline__ Unit unit_at(const Params& p, uint32_t turn, uint32_t tokens) {
+    if (turn < tokens) return Unit{turn, 0};
+    return turn < tokens * p.shares ? Unit{turn % tokens, turn / tokens} : Unit{tokens, 0};
+}
+
+// Sends a token's row to its place in every destination of the share: its own number among its source's tokens.
+__device__ __forceinline__ void send_token(const Params& p, const Watch& watch, Unit unit, uint64_t ranks,
                                            const Token& token, Head& head) {
     if (team_thread() < kTopk) head.words[team_thread()] = __float_as_uint(token.weight);
     const Row pieces = as_pieces(row_of(token, head), watch.epoch);
     team_sync();  // the head is complete
 #pragma unroll 1
-    for (uint32_t step = 1; step <= kDestinations; ++step) {
+    for (uint32_t step = 1 + unit.share; step <= kDestinations; step += p.shares) {
         const uint32_t rank = rank_after(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
-        uint4* record = record_at(p, watch, rank, p.rank, index);
+        uint4* record = record_at(p, watch, rank, p.rank, unit.token);
 #pragma unroll 1
         for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeadPieces; at += kTeamThreads) {
             send_piece(record + at, as_piece(head.words + at * kPieceWords, watch.epoch));
         }
         send_pieces(pieces, record + kHeadPieces);
     }
-    if (team_thread() == 0) p.token_ranks[index] = ranks;
+    if (team_thread() == 0 && unit.share == 0) p.token_ranks[unit.token] = ranks;
     team_sync();
 #pragma unroll 1
-    for (uint32_t step = 1 + team_thread(); step <= kDestinations; step += kTeamThreads) {
+    for (uint32_t step = 1 + unit.share + p.shares * team_thread(); step <= kDestinations;
+         step += p.shares * kTeamThreads) {
         const uint32_t rank = rank_after(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
-        store_release_sys(tag_at(p, watch, rank, p.rank, index), uint64_t(watch.epoch));
+        store_release_sys(tag_at(p, watch, rank, p.rank, unit.token), uint64_t(watch.epoch));
     }
 }
 
-// Where a row goes needs no plan. What the first token needs is asked for while the epoch opens. A block's teams come
-// after all other blocks': few tokens are spread over all multiprocessors.
+// What a team needs of a token that it sends.
+struct Outgoing {
+    Unit unit;
+    Token token;
+    uint64_t ranks;
+};
+
+__device__ __forceinline__ Outgoing ask_for_unit(const Params& p, uint32_t turn, uint32_t tokens) {
+    const Unit unit = unit_at(p, turn, tokens);
+    return Outgoing{unit, load_token(p, unit.token, tokens), ranks_of_token(p, unit.token, tokens)};
+}
+
+// Where a row goes needs no plan. What the first token needs is asked for while the epoch opens.
 __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
     __shared__ bool opened;
     __shared__ Head heads[kTeams];
     const uint32_t teams = p.senders.blocks * kTeams;
-    uint32_t index = team_id() * p.senders.blocks + blockIdx.x - p.senders.first;
-    Token token = load_token(p, index, tokens);
-    uint64_t ranks = ranks_of_token(p, index, tokens);
+    uint32_t turn = turn_of_team(p.senders);
+    Outgoing next = ask_for_unit(p, turn, tokens);
     open_epoch(p, watch, opened);
     __syncthreads();
     if (!opened) return;
 #pragma unroll 1
-    while (index < tokens) {
-        send_token(p, watch, index, ranks, token, heads[team_id()]);
-        index += teams;
-        if (index >= tokens) break;
-        token = load_token(p, index, tokens);
-        ranks = ranks_of_token(p, index, tokens);
+    while (turn < tokens * p.shares) {
+        send_token(p, watch, next.unit, next.ranks, next.token, heads[team_id()]);
+        turn += teams;
+        if (turn < tokens * p.shares) next = ask_for_unit(p, turn, tokens);
     }
 }
 

@@ -2,7 +2,7 @@
 """Family `ll`, low latency: one fused kernel sends and receives; rows land in per-source staging.
 
 This module is the host half of `templates/ll_dispatch.cu.jinja` and `templates/ll_combine.cu.jinja`: their Specs,
-their parameter structs, where things lie in symmetric memory, and how many blocks to launch.
+their parameter structs, and where things lie in symmetric memory.
 """
 
 from __future__ import annotations
@@ -209,6 +209,13 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
         return ceil_div(self.num_topk, IDS_OF_PIECE)
 
     @property
+    def routes_ahead(self) -> int:
+        """Tokens whose routes a thread asks for at once. With few ranks there are few, and more text takes longer to
+        fetch than that saves; blocks of more threads have too few registers.
+        """
+        return 4 if self.num_ranks > 4 and self.block_threads <= 512 else 1
+
+    @property
     def head_pieces(self) -> int:
         """Pieces ahead of a row: its selections' weights, then its scales."""
         return ceil_div(self.num_topk, self.piece_words) + ceil_div(self.scale_words, self.piece_words)
@@ -224,14 +231,14 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
     @property
     def shared_bytes(self) -> int:
         """Upper bound of a block's shared memory: per team a head that goes and one that comes with its targets, and
-        tokens per expert; those of the first block once more, and tokens per rank.
+        tokens per expert; those of the first block by source, and tokens per rank.
         """
         groups = self.hidden // FP8_GROUP if self.scale_words else 0
         head = (self.head_pieces * self.piece_words + groups) * 4
         incoming = head + self.num_topk * 16 + self.route_pieces * IDS_OF_PIECE * 2 + 16
         tally = 4 * (self.max_local_experts + 1)
         verdicts = 4 * (self.num_ranks + self.teams) + 16 if self.masked else 0
-        return self.teams * (head + incoming + tally) + tally + 2 * 4 * self.num_ranks + verdicts + 64
+        return self.teams * (head + incoming + tally) + self.num_ranks * tally + 2 * 4 * self.num_ranks + verdicts + 64
 
     @property
     def record_bytes(self) -> int:
@@ -253,7 +260,7 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
                 Param("int32_t*", "total_counts", "[local experts], to which counts are added; or null"),
                 Param("int32_t*", "ranges", "[local experts, ranks, 2]: rows of each source, and the first of them"),
                 Param("int32_t*", "row_tokens", "[local experts, ranks * max_tokens]: the source's token of each row"),
-                Param("int32_t*", "rows_received", "one number: rows from other ranks"),
+                Param("int32_t*", "first_rows", "[ranks + 1]: first row of each other source, then the number of rows"),
                 Param("int32_t*", "row_origin", "[(ranks - 1) * max_tokens]: source * max_tokens + token of each"),
                 Param("int32_t*", "row_slots", "[ranks * max_tokens, topk]: row in `out` or -1; own tokens last"),
                 Param("float*", "row_weights", "[ranks * max_tokens, topk]"),
@@ -267,6 +274,7 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_COMMON_32,
                 Param("uint32_t", "tellers", "first blocks, which tell the routes"),
+                Param("uint32_t", "shares", "that a token's destinations are dealt out to"),
                 Param("uint32_t", "wide_ids", "1: topk_idx is int64"),
             )
         )
@@ -291,7 +299,7 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
                 Param("const uint8_t*", "y", "[local experts, ranks * max_tokens, hidden]"),
                 Param("uint8_t*", "out", "[tokens, hidden]"),
                 Param("const float*", "topk_weights", "[tokens, topk] if given at combine, else null"),
-                Param("const int32_t*", "rows_received", "one number: rows from other ranks"),
+                Param("const int32_t*", "first_rows", "[ranks + 1]: first row of each other source, then their number"),
                 Param(
                     "const int32_t*", "row_origin", "[(ranks - 1) * max_tokens]: source * max_tokens + token of each"
                 ),
@@ -341,51 +349,3 @@ def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start
 
 def _routes_bytes(spec: LowLatencyDispatch, max_tokens: int) -> int:
     return HALVES * spec.num_ranks * (1 + max_tokens * spec.route_pieces) * PIECE_BYTES
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Which blocks of a launch do what; block 0 of a dispatch also tells the user how much has come.
-
-    Attributes:
-        blocks: of the launch.
-        tellers: first blocks, which tell the routes.
-        senders, receivers: (first block, number of blocks).
-    """
-
-    blocks: int
-    senders: tuple[int, int]
-    receivers: tuple[int, int]
-    tellers: int = 0
-
-
-SEND_SHARE = {"dispatch": (1, 3), "combine": (1, 2)}
-"""Of the blocks, where there are not enough for a team per row. Dispatch receives more than it sends: rows fan out."""
-
-
-def roles(spec: LowLatencySpec, max_tokens: int, resident_blocks: int) -> Roles:
-    """Blocks to launch, never more than can run at the same time: one per row that may be sent or come, if there are so
-    many; else a block's teams share them.
-    """
-    sends, receives = spec.phase != "receive", spec.phase != "send"
-    if resident_blocks == 1:
-        return Roles(1, (0, int(sends)), (0, int(receives)), int(sends))
-    ranks = spec.num_ranks
-    if spec.op == "dispatch":
-        out, come = max_tokens, ranks * max_tokens
-        tell = min(ceil_div(max_tokens, spec.block_threads), max(1, resident_blocks // 8)) if sends else 1
-    else:
-        out, come = max(1, (ranks - 1) * max_tokens) + (0 if receives else max_tokens), max_tokens
-        tell = 0
-    room = resident_blocks - tell
-    if not receives:
-        out, come = min(out, room), 0
-    elif not sends:
-        out, come = 0, min(come, room)
-    elif room == 1:
-        return Roles(2, (0, 1), (1, 1), 1)
-    elif out + come > room:
-        share, of = SEND_SHARE[spec.op]
-        out = max(1, min(out, room * share // of), room - come)
-        come = room - out
-    return Roles(tell + out + come, (tell, out), (tell + out, come), tell)

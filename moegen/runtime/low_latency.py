@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from moegen.handle import Dispatched, Handle
-from moegen.kernels.ll import PHASES, LowLatencyCombine, LowLatencyDispatch, regions, roles
+from moegen.kernels.ll import PHASES, LowLatencyCombine, LowLatencyDispatch, regions
+from moegen.kernels.ll_roles import roles
 from moegen.kernels.problem import Problem
 from moegen.runtime.bound import BoundKernel, address, signed
 from moegen.runtime.halves import OpenHalf, OpenHalves
@@ -39,7 +40,7 @@ _DISPATCH_VARYING = (
     "ranges",
     "row_tokens",
     "token_ranks",
-    "rows_received",
+    "first_rows",
     "row_origin",
     "row_slots",
     "row_weights",
@@ -53,7 +54,7 @@ _COMBINE_VARYING = (
     "y",
     "out",
     "topk_weights",
-    "rows_received",
+    "first_rows",
     "row_origin",
     "row_slots",
     "row_weights",
@@ -160,7 +161,7 @@ class LowLatency:
         who = roles(spec, self.problem.max_tokens, blocks)
         fixed["senders"], fixed["receivers"] = who.senders, who.receivers
         if isinstance(spec, LowLatencyDispatch):
-            fixed["tellers"] = who.tellers
+            fixed["tellers"], fixed["shares"] = who.tellers, who.shares
         self._bound[(slot, spec.op, spec.phase, weights)] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
 
     def _set_epoch(self, epoch: int, selection: Selection) -> None:
@@ -190,7 +191,7 @@ class LowLatency:
         if out.handle.stream != current_stream(x.device):
             given = out.given
             record(x.device, (out.tokens, out.scales, out.handle.memory, given.counts, given.ranges, given.row_tokens))
-        rows_received, row_origin, row_slots, row_weights, token_ranks, tokens_sent, *selected = out.handle.addresses
+        first_rows, row_origin, row_slots, row_weights, token_ranks, tokens_sent, *selected = out.handle.addresses
         counts, ranges, row_tokens = self.received.user_addresses(out)
         arguments: tuple[int, ...] = (
             x.data_ptr(),
@@ -203,7 +204,7 @@ class LowLatency:
             ranges,
             row_tokens,
             token_ranks,
-            rows_received,
+            first_rows,
             row_origin,
             row_slots,
             row_weights,

@@ -14,7 +14,7 @@ from moegen.kernels.problem import Problem
 _DTYPES = {"bf16": torch.bfloat16}
 _WORD_BYTES = 4
 _NOTHING_GIVEN = GivenNumbers()
-FOR_EVERY_COMBINE = ("rows_received", "row_origin", "row_slots", "row_weights", "token_ranks", "tokens_sent")
+FOR_EVERY_COMBINE = ("first_rows", "row_origin", "row_slots", "row_weights", "token_ranks", "tokens_sent")
 FOR_MASKED_COMBINE = ("selected_ranks", "selected_weights")
 FOR_COLLECTIVE = (
     "token_ranks",
@@ -51,7 +51,7 @@ class Received:
             sizes |= {"first_rows": ranks + 1, "source_counts": ranks * (1 + ranks)}
         else:
             for_combine = (*FOR_EVERY_COMBINE, *(FOR_MASKED_COMBINE if problem.masked else ()))
-            sizes["rows_received"] = 1
+            sizes["first_rows"] = ranks + 1
         if problem.masked:
             sizes.update(dict.fromkeys(FOR_MASKED_COMBINE, problem.max_tokens * topk))
         at = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))

@@ -123,7 +123,7 @@ void Ranks::dispatch_with(Rank& rank, Round& round) {
     p.out = reinterpret_cast<uint8_t*>(round.out.data());
     p.counts = round.counts.data();
     p.ranges = round.ranges.data();
-    p.rows_received = &round.rows_received;
+    p.first_rows = round.first_rows;
     p.row_origin = round.row_origin.data();
     p.row_slots = round.row_slots.data();
     p.row_weights = round.row_weights.data();
@@ -131,6 +131,7 @@ void Ranks::dispatch_with(Rank& rank, Round& round) {
     p.tokens_sent = &round.tokens_sent;
     p.row_tokens = round.row_tokens.data();
     p.tellers = 1;
+    p.shares = 1;
     p.senders = {1, kBlocksPerRole};
     p.receivers = {1 + kBlocksPerRole, kBlocksPerRole};
     launch(rank, variant_.dispatch[rank.number], &p, 1 + 2 * kBlocksPerRole);
@@ -153,7 +154,7 @@ void Ranks::combine_with(Rank& rank, Round& round, std::vector<Bf16>& result) {
     p.y = reinterpret_cast<const uint8_t*>(round.y.data());
     p.out = reinterpret_cast<uint8_t*>(result.data());
     p.topk_weights = variant_.late ? round.weights.data() : nullptr;
-    p.rows_received = &round.rows_received;
+    p.first_rows = round.first_rows;
     p.row_origin = round.row_origin.data();
     p.row_slots = round.row_slots.data();
     p.row_weights = round.row_weights.data();

@@ -12,7 +12,7 @@ struct Round : Inputs {
     std::vector<int32_t> counts, ranges, row_tokens, row_origin, row_slots, selected_ranks;
     std::vector<float> row_weights, selected_weights;
     std::vector<uint64_t> token_ranks;
-    int32_t rows_received = -1, tokens_sent = -1;
+    int32_t first_rows[kRanks + 1], tokens_sent = -1;
     uint32_t num_combines = 0;
 
     Round(uint32_t number, uint32_t rank, std::minstd_rand& random);

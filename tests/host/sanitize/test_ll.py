@@ -34,12 +34,8 @@ QUICK = [RIGHT[0], ROW]
 MASKED = RIGHT[-1]
 
 
-TAG = r"tag_at\("
-
 ORDERS = {
-    "tag_store": relaxed_store(TAG),
     "tag_load": relaxed_load("tag"),
-    "tag_barrier": barrier_before(rf"store_release_sys\({TAG}", "team_sync"),
     "consumed_store": relaxed_store(r"consumed_at\("),
     "consumed_load": relaxed_load("word"),
     "entering": entering("__ATOMIC_RELAXED"),
@@ -47,10 +43,19 @@ ORDERS = {
 """What wire format `row` rests on, by name, and how to take it away. `inline` has no such order: its payload crosses in
 relaxed 16-byte atomics, which are no data race.
 """
+TAG = r"tag_at\("
+OF_DISPATCH = {
+    "tag_store": relaxed_store(TAG),
+    "tag_barrier": barrier_before(rf"store_release_sys\({TAG}", "team_sync"),
+}
+OF_COMBINE = {
+    "tag_store": relaxed_store("tag, "),
+    "tag_barrier": barrier_before(r"\}\s*announce\(sent", "team_sync"),
+}
 
 WEAKENED = [
-    *without(ROW, "dispatch", ORDERS),
-    *without(ROW, "combine", ORDERS),
+    *without(ROW, "dispatch", ORDERS | OF_DISPATCH),
+    *without(ROW, "combine", ORDERS | OF_COMBINE),
     weakened(ROW, "dispatch", "entering_release", entering("__ATOMIC_ACQUIRE")),
     weakened(ROW, "dispatch", "entering_acquire", entering("__ATOMIC_RELEASE")),
 ]
