@@ -290,6 +290,7 @@ __device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const S
 
 constexpr uint32_t kRowsAhead = 8;  // of which a thread asks for a part at once: no rank is asked by all
 
+// A part of a token's sum, in the order of the ranks.
 __device__ __forceinline__ Sums sums_of(const Params& p, const Watch& watch, uint64_t ranks, const int32_t* slots,
                                         uint32_t first, const Part& own) {
     Sums sums = {};
