@@ -288,30 +288,6 @@ __device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const S
     }
 }
 
-constexpr uint32_t kRowsAhead = 4;  // of which a thread asks for a part at once: no rank is asked by all
-
-// A part of a token's sum, in the order of the ranks.
-__device__ __forceinline__ Sums sums_of(const Params& p, const Watch& watch, uint64_t ranks, const int32_t* slots,
-                                        uint32_t first, const Part& own) {
-    Sums sums = {};
-#pragma unroll 1
-    for (uint64_t rest = ranks; rest != 0;) {
-        Part parts[kRowsAhead] = {};
-#pragma unroll
-        for (uint32_t row = 0; row < kRowsAhead; ++row) {
-            if (rest == 0) break;
-            const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
-            const uint32_t slot = uint32_t(*slots++);
-            rest &= rest - 1;
-            if (!is_active(p, rank)) continue;
-            parts[row] = rank == p.rank ? own : load_part(record_at(p, watch, p.rank, rank, slot), first);
-        }
-#pragma unroll
-        for (uint32_t row = 0; row < kRowsAhead; ++row) add(sums, parts[row]);
-    }
-    return sums;
-}
-
 // A team waits for the rows of all these ranks. If one does not come, the host is told, and the sum means nothing.
 __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, uint64_t ranks, const int32_t* slots) {
     uint32_t index = 0;
@@ -327,7 +303,7 @@ __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, 
     team_sync();
 }
 
-// This rank's own row needs no waiting for.
+// While a row is added, the next is on its way. This rank's own needs no waiting for.
 __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, uint64_t ranks, const int32_t* slots,
                                           uint8_t* out) {
     const bool has_own = (ranks >> p.rank & 1) != 0;
@@ -338,7 +314,19 @@ __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, u
 #pragma unroll 1
     for (uint32_t first = 0; first < kRowVectors; first += kSummed * kTeamThreads) {
         if (first != 0 && has_own) own = load_part(own_row, first);
-        store_sums(out, first, sums_of(p, watch, ranks, slots, first, own));
+        Sums sums = {};
+        Part next = {};
+        uint32_t index = 0;
+#pragma unroll 1
+        for (uint64_t rest = ranks; rest != 0; rest &= rest - 1, ++index) {
+            const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
+            if (!is_active(p, rank)) continue;
+            const Part part = next;
+            next = rank == p.rank ? own : load_part(record_at(p, watch, p.rank, rank, uint32_t(slots[index])), first);
+            add(sums, part);
+        }
+        add(sums, next);
+        store_sums(out, first, sums);
     }
 }
 

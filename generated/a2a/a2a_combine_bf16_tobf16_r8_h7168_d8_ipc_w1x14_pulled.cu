@@ -189,7 +189,7 @@ __device__ __forceinline__ const uint4* row_at(const Params& p, uint32_t rank, u
            (uint64_t(p.rank) * p.slots + slot) * kRowVectors;
 }
 
-constexpr uint32_t kRowsAhead = 8;  // of which a thread asks for a part at once: no rank is asked by all
+constexpr uint32_t kRowsAhead = 8;  // of which a thread asks for a part at once
 
 // A part of a token's sum, in the order of the ranks.
 __device__ __forceinline__ Sums sums_of(const Params& p, uint64_t ranks, const int32_t* slots, uint32_t first) {

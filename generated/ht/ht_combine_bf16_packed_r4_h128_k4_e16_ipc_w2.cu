@@ -295,9 +295,10 @@ __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch
 constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
 
 // Rows are dealt out to the other ranks in turn, each rank beginning with the one behind it: no rank is sent to by all
-// others at once, and every rank's first tokens are complete early.
+// others at once, and every rank's first tokens are complete early. The next round begins one further on, so that
+// nobody sends to the same rank for ever.
 __device__ __forceinline__ uint32_t owner_of_turn(const Params& p, uint32_t turn) {
-    return rank_after(p.rank, 1 + turn % kOthers);
+    return rank_after(p.rank, 1 + (turn + turn / kOthers) % kOthers);
 }
 
 __device__ __forceinline__ uint32_t row_of_turn(const Params& p, uint32_t owner, uint32_t turn) {

@@ -78,7 +78,7 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
 constexpr uint32_t kRecordPieces = kRowPieces;
 
 // Small blocks share a multiprocessor, so that there is one for each row.
-constexpr uint32_t kResident = kBlockThreads <= 256 ? 2 : 1;
+constexpr uint32_t kResident = 2;
 
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
@@ -324,9 +324,10 @@ __device__ __forceinline__ void announce(uint64_t* tag, uint32_t epoch) {
 constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
 
 // Rows are dealt out to the other ranks in turn, each rank beginning with the one behind it: no rank is sent to by all
-// others at once, and every rank's first tokens are complete early.
+// others at once, and every rank's first tokens are complete early. The next round begins one further on, so that
+// nobody sends to the same rank for ever.
 __device__ __forceinline__ uint32_t owner_of_turn(const Params& p, uint32_t turn) {
-    return rank_after(p.rank, 1 + turn % kOthers);
+    return rank_after(p.rank, 1 + (turn + turn / kOthers) % kOthers);
 }
 
 __device__ __forceinline__ uint32_t row_of_turn(const Params& p, uint32_t owner, uint32_t turn) {
@@ -365,8 +366,8 @@ __device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t turn) 
     return row;
 }
 
-// One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens. While a
-// row's terms are on their way, the row before is announced.
+// One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens.
+// While a row's terms are on their way, the row before is announced.
 __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, [[maybe_unused]] uint32_t tokens) {
     __shared__ bool opened;
     __shared__ Terms terms[kTeams];
@@ -384,7 +385,11 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
         const Outgoing row = next;
         if (row.exists) list_terms(p, watch, row.source, row.token, row.selection, listed);
         if (turn + teams < end) next = outgoing_at(p, turn + teams);
-        if (!row.exists) continue;
+        if (!row.exists) {
+            announce(sent, watch.epoch);
+            sent = nullptr;
+            continue;
+        }
         const Row first = ask_for_term(listed, 0);
         announce(sent, watch.epoch);
         sent = tag_at(p, watch, row.source, p.rank, row.token);
@@ -396,7 +401,8 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     if (blockIdx.x == p.senders.first + p.senders.blocks - 1) tell_consumed(p, watch);
 }
 
-constexpr uint32_t kPartialsAhead = kRanks > 2 ? 2 : 1;  // that a thread asks for at once
+constexpr uint32_t kPartialsAhead =
+    2;  // that a thread asks for at once
 
 // Adds the partial sums of one token in the order of the ranks.
 // This rank's own never leaves fp32.

@@ -86,7 +86,7 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
 constexpr uint32_t kRecordPieces = kRowPieces;
 
 // Small blocks share a multiprocessor, so that there is one for each row.
-constexpr uint32_t kResident = kBlockThreads <= 256 ? 2 : 1;
+constexpr uint32_t kResident = 1;
 
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.active, global_timer_ns(), p.timeout_ns, p.rank, p.control->epoch};
@@ -390,9 +390,10 @@ __device__ __forceinline__ void send_partial(const Terms& terms, const Row& firs
 constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
 
 // Rows are dealt out to the other ranks in turn, each rank beginning with the one behind it: no rank is sent to by all
-// others at once, and every rank's first tokens are complete early.
+// others at once, and every rank's first tokens are complete early. The next round begins one further on, so that
+// nobody sends to the same rank for ever.
 __device__ __forceinline__ uint32_t owner_of_turn(const Params& p, uint32_t turn) {
-    return rank_after(p.rank, 1 + turn % kOthers);
+    return rank_after(p.rank, 1 + (turn + turn / kOthers) % kOthers);
 }
 
 __device__ __forceinline__ uint32_t row_of_turn(const Params& p, uint32_t owner, uint32_t turn) {
@@ -431,8 +432,7 @@ __device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t turn) 
     return row;
 }
 
-// One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens. While a
-// row's terms are on their way, the row before is announced.
+// One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens.
 __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, [[maybe_unused]] uint32_t tokens) {
     __shared__ uint64_t opened;
     __shared__ Terms terms[kTeams];
@@ -541,8 +541,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
         Row row;
         if (!receive_partial(p, watch, token, rank, row)) continue;
         added |= uint64_t(1) << rank;
-#pragma unroll
-        for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], row.vectors[step], 1.0f);
+        add(sums, row, 1.0f);
     }
     const float factor = p.renormalize != 0 ? factor_for_missing(p, token, added) : 1.0f;
     uint4* out = reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors;

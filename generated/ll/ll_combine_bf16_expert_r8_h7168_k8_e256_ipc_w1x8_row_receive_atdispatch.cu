@@ -77,7 +77,7 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
 constexpr uint32_t kRecordPieces = kRowPieces;
 
 // Small blocks share a multiprocessor, so that there is one for each row.
-constexpr uint32_t kResident = kBlockThreads <= 256 ? 2 : 1;
+constexpr uint32_t kResident = 2;
 
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
@@ -173,7 +173,8 @@ __device__ __forceinline__ void add(Sums (&sums)[kSteps], const Row& row, float 
     for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], row.vectors[step], weight);
 }
 
-constexpr uint32_t kPartialsAhead = kRanks > 2 ? 2 : 1;  // that a thread asks for at once
+constexpr uint32_t kPartialsAhead =
+    2;  // that a thread asks for at once
 
 // Adds the partial sums of one token in the order of the ranks.
 __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch, uint32_t token,

@@ -462,7 +462,7 @@ __device__ __forceinline__ Selections selections_of(uint4 (&pieces)[kRoutePieces
     return here;
 }
 
-constexpr uint32_t kRoutesAhead = 4;  // that a thread asks for at once
+constexpr uint32_t kRoutesAhead = 1;  // that a thread asks for at once
 
 // The tokens that are counted: those from `begin` on, up to `end`.
 struct Counted {

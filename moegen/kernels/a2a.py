@@ -363,13 +363,13 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
         """Of a row that is added: a thread has its sums, too."""
         floats = PIECE_BYTES // ROW_DTYPES[self.dtype]
         few = self.block_threads <= (256 if self.quantised and floats == 4 else 512)  # more would spill
-        most = 32 if few and self.destinations <= 2 else 16
-        return max(1, min(most // floats, self.ahead))
+        return max(1, min((16 if not few or (self.pulls and self.destinations > 2) else 32) // floats, self.ahead))
 
     @property
     def rows_ahead(self) -> int:
-        """Rows of a token that a thread asks for at once; more would spill."""
-        return min(self.destinations, max(2, (16 if self.block_threads <= 512 else 4) // self.summed_ahead))
+        """Of a token, that a thread asks for at once where it reads them in place; more would spill."""
+        most = 4 if self.block_threads > 512 else 8 if self.quantised or self.dtype == "fp32" else 16
+        return min(self.destinations, max(1, most // self.summed_ahead))
 
     @property
     def _places(self) -> tuple[Param, ...]:

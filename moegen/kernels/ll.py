@@ -211,9 +211,9 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
     @property
     def routes_ahead(self) -> int:
         """Tokens whose routes a thread asks for at once. With few ranks there are few, and more text takes longer to
-        fetch than that saves; blocks of more threads have too few registers.
+        fetch than that saves; only small blocks have the registers.
         """
-        return 4 if self.num_ranks > 4 and self.block_threads <= 512 else 1
+        return max(1, 8 // self.route_pieces) if self.num_ranks > 4 and self.block_threads <= 128 else 1
 
     @property
     def head_pieces(self) -> int:
@@ -290,6 +290,17 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
     @property
     def record_bytes(self) -> int:
         return self.row_pieces * PIECE_BYTES
+
+    @property
+    def resident_blocks(self) -> int:
+        """Of a multiprocessor."""
+        return 2 if self.block_threads <= 256 else 1
+
+    @property
+    def two_rows_ahead(self) -> bool:
+        """Whether a thread has the registers for its parts of two rows; else they would spill."""
+        steps = ceil_div(self.row_pieces, self.team_threads)
+        return steps * self.block_threads * self.resident_blocks <= 2048
 
     @cached_property
     def params(self) -> ParamStruct:

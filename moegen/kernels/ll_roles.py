@@ -35,8 +35,8 @@ takes 74.6 us in place of 78.6 (bench/results)."""
 
 
 def roles(spec: LowLatencySpec, max_tokens: int, resident_blocks: int) -> Roles:
-    """Blocks to launch, never more than can run at the same time: one per row that may be sent or come, if there are so
-    many; else a block's teams share them.
+    """Blocks to launch, never more than can run at the same time: one per row that may come, and one per row that may
+    be sent (of dispatch, per share of a token's destinations), if there are so many; else a block's teams share them.
     """
     sends, receives = spec.phase != "receive", spec.phase != "send"
     if resident_blocks == 1:

@@ -281,6 +281,19 @@ def test_few_blocks_have_several_roles(device: str, num_sms: int, late: bool) ->
     layer.destroy()
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at_dispatch", "at_combine"])
+@pytest.mark.parametrize("wire", ["inline", "row"])
+def test_few_tokens_are_split_over_teams(device: str, wire: str, late: bool) -> None:
+    """Three tokens and four or five destinations, for which there are up to 32 blocks."""
+    shape = Shape(5, 7, 2, 16, 3)
+    layer = Layer(shape, device, slots=2, num_sms=32, wire=wire, timeout=5.0)
+    for seed, tokens in enumerate([(3, 1, 3, 0, 2), (1, 1, 1, 1, 1)]):
+        routing = random_routing(shape, tokens, seed, kind="free")
+        layer.verify(routing, layer.round_trip(routing, late=late))
+        verify_in_halves(layer, routing, hooked_round_trip(layer, routing, late=late))
+    layer.destroy()
+
+
 def test_async_finish(device: str) -> None:
     """On a GPU with one rank: virtual ranks there have a hardware queue each, and these calls take another stream."""
     shape = SHAPE if device == "cpu" else Shape(1, 10, 4, 512, 24)

@@ -45,6 +45,7 @@ def test_stems_parse_back(out: str) -> None:
 def test_nothing_spills(out: str, dtype: str, arch: str) -> None:
     """With the teams of the largest capacities, which leave a thread the fewest registers."""
     for groups in (WarpGroups(2, 7), WarpGroups(4, 4)):
-        made = obtain(render(OneSidedCombine(dtype, out, 2, HIDDEN, 2, "ipc", groups)), Target(arch))
-        assert made.resources is not None
-        assert made.resources.spill_bytes == 0
+        for ranks in (2, 8):
+            made = obtain(render(OneSidedCombine(dtype, out, ranks, HIDDEN, ranks, "ipc", groups)), Target(arch))
+            assert made.resources is not None
+            assert made.resources.spill_bytes == 0, ranks
