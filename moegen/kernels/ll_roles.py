@@ -29,9 +29,9 @@ class Roles:
 SEND_SHARE = {"dispatch": (1, 3), "combine": (1, 2)}
 """Of the blocks, where there are not enough for a team per row. Dispatch receives more than it sends: rows fan out."""
 
-SEND_SHARE_OF_MANY = {"dispatch": (1, 3), "combine": (7, 10)}
+SEND_SHARE_OF_MANY = SEND_SHARE | {"combine": (7, 10)}
 """The same with more than two ranks, each of which returns a row of most tokens: of 512 tokens, four ranks' combine
-takes 74.6 us in place of 78.6 (bench/results)."""
+takes 74.6 us in place of 78.6 (bench/results/sweeps)."""
 
 
 def roles(spec: LowLatencySpec, max_tokens: int, resident_blocks: int) -> Roles:
