@@ -174,24 +174,29 @@ __device__ __forceinline__ void store_zeros(uint4* to) {
     for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) store_part(to, first, Part{});
 }
 
-// A warp adds the rows up in fp32. While two parts are added, the next two are on their way.
+constexpr uint32_t kPartsAhead = 3;  // that a warp has on their way
+
+// A warp adds the rows up in fp32. In place of a part that it has added, it asks for the next: none is ever moved, which
+// would wait for it.
 __device__ __forceinline__ void store_sum(const Terms& terms, uint32_t number, uint4* to) {
     if (number == 0) return store_zeros(to);
     Sums sums[kAhead] = {};
+    Part parts[kPartsAhead];
+    Place asked{0, 0};
+#pragma unroll
+    for (uint32_t index = 0; index < kPartsAhead; ++index, asked = after(asked, number)) {
+        parts[index] = load_term(terms, asked);
+    }
     Place place{0, 0};
-    Part one = load_term(terms, place);
-    Part two = load_term(terms, after(place, number));
 #pragma unroll 1
     while (place.first < kRowVectors) {
-        const Place second = after(place, number);
-        const Place third = after(second, number);
-        const Part now = one;
-        const Part then = two;
-        one = load_term(terms, third);
-        two = load_term(terms, after(third, number));
-        add_term(terms, number, place, now, sums, to);
-        add_term(terms, number, second, then, sums, to);
-        place = third;
+#pragma unroll
+        for (uint32_t index = 0; index < kPartsAhead; ++index) {
+            add_term(terms, number, place, parts[index], sums, to);
+            parts[index] = load_term(terms, asked);
+            place = after(place, number);
+            asked = after(asked, number);
+        }
     }
 }
 
