@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
+from support.forked import python
 
 import moegen
 from moegen.compat import deep_ep
@@ -237,7 +236,7 @@ assert Buffer is moegen.compat.deep_ep.Buffer and deep_ep.utils.EventHandle is E
 
 def test_entry_points_replace_deep_ep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEGEN_REPLACE_DEEP_EP", "1")
-    subprocess.run([sys.executable, "-c", REPLACED], check=True)
+    done = python(REPLACED)
+    assert done.returncode == 0, done.stderr
     monkeypatch.setenv("MOEGEN_REPLACE_DEEP_EP", "0")
-    done = subprocess.run([sys.executable, "-c", REPLACED], capture_output=True, text=True)
-    assert done.returncode != 0
+    assert python(REPLACED).returncode != 0

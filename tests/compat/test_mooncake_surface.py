@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from support.forked import python
 from support.processes import Processes
 
 import moegen
@@ -74,10 +73,10 @@ assert Buffer is moegen.compat.mooncake.Buffer is mooncake.mooncake_ep_buffer.Bu
 
 def test_it_replaces_mooncakes_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEGEN_REPLACE_MOONCAKE_EP", "1")
-    subprocess.run([sys.executable, "-c", REPLACED], check=True, cwd=ROOT)
+    done = python(REPLACED)
+    assert done.returncode == 0, done.stderr
     monkeypatch.setenv("MOEGEN_REPLACE_MOONCAKE_EP", "0")
-    done = subprocess.run([sys.executable, "-c", REPLACED], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode != 0
+    assert python(REPLACED).returncode != 0
     entry = 'moegen_mooncake_ep = "moegen.compat.mooncake.installed:install_if_asked"'
     assert (ROOT / "pyproject.toml").read_text().count(entry) == 2
 

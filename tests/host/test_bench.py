@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from support.forked import moegen
 
 from moegen import reference, tuning
 from moegen.bench.case import OPS
@@ -31,11 +30,6 @@ from moegen.runtime.worlds import LocalWorld
 ROOT = Path(__file__).resolve().parents[2]
 LINK_STEMS = ("bench_push_r3_t64_n8", "bench_pull_r3_t64_n8", "bench_push_r1_t512_n8", "bench_pull_r8_t512_n8")
 BARRIER_STEMS = ("bench_barrier_r1", "bench_barrier_r3", "bench_barrier_r64")
-
-
-def moegen(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", "moegen", *words], env=environment, capture_output=True, text=True)
 
 
 def bench(folder: Path, *words: str) -> dict[str, object]:

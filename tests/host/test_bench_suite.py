@@ -7,34 +7,21 @@ What needs the benchmark's own kernels runs in processes of its own: they belong
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forked import Done, moegen, python
 
 from moegen.bench.part_world import LeftError, PartWorld, run_part
 from moegen.runtime.worlds import LocalWorld
 
-ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["ll", "ll_fp8", "ht", "a2a", "coll", "coll_many"]
 LAYER = ("--hidden", "128", "--experts", "7", "--topk", "3")
 TINY = ("--device", "cpu", "--ranks", "2", *LAYER, "--routing", "zipf", "--ops", "1", "--replays", "2", "--calls", "1")
 
 
-def moegen(*words: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, after some Python has run there."""
-    return python(f"import sys\n{before}\nfrom moegen.cli.main import main\nsys.argv = {['moegen', *words]!r}\nmain()")
-
-
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-
-
-def suite(folder: Path, *words: str, before: str = "") -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+def suite(folder: Path, *words: str, before: str = "") -> tuple[Done, dict[str, Any]]:
     """Runs it; gives what it wrote, too."""
     done = moegen("bench", "--suite", "node", *TINY, "--out", str(folder), *words, before=before)
     (data,) = folder.glob("*.json")

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import socket
-import sys
 import traceback
 from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +16,7 @@ import torch
 
 import moegen
 from moegen import reference
+from support.forked import context, take_environment
 from support.layer import RankResult, Routing, Shape, expert_outputs, random_routing
 
 ANSWER_SECONDS = 240
@@ -46,7 +44,6 @@ class Processes:
     def __init__(self, size: int, device: str) -> None:
         self.size = size
         self.device = device
-        context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -56,7 +53,9 @@ class Processes:
         """Whether one of them has died, or has not answered."""
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, device, port), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, rank, size, device, port, dict(os.environ)), daemon=True
+            )
             process.start()
             self._ends.append(ours)
             self._processes.append(process)
@@ -99,8 +98,8 @@ class Processes:
                 process.kill()
 
 
-def _serve(pipe: Connection, rank: int, size: int, device: str, port: int) -> None:
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+def _serve(pipe: Connection, rank: int, size: int, device: str, port: int, environment: dict[str, str]) -> None:
+    take_environment(environment)
     torch.set_num_threads(1)
     if device == "cuda":
         if torch.cuda.device_count() < size:

@@ -28,7 +28,7 @@ TOPK = 3
 EXPERTS = 7  # no multiple of the ranks
 
 JOBS = 2
-FASTER = "-O1"
+FASTER = "-Og"
 """Compiling takes longer than running."""
 
 KERNEL = ""
