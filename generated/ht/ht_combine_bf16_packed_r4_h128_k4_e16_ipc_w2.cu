@@ -240,8 +240,8 @@ __device__ __forceinline__ void store_zeros(uint4* to) {
 
 constexpr uint32_t kPartsAhead = 3;  // that a warp has on their way
 
-// A warp adds the rows up in fp32. In place of a part that it has added, it asks for the next: none is ever moved, which
-// would wait for it.
+// A warp adds the rows up in fp32. In place of a part that it has added, it asks for the next: none is ever moved,
+// which would wait for it.
 __device__ __forceinline__ void store_sum(const Terms& terms, uint32_t number, uint4* to) {
     if (number == 0) return store_zeros(to);
     Sums sums[kAhead] = {};
