@@ -21,15 +21,17 @@ pytestmark = pytest.mark.nvrtc
 
 Kernel = Callable[..., Source]
 Run = Callable[..., subprocess.CompletedProcess[str]]
-TINY = ("build", "--arch", "sm90", "--preset", "tiny", "--ranks", "2")
+FAMILY = "a2a"
+TINY = ("build", "--arch", "sm90", "--preset", "tiny", "--ranks", "2", "--family", FAMILY)
 
 
 def test_second_build_does_nothing(moegen_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = moegen_command(*TINY), moegen_command(*TINY)
-    count = len(preset_specs("tiny", [2], None, "sm90"))
+    specs = preset_specs("tiny", [2], FAMILY, "sm90")
+    count = len(specs)
     assert first.stdout.splitlines()[-1] == f"compiled {count}, up to date 0", first.stderr
     assert second.stdout.splitlines()[-1] == f"compiled 0, up to date {count}"
-    for spec in preset_specs("tiny", [2], None, "sm90"):
+    for spec in specs:
         assert spec.stem in first.stdout and spec.stem in second.stdout
 
 

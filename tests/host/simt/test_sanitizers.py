@@ -7,39 +7,29 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from simt_harness import HERE, KERNELS, Toolchain, runtime_sources
+from host.sanitize.running import ASAN, TSAN, Sanitizer, runtime_once
+from simt_harness import HERE, KERNELS, Toolchain
 
 
-def build(folder: Path, option: str, runtime_options: list[str]) -> Path:
-    probe = folder / "probe.cpp"
-    probe.write_text("int main() {}\n")
-    tools = Toolchain(folder, ["-g1"])
-    try:
-        tools.run(option, probe, "-o", folder / "probe")
-        subprocess.run([folder / "probe"], check=True)
-    except (RuntimeError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"the compiler cannot build with {option}: {error}")
-    jobs = [(source, runtime_options) for source in runtime_sources()]
-    jobs += [(tools.wrapper("kernels", KERNELS), [option]), (HERE / "kernels" / "driver.cpp", [option])]
-    with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(lambda job: tools.compile(job[0], *job[1]), jobs))
-    tools.run(option, *parts, "-o", folder / "driver")
-    return folder / "driver"
+def build(factory: pytest.TempPathFactory, sanitizer: Sanitizer) -> Path:
+    runtime = runtime_once(factory, sanitizer)
+    tools = Toolchain(factory.mktemp("sanitized"), ["-g1"])
+    kernels = tools.wrapper("kernels", KERNELS)
+    tools.run(sanitizer.option, kernels, HERE / "kernels" / "driver.cpp", *runtime, "-o", tools.folder / "driver")
+    return tools.folder / "driver"
 
 
 @pytest.fixture(scope="session")
 def thread_sanitizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runtime itself is not instrumented: what CUDA does not order, its lists must not order either."""
-    return build(tmp_path_factory.mktemp("tsan"), "-fsanitize=thread", ["-DMOEGEN_HOST_TSAN=1"])
+    return build(tmp_path_factory, TSAN)
 
 
 @pytest.fixture(scope="session")
 def address_sanitizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("asan"), "-fsanitize=address", ["-fsanitize=address"])
+    return build(tmp_path_factory, ASAN)
 
 
 def run(driver: Path, name: str) -> tuple[int, str]:
