@@ -78,7 +78,7 @@ pytest: $(STAMP)
 	$(PYTEST) -n $(TEST_JOBS) --dist loadfile
 
 tsan asan: $(STAMP)
-	$(PYTEST) tests/host -m $@
+	SANITIZER_ROUNDS=10 $(PYTEST) tests/host -m $@
 
 $(OLD_STAMP): Makefile
 	$(SYSTEM_PYTHON) -m venv $(OLD_VENV)

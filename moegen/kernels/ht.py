@@ -47,7 +47,7 @@ CHUNK = 64
 """Tokens that one block plans at a time: two words of bits per counter."""
 
 AHEAD_IN_DISPATCH, AHEAD_IN_COMBINE = 7, 4
-"""16-byte vectors of a part. Seven divide rows of 7168 elements; combine has two parts under way, and sums of one."""
+"""16-byte vectors of a part. Seven divide rows of 7168 elements; combine has three parts under way, and sums of one."""
 
 PHASE_WORDS = ("whole", "plan", "rows")
 """What one launch of dispatch does: all of it, only tell every rank which rows come where, or only move rows by a plan

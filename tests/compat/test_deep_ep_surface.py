@@ -239,4 +239,5 @@ def test_entry_points_replace_deep_ep(monkeypatch: pytest.MonkeyPatch) -> None:
     done = python(REPLACED)
     assert done.returncode == 0, done.stderr
     monkeypatch.setenv("MOEGEN_REPLACE_DEEP_EP", "0")
-    assert python(REPLACED).returncode != 0
+    done = python(REPLACED)
+    assert done.returncode != 0 and "object has no attribute 'name'" in done.stderr

@@ -16,7 +16,7 @@ import pytest
 from host.sanitize.build import Kernel, build, build_runtime
 from simt_harness import Toolchain
 
-ROUNDS = 5  # dispatches and combines; memory is used again from the third on
+ROUNDS = int(os.environ.get("SANITIZER_ROUNDS", "5"))  # dispatches and combines; from the third on memory is used again
 FIXED, SEEDED = 0, 3  # the runtime's order of threads: always the same, or seeded and with pauses
 RACE = "WARNING: ThreadSanitizer: data race"
 
@@ -95,10 +95,13 @@ def race_in(driver: Path, variant: str, *more: str) -> str:
     return ""
 
 
+def started(driver: Path) -> list[str]:
+    """A command: the sanitizers of some compilers do not start under full address space randomisation."""
+    return [*(["setarch", "-R"] if shutil.which("setarch") else []), str(driver)]
+
+
 def run(driver: Path, variant: str, seed: int, *more: str) -> tuple[int, str]:
-    # The sanitizers of some compilers do not start under full address space randomisation.
-    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
-    command = [*fixed, str(driver), variant, str(seed), str(ROUNDS), *more]
+    command = [*started(driver), variant, str(seed), str(ROUNDS), *more]
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout + done.stderr

@@ -5,12 +5,11 @@ wrong ones are found.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from host.sanitize.running import ASAN, TSAN, Sanitizer, runtime_once
+from host.sanitize.running import ASAN, TSAN, Sanitizer, runtime_once, started
 from simt_harness import HERE, KERNELS, Toolchain
 
 
@@ -33,9 +32,7 @@ def address_sanitizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(driver: Path, name: str) -> tuple[int, str]:
-    # The sanitizers of some compilers do not start under full address space randomisation.
-    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
-    done = subprocess.run([*fixed, str(driver), name], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*started(driver), name], capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout + done.stderr
 
 
