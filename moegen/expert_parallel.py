@@ -106,7 +106,7 @@ class ExpertParallel(ActiveMembership, Staged):
         if num_sms is not None:
             checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
         checks.seconds("timeout", timeout)
-        self.world: RankWorld = as_rank_world(group_or_world, device)
+        self.world: RankWorld = as_rank_world(group_or_world, device, timeout)
         self.problem = checks.problem(
             self.world.size,
             num_experts=num_experts,

@@ -126,7 +126,7 @@ class HighThroughput(RowCalls, Staged):
             checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
         checks.seconds("timeout", timeout)
         checks.one_of("path", path, ("auto", *PATHS))
-        self.world = as_rank_world(group_or_world, device)
+        self.world = as_rank_world(group_or_world, device, timeout)
         self.problem = row_checks.problem(
             self.world.size,
             num_experts=num_experts,

@@ -101,7 +101,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         if num_sms is not None:
             checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
         checks.seconds("timeout", timeout)
-        self.world = as_rank_world(group_or_world, device)
+        self.world = as_rank_world(group_or_world, device, timeout)
         self.device = self.world.device
         checks.one_of("path", path, ("auto", *PATHS))
         checks.one_of("exchange", exchange, EXCHANGES)

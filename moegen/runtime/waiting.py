@@ -31,7 +31,13 @@ _of_thread = threading.local()
 def pointless_if(look: Callable[[], None]) -> Iterator[None]:
     """Within, waits of this thread end with what `look` raises."""
     before = getattr(_of_thread, "look", None)
-    _of_thread.look = look
+
+    def both() -> None:
+        if before is not None:
+            before()
+        look()
+
+    _of_thread.look = both
     try:
         yield
     finally:
@@ -46,13 +52,12 @@ def raise_if_pointless() -> None:
 
 
 def until(ready: Callable[[], bool], seconds: float = math.inf, *, spin: bool = False) -> bool:
-    """Asks again and again, after pauses that get longer; False if it was not so in time.
+    """Asks again and again, after pauses that get longer with the wait; False if it was not so in time.
 
     Args:
         spin: asking costs next to nothing, and the answer is expected at once.
     """
     begin = time.monotonic()
-    pause = _FIRST_PAUSE
     while not ready():
         passed = time.monotonic() - begin
         if passed > seconds:
@@ -61,6 +66,5 @@ def until(ready: Callable[[], bool], seconds: float = math.inf, *, spin: bool = 
             time.sleep(0)  # lets other threads run
             continue
         raise_if_pointless()
-        time.sleep(min(pause, max(seconds - passed, 0)))
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        time.sleep(min(max(_FIRST_PAUSE, passed / 32), _LONGEST_PAUSE))
     return True
