@@ -97,8 +97,9 @@ def sweep(parent: Path) -> None:
 @functools.cache
 def sweep_once() -> None:
     """The temporary folder and /dev/shm, the first time that a process asks."""
-    for parent in {Path(tempfile.gettempdir()), SHARED}:
-        sweep(parent)
+    with suppress(OSError):  # no temporary folder can be used
+        sweep(Path(tempfile.gettempdir()))
+    sweep(SHARED)
 
 
 def _remove_if_left(path: Path) -> None:

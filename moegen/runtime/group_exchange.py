@@ -46,6 +46,7 @@ class GroupExchange:
         self._broken: WorldError | None = None
         self._names: list[ProcessName | None] = [None] * size
         self._next = 0
+        self._before: list[str] = []
         self._next_look = 0.0
         # A group may be destroyed and made again with the same name and store.
         self._prefix = f"moegen/{self._ask(store.add, f'moegen/uses/{rank}', 1)}"
@@ -61,7 +62,7 @@ class GroupExchange:
         self.raise_if_broken()
         number, self._next = self._next, self._next + 1
         try:
-            self._put(f"{number}", pickle.dumps(value))
+            keys = self._put(f"{number}", pickle.dumps(value))
             missing = [rank for rank in range(self._size) if rank != self._rank]
             if not until(lambda: self._have_come(f"{number}", missing), seconds):
                 missing = [rank for rank in missing if not self._is_there(f"{number}", rank)]
@@ -71,7 +72,8 @@ class GroupExchange:
         except BaseException as error:  # also Ctrl-C: this rank is out of step
             self.give_up(error)
             raise
-        self._remove(f"{number - 1}")
+        self._remove(self._before)
+        self._before = keys
         return values
 
     def raise_if_broken(self) -> None:
@@ -145,13 +147,15 @@ class GroupExchange:
     def _is_there(self, word: str, rank: int) -> bool:
         return bool(self._ask(self._store.check, [self._key(word, rank)]))
 
-    def _put(self, word: str, content: bytes) -> None:
-        """Last what says that all of it is there."""
+    def _put(self, word: str, content: bytes) -> list[str]:
+        """The keys that it takes; last comes what says that all of it is there."""
         key = self._key(word, self._rank)
-        more = range(_PIECE_BYTES, len(content), _PIECE_BYTES)
-        for number, begin in enumerate(more):
-            self._ask(self._store.set, f"{key}/{number}", content[begin : begin + _PIECE_BYTES])
-        self._ask(self._store.set, key, len(more).to_bytes(4, "little") + content[:_PIECE_BYTES])
+        begins = range(_PIECE_BYTES, len(content), _PIECE_BYTES)
+        keys = [f"{key}/{part}" for part in range(len(begins))]
+        for more, begin in zip(keys, begins, strict=True):
+            self._ask(self._store.set, more, content[begin : begin + _PIECE_BYTES])
+        self._ask(self._store.set, key, len(keys).to_bytes(4, "little") + content[:_PIECE_BYTES])
+        return [*keys, key]
 
     def _get(self, word: str, rank: int) -> Any:
         key = self._key(word, rank)
@@ -159,14 +163,11 @@ class GroupExchange:
         more = int.from_bytes(first[:4], "little")
         return pickle.loads(first[4:] + b"".join(self._ask(self._store.get, f"{key}/{part}") for part in range(more)))
 
-    def _remove(self, word: str) -> None:
-        """A store that cannot keeps it."""
-        key = self._key(word, self._rank)
+    def _remove(self, keys: list[str]) -> None:
+        """A store that cannot keeps them."""
         with suppress(RuntimeError):
-            number = 0
-            if self._store.delete_key(key):
-                while self._store.delete_key(f"{key}/{number}"):
-                    number += 1
+            for key in keys:
+                self._store.delete_key(key)
 
     def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
         try:

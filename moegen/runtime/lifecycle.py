@@ -99,7 +99,7 @@ class Lifecycle(Generic[Ops]):
         return self._ops
 
     def _synchronize_device(self) -> None:
-        """Ranks that are gone end the wait for an exchange of torch.distributed; kernels' waits for them end by themselves."""
+        """Ranks that are gone end a wait for torch.distributed; kernels' waits for them end by themselves."""
         if self.device.type == "cuda":
             with pointless_if(self.world.raise_if_ranks_are_gone):
                 wait_for_stream(self.device)

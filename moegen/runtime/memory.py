@@ -113,11 +113,9 @@ def make_shared_file(size: int) -> SharedFile:
     """
     leftovers.sweep_once()
     tried = []
-    for folder in (leftovers.SHARED, Path(tempfile.gettempdir())):
-        if not folder.is_dir():
-            continue
+    for name, where in (("/dev/shm", lambda: leftovers.SHARED), ("the temporary folder", _temporary_folder)):
         try:
-            fd = _nameless(folder)
+            fd = _nameless(where())
             try:
                 os.posix_fallocate(fd, 0, size)
             except BaseException:
@@ -125,8 +123,12 @@ def make_shared_file(size: int) -> SharedFile:
                 raise
             return SharedFile(fd, size)
         except OSError as error:
-            tried.append(f"{folder}: {error.strerror}")
+            tried.append(f"{name}: {error.strerror or error}")
     raise CapacityError(f"no room for {size:,} bytes of memory shared between ranks ({'; '.join(tried)})")
+
+
+def _temporary_folder() -> Path:
+    return Path(tempfile.gettempdir())
 
 
 def _nameless(folder: Path) -> int:
@@ -259,7 +261,7 @@ def share_between_gpus(
 
 @contextmanager
 def _store_timeout(group: Any, seconds: float) -> Iterator[None]:
-    """Within, torch waits no longer than that for keys of the group's store: a rendezvous has no deadline of its own."""
+    """Within, torch waits no longer than that for keys of the group's store: rendezvous has no deadline of its own."""
     try:
         store: Any = torch.distributed.distributed_c10d._get_process_group_store(group)
         before = store.timeout
