@@ -68,6 +68,7 @@ class GroupExchange:
                 missing = [rank for rank in missing if not self._is_there(f"{number}", rank)]
                 if missing:
                     raise MissingRanksError(self._rank, tuple(missing), what, seconds)
+            self._raise_if_given_up()  # by one that waited for this rank
             values = [value if rank == self._rank else self._get(f"{number}", rank) for rank in range(self._size)]
         except BaseException as error:  # also Ctrl-C: this rank is out of step
             self.give_up(error)
@@ -95,6 +96,9 @@ class GroupExchange:
         ended = gone(self._names)
         if ended:
             raise MissingRanksError(self._rank, ended)
+        self._raise_if_given_up()
+
+    def _raise_if_given_up(self) -> None:
         if self._ask(self._store.check, [f"{self._prefix}/given_up"]):
             why = self._ask(self._store.get, f"{self._prefix}/given_up").decode()
             raise WorldError(f"{why}. {MissingRanksError.ADVICE}")

@@ -39,6 +39,7 @@ class ThreadGather:
         """
         until = time.monotonic() + seconds
         with self._changed:
+            self.raise_if_failed()
             number = self._calls[rank]
             self._calls[rank] += 1
             values = self._exchanges.setdefault(number, {})
