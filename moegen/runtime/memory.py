@@ -93,7 +93,8 @@ class SharedFile:
         """
         named = leftovers.new_name(leftovers.SHARED, "memory")
         leftovers.hold(self._fd)
-        os.link(self.path, named, follow_symlinks=True)
+        # With a folder, which an absolute path does not need, Python calls linkat(2), which follows; link(2) does not.
+        os.link(self.path, named, src_dir_fd=self._fd, follow_symlinks=True)
         self._named = named
         return str(named)
 
