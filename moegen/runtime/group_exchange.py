@@ -92,11 +92,11 @@ class GroupExchange:
         if now < self._next_look:
             return
         self._next_look = now + _LOOK_SECONDS
+        self._raise_if_given_up()  # first: whoever gives up may end for that, and is not the cause
         self._learn_names()
         ended = gone(self._names)
         if ended:
             raise MissingRanksError(self._rank, ended)
-        self._raise_if_given_up()
 
     def _raise_if_given_up(self) -> None:
         if self._ask(self._store.check, [f"{self._prefix}/given_up"]):
@@ -204,6 +204,8 @@ def exchange_of(group: Any) -> GroupExchange | None:
                 store = dist.distributed_c10d._get_process_group_store(group)
                 made = GroupExchange(store, dist.get_rank(group), dist.get_world_size(group)) if store else None
             except (KeyError, AttributeError, WorldError) as error:
+                if isinstance(error.__cause__, dist.DistNetworkError):  # there is one, and nobody behind it
+                    raise
                 log.info("a process group has no store that answers (%s): exchanges cannot name missing ranks", error)
             _of_groups[group] = made
         return _of_groups[group]
