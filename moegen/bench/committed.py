@@ -46,6 +46,7 @@ class Results:
     root: Path
     read: list[tuple[Run, str]] = field(default_factory=list)
     _loaded: dict[Run, Json] = field(default_factory=dict)
+    _files: dict[str, Json] = field(default_factory=dict)
 
     def of(self, run: Run) -> Json:
         """`cases`, `link`, `machine`, `world`, `date`, as the benchmark wrote them.
@@ -63,7 +64,9 @@ class Results:
             raise InputError(f"no committed result {path}; give --root the folder of a clone")
         if path.suffix == ".txt":
             return committed_text.parse(path.read_text(), run.part, run.section)
-        result: Json = json.loads(path.read_text())
+        if run.file not in self._files:  # a suite's is one file for several runs
+            self._files[run.file] = json.loads(path.read_text())
+        result = self._files[run.file]
         if not run.part:
             return result
         if run.part not in result["parts"]:
@@ -77,7 +80,9 @@ class Results:
         Raises:
             InputError: there is none, or more than one.
         """
-        found = [case for case in self.of(run)[group] if all(case.get(key) == value for key, value in wanted.items())]
+        found: list[Json] = [
+            case for case in self.of(run)[group] if all(case.get(key) == value for key, value in wanted.items())
+        ]
         if len(found) != 1:
             raise InputError(f"{run} must have one of {group} with {wanted}; it has {len(found)}")
         self.read.append((run, found[0]["routing"]))
@@ -116,9 +121,7 @@ def link(run: Run) -> Value:
 
 def eager(run: Run, what: str, tokens: int, op: str = "eager", routing: str = "uniform") -> Value:
     """A figure of calls from Python, average over ranks."""
-    return lambda results: float(
-        results.case(run, "eager", op=op, tokens=tokens, routing=routing)[what]["avg"]
-    )
+    return lambda results: float(results.case(run, "eager", op=op, tokens=tokens, routing=routing)[what]["avg"])
 
 
 def exact(run: Run, what: str, layout: str, dtype: str, tokens: int = 4096, routing: str = "uniform") -> Value:

@@ -12,8 +12,8 @@ from moegen.errors import InputError
 Json = dict[str, Any]
 
 _SUMMARY = re.compile(
-    r"(?P<part>ll|ll_fp8|ht|a2a) +(?P<op>\w+) +(?P<layout>\w+) +(?P<dtype>bf16|fp8) +(?P<routing>\w+) +(?P<tokens>\d+) +"
-    r"(?P<us>[\d,.]+) +(?P<gbps>[\d,.]+) +(?P<share>\d+)% .*"
+    r"(?P<part>ll|ll_fp8|ht|a2a) +(?P<op>\w+) +(?P<layout>\w+) +(?P<dtype>bf16|fp8) +(?P<routing>\w+) +"
+    r"(?P<tokens>\d+) +(?P<us>[\d,.]+) +(?P<gbps>[\d,.]+) +(?P<share>\d+)% .*"
 )
 """As `moegen.bench.node_report` prints a row."""
 _SWEEP = re.compile(r"(?P<op>combine|dispatch) (?P<variant>.*?) +(?P<dtype>bf16|fp8) +(?P<us>\{.*\})")

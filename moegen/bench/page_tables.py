@@ -12,43 +12,25 @@ from moegen.bench.committed import (
     excess,
     least,
     padding,
-    share,
     us,
 )
+from moegen.bench.page_runs import A2A, A2A_FEW_EXPERTS, COLL, HT, LL, LL_FP8, MOST
+from moegen.bench.page_scaling import H100, SCALING
 from moegen.bench.pages import Cell, Table, joined, number, over, percent, with_percent
 from moegen.bench.published import (
-    COLLECTIVE_TARGET,
+    COLLECTIVE_FACTOR,
+    COLLECTIVE_US,
     DEEPEP_V1,
     DEEPEP_V2,
     FEW_BLOCKS_TARGETS,
-    FEW_EXPERTS,
+    FEW_EXPERTS_FLASHINFER,
+    FEW_EXPERTS_TARGET,
     FLASHINFER,
     HOST_CALL_TARGET,
     Op,
     stated_us,
     target_us,
 )
-
-LL, LL_FP8 = Run("ll_h200_processes_r2.json"), Run("ll_h200_processes_r2_fp8.json")
-HT, HT_TOKENS = Run("ht_h200_processes_r2.json"), Run("ht_h200_processes_r2_tokens.json")
-A2A = Run("a2a_h200_processes_r2.json")
-A2A_FEW_EXPERTS = Run("a2a_h200_processes_r2_h7168_k4_e16.json")
-COLL = Run("coll_h200_processes_r2_h7168_k4_e16.json")
-IN_TURN_HT = Run("node_h200_processes_r4_uniform.txt", "ht")
-IN_TURN_A2A = Run("node_h200_processes_r4_uniform.txt", "a2a")
-SHARE_26 = Run("sweeps/ht_h200_r4_shares.txt", section="share 0.26")
-LL_IN_TURN = Run("sweeps/ll_h200_r4_announced_later.txt")
-MOST = 4096
-
-
-def before(ranks: int, part: str) -> Run:
-    """A part of the suite between so many H200, when rows still went back one rank after the other."""
-    return Run(f"before_turns/node_h200_processes_r{ranks}.json", part)
-
-
-def h100(part: str) -> Run:
-    return Run("node_h100_processes_r2.json", part)
-
 
 # ---- low latency ----
 
@@ -171,7 +153,11 @@ _BLOCKS = (8, 16, 24, 32, 64)
 def _blocks_row(title: str, op: str, layout: str, dtype: str) -> tuple[Cell, ...]:
     def cell(blocks: int) -> Cell:
         value = _ht(op, layout, dtype, blocks)
-        return with_percent(value, excess(value, _ht(op, layout, dtype)), form="{} ({})") if blocks == 24 else number(value, 0)
+        return (
+            with_percent(value, excess(value, _ht(op, layout, dtype)), form="{} ({})")
+            if blocks == 24
+            else number(value, 0)
+        )
 
     return title, *map(cell, _BLOCKS), f"{FEW_BLOCKS_TARGETS[layout]:.0%}"
 
@@ -215,12 +201,16 @@ def _best(run: Run, tokens: int) -> Value:
 
 
 def _a2a_target(run: Run, tokens: int) -> float:
-    return target_us(Op(2, "rank", "bf16", "pair", tokens)) if run is A2A else float(FEW_EXPERTS["target"])
+    return target_us(Op(2, "rank", "bf16", "pair", tokens)) if run is A2A else FEW_EXPERTS_TARGET
 
 
-def _flashinfer(op: str, index: int) -> tuple[Cell, ...]:
+A2A_TARGETS = tuple((_best(run, tokens), _a2a_target(run, tokens)) for run, tokens in _PAIRS_AND_FEW)
+"""Of each size: the better of both pairs, and what is aimed at."""
+
+
+def _flashinfer(op: str) -> tuple[Cell, ...]:
     stated = [stated_us(Op(2, "rank", "bf16", op, tokens), FLASHINFER) for tokens in _A2A_TOKENS]
-    return tuple(f"{one:.1f}" for one in (*stated, FEW_EXPERTS["published"][index]))
+    return tuple(f"{one:.1f}" for one in (*stated, FEW_EXPERTS_FLASHINFER[op]))
 
 
 def _one_sided(op: str) -> tuple[Cell, ...]:
@@ -231,15 +221,12 @@ _A2A = Table(
     "one-sided",
     (*_A2A_HEAD, "64 (16 experts, top-4)"),
     (
-        ("FlashInfer fb28d72", *_flashinfer("pair_in_place", 0)),
-        ("FlashInfer fb28d72, rows copied into its workspace first", *_flashinfer("pair", 1)),
+        ("FlashInfer fb28d72", *_flashinfer("pair_in_place")),
+        ("FlashInfer fb28d72, rows copied into its workspace first", *_flashinfer("pair")),
         ("moegen, rows from any memory", *_one_sided("pair")),
         ("moegen, in place", *_one_sided("pair_in_place")),
-        ("target", *(f"{_a2a_target(run, tokens):g}" for run, tokens in _PAIRS_AND_FEW)),
-        (
-            "over (the better of both)",
-            *(over(_best(run, tokens), _a2a_target(run, tokens)) for run, tokens in _PAIRS_AND_FEW),
-        ),
+        ("target", *(f"{target:g}" for _, target in A2A_TARGETS)),
+        ("over (the better of both)", *(over(value, target) for value, target in A2A_TARGETS)),
         (
             "rows from any memory over in place",
             *(
@@ -296,13 +283,9 @@ _COLL = Table(
         _coll_row("bare exchanges, us", "pair_of_exchanges"),
         _coll_row("dispatch, then combine, us", "pair"),
         (
-            f"over {COLLECTIVE_TARGET['factor']:g} times the bare ones, us ({COLLECTIVE_TARGET['us']:g} allowed at 64)",
+            f"over {COLLECTIVE_FACTOR:g} times the bare ones, us ({COLLECTIVE_US:g} allowed at 64)",
             *(
-                number(
-                    difference(
-                        us(COLL, "pair", tokens), us(COLL, "pair_of_exchanges", tokens), COLLECTIVE_TARGET["factor"]
-                    )
-                )
+                number(difference(us(COLL, "pair", tokens), us(COLL, "pair_of_exchanges", tokens), COLLECTIVE_FACTOR))
                 for tokens in _COLL_TOKENS
             ),
         ),
@@ -313,131 +296,6 @@ _COLL = Table(
                 *(number(eager(COLL, "pair_us", tokens, f"eager_{exchange}"), 0) for tokens in _COLL_TOKENS),
             )
             for exchange in ("padded", "exact")
-        ),
-    ),
-)
-
-# ---- four and eight GPUs, two H100 ----
-
-
-def _scaled(run: Run, op: str, tokens: int, **more: str) -> Cell:
-    """Microseconds, and the share of the link."""
-    return with_percent(us(run, op, tokens, **more), share(run, op, tokens, **more))
-
-
-def _layouts(run: Run, op: str, dtype: str, token_run: Run | None = None) -> Cell:
-    runs = {"token": token_run or run, "packed": run}
-    return joined(*(_scaled(one, op, MOST, layout=layout, dtype=dtype) for layout, one in runs.items()))
-
-
-def _a2a_ops(run: Run, tokens: int, *ops: str) -> Cell:
-    return joined(*(_scaled(run, op, tokens) if op else "as before" for op in ops))
-
-
-def _ll_ops(ranks: int, tokens: int) -> Cell:
-    fp8 = [us(before(ranks, "ll_fp8"), "dispatch", tokens)] if tokens > 1 else []
-    bf16 = [us(before(ranks, "ll"), op, tokens) for op in ("dispatch", "combine")]
-    return joined(*(number(value) for value in (*fp8, *bf16)))
-
-
-def _ll_sweep(tokens: int, dispatch: str, combine: str) -> Cell:
-    fp8 = [us(LL_IN_TURN, "dispatch", tokens, variant=dispatch, dtype="fp8")] if tokens > 1 else []
-    bf16 = [
-        us(LL_IN_TURN, op, tokens, variant=variant, dtype="bf16")
-        for op, variant in (("dispatch", dispatch), ("combine", combine))
-    ]
-    return joined(*(number(value) for value in (*fp8, *bf16)))
-
-
-def _scaling_row(title: str, four: Cell, in_turn: Cell, eight: Cell) -> tuple[Cell, ...]:
-    return title, four, in_turn, eight
-
-
-def _a2a_scaling(tokens: int) -> tuple[Cell, ...]:
-    """Combine that pushes is again as it was before turns."""
-    ops = ("dispatch", "combine", "combine_in_place")
-    four, eight = (_a2a_ops(before(ranks, "a2a"), tokens, *ops) for ranks in (4, 8))
-    in_turn = _a2a_ops(IN_TURN_A2A, tokens, "dispatch", "", "combine_in_place")
-    return f"`a2a`, {tokens:,} tokens, dispatch / pushed / in place", four, in_turn, eight
-
-
-_SCALING = Table(
-    "four-and-eight",
-    ("us; share of the link", "four, before", "four, in turn", "eight, before"),
-    (
-        *(
-            (
-                title,
-                _layouts(before(4, "ht"), op, f"{dtype}{given}"),
-                # The share of senders that is shipped is of dispatch of layout token alone.
-                _layouts(IN_TURN_HT, op, dtype, SHARE_26 if op == "dispatch" else None),
-                _layouts(before(8, "ht"), op, f"{dtype}{given}"),
-            )
-            for title, op, dtype, given in (
-                ("`ht`, 4,096 tokens, dispatch bf16 `token` / `packed`", "dispatch", "bf16", ""),
-                ("dispatch FP8 (given) `token` / `packed`", "dispatch", "fp8", "_given"),
-                ("combine bf16 `token` / `packed`", "combine", "bf16", ""),
-            )
-        ),
-        *map(_a2a_scaling, (4096, 512, 128)),
-        _scaling_row(
-            "`ll`, 512 tokens, dispatch FP8 / bf16, combine",
-            _ll_ops(4, 512),
-            _ll_sweep(512, "1x4 base", "1x8 send share 0.7"),
-            _ll_ops(8, 512),
-        ),
-        _scaling_row(
-            "`ll`, 128 tokens, dispatch FP8 / bf16, combine",
-            _ll_ops(4, 128),
-            _ll_sweep(128, "1x4 base", "1x8 send share 0.7"),
-            _ll_ops(8, 128),
-        ),
-        _scaling_row(
-            "`ll`, 1 token, dispatch bf16, combine", _ll_ops(4, 1), _ll_sweep(1, "4x8 base", "1x8 base"), _ll_ops(8, 1)
-        ),
-        _scaling_row(
-            f"`ll`, 128 tokens, the pair with FP8 dispatch (goal with eight: "
-            f"{target_us(Op(8, 'expert', 'fp8', 'pair', 128)):g})",
-            number(us(before(4, "ll_fp8"), "pair", 128)),
-            "",
-            number(us(before(8, "ll_fp8"), "pair", 128)),
-        ),
-        _scaling_row(
-            "collective, 4,096 tokens, pair / bare exchanges",
-            joined(*(number(us(before(4, "coll_many"), op, MOST), 0) for op in ("pair", "pair_of_exchanges"))),
-            "",
-            joined(*(number(us(before(8, "coll_many"), op, MOST), 0) for op in ("pair", "pair_of_exchanges"))),
-        ),
-    ),
-)
-
-_H100 = Table(
-    "two-h100",
-    ("us; tokens per rank", "1", "128", "512", "4096"),
-    (
-        *(
-            (title, *(number(us(h100(part), op, tokens)) for tokens in (1, 128, 512)), "")
-            for title, part, op in (
-                ("`ll`, dispatch FP8", "ll_fp8", "dispatch"),
-                ("`ll`, dispatch bf16", "ll", "dispatch"),
-                ("`ll`, combine", "ll", "combine"),
-            )
-        ),
-        *(
-            (
-                f"`ht`, {title} `token` / `packed`",
-                *[""] * 3,
-                joined(*(number(us(h100("ht"), op, MOST, layout=to, dtype=dtype)) for to in ("token", "packed"))),
-            )
-            for title, op, dtype in (
-                ("dispatch bf16", "dispatch", "bf16"),
-                ("dispatch FP8 (given)", "dispatch", "fp8_given"),
-                ("combine bf16", "combine", "bf16"),
-            )
-        ),
-        *(
-            (f"`a2a`, pair, {title}", *(number(us(h100("a2a"), op, tokens)) for tokens in (1, 128, 512, MOST)))
-            for title, op in (("rows from any memory", "pair"), ("in place", "pair_in_place"))
         ),
     ),
 )
@@ -453,6 +311,6 @@ TABLES = (
     _A2A_ROUTINGS,
     _A2A_SHORT,
     _COLL,
-    _SCALING,
-    _H100,
+    SCALING,
+    H100,
 )

@@ -46,9 +46,11 @@ class Table:
         rows = [[cell if isinstance(cell, str) else cell(results) for cell in row] for row in self.rows]
         for row in rows:
             if len(row) != len(self.head):
-                raise InputError(f"rows of table {self.name} must have {len(self.head)} cells; {row[0]!r} has {len(row)}")
+                raise InputError(
+                    f"rows of table {self.name} must have {len(self.head)} cells; {row[0]!r} has {len(row)}"
+                )
         lines = [self.head, ["---"] * len(self.head), *rows]
-        table = "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |").replace("|  |", "| |") for line in lines)
+        table = "\n".join(re.sub(r"  +", " ", f"| {' | '.join(line)} |") for line in lines)
         return f"{table}\n\n{_origin(results, self.figures)}\n"
 
 
@@ -85,7 +87,8 @@ def over(value: Value, target: float) -> Cell:
         measured = value(results)
         if measured <= target:
             return "met"
-        return f"{measured / target - 1:.0%}" if measured >= 1.005 * target else "< 1%"
+        share = f"{measured / target - 1:.0%}"
+        return "< 1%" if share == "0%" else share
 
     return text
 
@@ -115,16 +118,16 @@ def rendered(page: str, tables: Sequence[Table], results: Results) -> str:
     return _BLOCK.sub(block, page)
 
 
-def problems(root: Path, tables: Sequence[Table], readings: Sequence[Reading]) -> list[str]:
+def problems(results: Results, tables: Sequence[Table], readings: Sequence[Reading]) -> list[str]:
     """What pages and results disagree about: a diff of each page, each sentence that is not there, each table that no
     page shows. Empty: nothing.
     """
-    results, shown, found = Results(root), set[str](), list[str]()
-    texts = {page: _read(root, page) for page in PAGES}
+    shown, found = set[str](), list[str]()
+    texts = {page: _read(results.root, page) for page in PAGES}
     for page, text in texts.items():
         shown |= set(_BLOCK.findall(text))
-        lines = (one.splitlines(keepends=True) for one in (text, rendered(text, tables, results)))
-        if diff := "".join(difflib.unified_diff(*lines, f"{page}, as it is", f"{page}, by the results", n=0)):
+        old, new = (one.splitlines(keepends=True) for one in (text, rendered(text, tables, results)))
+        if diff := "".join(difflib.unified_diff(old, new, f"{page}, as it is", f"{page}, by the results", n=0)):
             found.append(diff)
     found += [f"no page shows table {table.name}\n" for table in tables if table.name not in shown]
     for reading in readings:
@@ -134,14 +137,14 @@ def problems(root: Path, tables: Sequence[Table], readings: Sequence[Reading]) -
     return found
 
 
-def write(root: Path, tables: Sequence[Table]) -> list[str]:
+def write(results: Results, tables: Sequence[Table]) -> list[str]:
     """Writes the tables into their pages; gives the pages that changed."""
-    results, changed = Results(root), []
+    changed = []
     for page in PAGES:
-        before = _read(root, page)
+        before = _read(results.root, page)
         after = rendered(before, tables, results)
         if after != before:
-            (root / page).write_text(after)
+            (results.root / page).write_text(after)
             changed.append(page)
     return changed
 

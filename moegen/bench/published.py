@@ -54,8 +54,8 @@ DEEPEP_V1, DEEPEP_V2 = "DeepEP V1, H200", "DeepEP V2, H200"
 H200, 2026-11-23.
 """
 FLASHINFER = "FlashInfer fb28d72, H200"
-"""The commit of 2026-08-22, measured on two H200, 2026-11-23. Its release 0.7.4 has other kernels; no figures between two
-GPUs are known of it. Its combine takes rows from its own workspace: `combine_in_place` and `pair_in_place` here; in a
+"""The commit of 2026-08-22, measured on two H200, 2026-11-23. Its release 0.7.4 has other kernels, of which no figures
+between two GPUs are known. Its combine takes rows from its own workspace: `combine_in_place`, `pair_in_place`. In a
 `pair` they are first copied there.
 """
 
@@ -125,18 +125,15 @@ TARGETS = (
 )
 
 
-FEW_EXPERTS = {"published": (15.5, 16.9), "target": 10.5}
-"""64 tokens of 16 experts, top-4, a pair between two ranks: FLASHINFER in place and with rows copied, and what is aimed
-at.
-"""
-MOONCAKE = (446.55, 310.73)
-"""Dispatch and combine of the same shape over an all-to-all, two MetaX C500, by Mooncake's own page."""
+FEW_EXPERTS_FLASHINFER = {"pair_in_place": 15.5, "pair": 16.9}
+FEW_EXPERTS_TARGET = 10.5
+"""A pair of 64 tokens of 16 experts, top-4, between two ranks."""
 HOST_CALL_TARGET = 2.0
 """Host time of a call, dispatch and combine alike, in those of one small torch op."""
 FEW_BLOCKS_TARGETS = {"token": 0.1, "packed": 0.4}
 """How much longer an op may take with 24 blocks than with all, by layout."""
-COLLECTIVE_TARGET = {"factor": 1.25, "us": 20.0}
-"""A padded pair of 64 tokens: at most so many times the bare exchanges, and so much."""
+COLLECTIVE_FACTOR, COLLECTIVE_US = 1.25, 20.0
+"""A padded pair of 64 tokens may take so many times the bare exchanges, and so much more."""
 
 
 def published(op: Op) -> list[Published]:

@@ -15,13 +15,15 @@ def run(root: Path, check: bool) -> None:
         InputError: `root` is not the folder of a clone, or a table asks for a figure that no result has.
     """
     from moegen.bench import pages
+    from moegen.bench.committed import Results
     from moegen.bench.page_readings import READINGS
     from moegen.bench.page_tables import TABLES
 
+    results = Results(root)
     if not check:
-        for page in pages.write(root, TABLES):
+        for page in pages.write(results, TABLES):
             typer.echo(f"wrote {page}")
-    found = pages.problems(root, TABLES, READINGS)
+    found = pages.problems(results, TABLES, READINGS)
     for problem in found:
         typer.echo(problem)
     if found:
