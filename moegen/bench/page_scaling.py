@@ -46,6 +46,8 @@ def _a2a_scaling(tokens: int) -> tuple[Cell, ...]:
     return f"`a2a`, {tokens:,} tokens, dispatch / pushed / in place", four, in_turn, eight
 
 
+_PAIR_OF_EIGHT = target_us(Op(8, "expert", "fp8", "pair", 128))
+
 SCALING = Table(
     "four-and-eight",
     ("us; share of the link", "four, before", "four, in turn", "eight, before"),
@@ -79,8 +81,7 @@ SCALING = Table(
         ),
         ("`ll`, 1 token, dispatch bf16, combine", _ll_ops(4, 1), _ll_sweep(1, "4x8 base", "1x8 base"), _ll_ops(8, 1)),
         (
-            f"`ll`, 128 tokens, the pair with FP8 dispatch (goal with eight: "
-            f"{target_us(Op(8, 'expert', 'fp8', 'pair', 128)):g})",
+            f"`ll`, 128 tokens, the pair with FP8 dispatch (goal with eight: {_PAIR_OF_EIGHT:g})",
             number(us(before(4, "ll_fp8"), "pair", 128)),
             "",
             number(us(before(8, "ll_fp8"), "pair", 128)),
