@@ -32,6 +32,7 @@ from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.one_sided import OF_HANDLE
+from moegen.runtime.ownership import lasting
 from moegen.runtime.stages import Stages
 from moegen.runtime.streams import StreamOrder
 from moegen.runtime.watchdog import Watchdog
@@ -179,7 +180,8 @@ class CollectiveOps(BoundKernels):
     def expert_rows(self, slots: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows may lie anywhere here; this is some memory for them."""
         if self._expert_rows is None:
-            self._expert_rows = torch.zeros_like(self._rows_back)
+            with lasting():
+                self._expert_rows = torch.zeros_like(self._rows_back)
         ranks = self.problem.num_ranks
         size = ranks * slots * hidden * dtype.itemsize
         return self._expert_rows[:size].view(dtype).view(ranks, slots, hidden)
