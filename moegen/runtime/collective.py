@@ -177,11 +177,11 @@ class CollectiveOps(BoundKernels):
             bound = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
         self._bound[spec] = bound, watchdog
 
+    @lasting()
     def expert_rows(self, slots: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows may lie anywhere here; this is some memory for them."""
         if self._expert_rows is None:
-            with lasting():
-                self._expert_rows = torch.zeros_like(self._rows_back)
+            self._expert_rows = torch.zeros_like(self._rows_back)
         ranks = self.problem.num_ranks
         size = ranks * slots * hidden * dtype.itemsize
         return self._expert_rows[:size].view(dtype).view(ranks, slots, hidden)

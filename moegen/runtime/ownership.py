@@ -63,6 +63,12 @@ def exclusive(call: Method) -> Method:
 
 def lasting() -> torch.inference_mode:
     """Context or decorator: tensors made inside belong to an object. In `torch.inference_mode()` they would be
-    inference tensors, which cannot be written outside of it.
+    inference tensors, which cannot be written outside of it; so would `view(dtype)` of ordinary ones.
     """
     return torch.inference_mode(False)
+
+
+def write_anyway(to: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Copies into the user's tensor, which may be an inference tensor: those are written in inference mode only."""
+    with torch.inference_mode():
+        to.copy_(numbers)

@@ -13,7 +13,7 @@ from moegen.compat.deep_ep.normal import NormalMode
 from moegen.compat.deep_ep.utils import CallEvent, EventHandle, EventOverlap
 from moegen.compat.low_latency import CombineBuffers, Layers, LowLatencyHandle, mode, own_handle, unpacked
 from moegen.errors import InputError
-from moegen.runtime.ownership import exclusive, lasting
+from moegen.runtime.ownership import exclusive, lasting, write_anyway
 
 Tensor = torch.Tensor
 Hook = Callable[[], None]
@@ -218,6 +218,7 @@ class Buffer(NormalMode):
         return self._combine_buffers.next(own_handle(handle).owner)
 
     @exclusive
+    @lasting()
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> Tensor:
@@ -243,8 +244,7 @@ class Buffer(NormalMode):
             needed = offset + wanted.numel() * dtype.itemsize
             raise InputError(f"{list(wanted)} of {dtype} end at byte {needed}; make the Buffer with {name}={needed}")
         if use_rdma_buffer not in self._local:
-            with lasting():
-                self._local[use_rdma_buffer] = torch.zeros(given, dtype=torch.uint8, device=self._layers.device)
+            self._local[use_rdma_buffer] = torch.zeros(given, dtype=torch.uint8, device=self._layers.device)
         memory = self._local[use_rdma_buffer][offset : offset + wanted.numel() * dtype.itemsize]
         return memory.view(dtype).view(wanted)
 
@@ -271,7 +271,7 @@ class Buffer(NormalMode):
         if mask_status.dtype != torch.int32 or mask_status.shape != active.shape:
             given = f"{mask_status.dtype} {list(mask_status.shape)}"
             raise InputError(f"mask_status is torch.int32 [{self.group_size}]; got {given}")
-        mask_status.copy_(active == 0)
+        write_anyway(mask_status, active == 0)
 
     @exclusive
     def low_latency_clean_mask_buffer(self) -> None:

@@ -13,7 +13,7 @@ from moegen.compat.flashinfer import communicators
 from moegen.compat.flashinfer.checks import CallError
 from moegen.compat.flashinfer.communicators import CommBackend, TorchDistBackend
 from moegen.compat.flashinfer.workspace import Workspace
-from moegen.runtime.ownership import ProcessBound
+from moegen.runtime.ownership import ProcessBound, lasting
 
 __all__ = ["CommBackend", "MnnvlConfig", "MnnvlMemory", "TorchDistBackend"]
 
@@ -80,6 +80,7 @@ class MnnvlMemory(ProcessBound):
     def ptr(self) -> int:
         return self.workspace.tensor.data_ptr()
 
+    @lasting()
     def as_torch_strided_tensor(self, dtype: torch.dtype) -> torch.Tensor:
         """[ranks, size in elements]."""
         if not self.mapped:

@@ -161,6 +161,7 @@ class Workspace(Exclusive):
         return layer.combine(payload, handle, out_dtype=dtype, out=output, **options)
 
     @exclusive
+    @lasting()
     def combine_rows(self, sent: Sent, slots: int, hidden: int, dtype: torch.dtype) -> Tensor:
         """[ep_size, slots, hidden]: rows for combine. If nobody has read the tensor they have memory of their own,
         always the same: the rest of a row would lie idle.
@@ -172,8 +173,7 @@ class Workspace(Exclusive):
         else:
             most = self.ep_size * self.max_num_tokens * hidden * dtype.itemsize
             if self._combine_rows is None or self._combine_rows.numel() < most:
-                with lasting():
-                    self._combine_rows = torch.zeros(most, dtype=torch.uint8, device=sent.ids.device)
+                self._combine_rows = torch.zeros(most, dtype=torch.uint8, device=sent.ids.device)
             room = self._combine_rows
         return room[:length].view(dtype).view(self.ep_size, slots, hidden)
 
