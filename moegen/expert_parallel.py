@@ -246,7 +246,7 @@ class ExpertParallel(ActiveMembership, Staged):
             results = (received.tokens, received.scales, received.handle.memory)
             return received, Event(comm, results)
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         self._check_hook(return_recv_hook)
         x = checks.tokens(self, x)
         checks.num_tokens(self, num_tokens)
@@ -363,7 +363,7 @@ class ExpertParallel(ActiveMembership, Staged):
                 )
             return combined, Event(comm, (combined,))
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         self._check_hook(return_recv_hook)
         checks.handle(self, handle)
         if ops.is_unfinished(handle):

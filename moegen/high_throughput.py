@@ -181,7 +181,7 @@ class HighThroughput(RowCalls, Staged):
             InputError, InvalidRoutingError, LaunchError, DestroyedError, BusyError: as `dispatch`.
         """
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         ids = checks.topk_idx(self, topk_idx, topk_idx.shape[0], None)
         return self._launch(ops.layout, ids)
 

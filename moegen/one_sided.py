@@ -199,7 +199,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             BusyError: another thread is inside a call of this object; nothing was launched.
         """
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         slots = self.problem.max_tokens if max_tokens is None else max_tokens
         checks.in_range("max_tokens", slots, 1, self.problem.max_tokens)
         moved = payload_checks.payloads(self, payloads, slots)
@@ -295,7 +295,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             InputError, PeerTimeoutError, MissingKernelError, LaunchError, DestroyedError, BusyError: as `dispatch`.
         """
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         payload_checks.handle(self, handle)
         y = payload_checks.outputs(self, y, handle.max_tokens)
         if ops.receives_in(y):

@@ -59,7 +59,7 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
         timeout: float | None = None,
     ) -> DispatchedRows:
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         exact = row_checks.mode(self, mode) == "exact" and handle is None
         row_checks.borrowed(self, exact, max_rows, out, out_scales, zero_unused, scales_by_column)
         wanted = 0
@@ -170,7 +170,7 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
         timeout: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         row_checks.handle(self, handle)
         y = row_checks.outputs(self, y, handle.rows)
         topk_weights = row_checks.weights(self, topk_weights, handle)

@@ -51,6 +51,10 @@ class Lifecycle(Exclusive, Generic[Ops]):
             DestroyedError: after `destroy()`.
             BusyError: another thread is inside a call.
         """
+        self._raise_reported()
+
+    def _raise_reported(self) -> None:
+        """`check`, for those that hold the lock already."""
         ops = self._alive()
         if self._poison is not None:
             raise copy.copy(self._poison)
@@ -67,7 +71,7 @@ class Lifecycle(Exclusive, Generic[Ops]):
     def synchronize(self) -> None:
         """Waits for the current stream and raises what went wrong, which `torch.cuda.synchronize` alone does not."""
         self._synchronize_device()
-        self.check()
+        self._raise_reported()
 
     @exclusive
     def destroy(self) -> None:

@@ -71,5 +71,5 @@ class ActiveMembership(Membership[LowLatency | CollectiveExperts]):
     def _receive(self, half: OpenHalf) -> None:
         """The hook that users get: a failure poisons the object, and on a CPU is raised at once."""
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         self._launch(ops.receive, half)

@@ -108,7 +108,9 @@ def test_handles_of_low_latency_buffers_cannot_be_copied(device: str) -> None:
     kind = next(kind for kind in KINDS if kind.name == "deep_ep.Buffer-low-latency")
 
     def work(made: Any, world: RankWorld) -> None:
-        handle = kind.dispatch(made, Data(kind, world))[2]
+        data = Data(kind, world)
+        in_step(world)
+        handle = kind.dispatch(made, data)[2]
         for stolen in (copy.copy, copy.deepcopy, pickle.dumps):
             with pytest.raises(TypeError, match="a moegen handle belongs to its process"):
                 stolen(handle)
@@ -125,7 +127,10 @@ def written_later(device: str, kind: Kind, steps: Callable[[Any, Any], list[Call
     def rank(world: RankWorld) -> None:
         with torch.inference_mode():
             made = kind.make(kind, world)
-            kept = kind.dispatch(made, Data(kind, world))
+            data = Data(kind, world)
+            in_step(world)
+            kept = kind.dispatch(made, data)
+            in_step(world)
             todo = steps(made, kept)
         for step in todo:
             step()
@@ -164,13 +169,15 @@ def test_rows_of_one_sided_objects_are_written_later(path: str, device: str) -> 
         size = 2 * kind.hidden + 8 * kind.topk
         with torch.inference_mode():
             made = moegen.OneSided(world, payload_bytes=size, expert_rows=True, path=path, **kind.sizes)
-            rows = made.expert_rows()
-            made.dispatch(Data(kind, world).ids, Data(kind, world).payloads())
+            rows, data = made.expert_rows(), Data(kind, world)
+            in_step(world)
+            made.dispatch(data.ids, data.payloads)
+            in_step(world)
         rows.zero_()
         in_step(world)
-        data = Data(kind, world)
+        received = made.dispatch(data.ids, data.payloads)
         in_step(world)
-        made.dispatch(data.ids, data.payloads()).payloads[0].zero_()
+        received.payloads[0].zero_()
         in_step(world)
         made.destroy()
 
@@ -180,7 +187,7 @@ def test_rows_of_one_sided_objects_are_written_later(path: str, device: str) -> 
 def test_workspaces_of_flashinfer_are_written_later(device: str) -> None:
     def steps(made: flashinfer.MoeAlltoAll, kept: Any) -> list[Callable[[], object]]:
         rows = made.get_combine_payload_tensor_in_workspace(MAX_TOKENS, 64, torch.bfloat16)
-        return [lambda: rows.fill_(1), lambda: made.workspace[0].fill_(1), lambda: kept[0].fill_(1)]
+        return [lambda: rows.fill_(1), lambda: made.workspace[0].fill_(1), lambda: kept[0][0].fill_(1)]
 
     written_later(device, kind_of("flashinfer.MoeAlltoAll"), steps)
 

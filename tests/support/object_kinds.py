@@ -34,18 +34,18 @@ class Data:
         self.want = x.float() * factors
         self.kind, self.device = kind, world.device
         self.x, self.ids, self.weights = (part.to(world.device) for part in (x, ids, weights))
+        self.payloads = [self.x, self.ids.int(), self.weights]
         self.active = torch.ones(kind.ranks, dtype=torch.int32, device=world.device)
-
-    def payloads(self) -> list[torch.Tensor]:
-        return [self.x, self.ids.int(), self.weights]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Attributes:
-    make: an object of a rank.
-    dispatch: what combine needs. combine: the sums.
-    weighted: whether sums are weighted; else each rank that holds a token's experts adds its row once.
+    """What it is made for, and its calls.
+
+    Attributes:
+        make: an object of a rank.
+        dispatch: returns what `combine` needs, which returns the sums.
+        weighted: whether sums are weighted; else each rank that holds a token's experts adds its row once.
     """
 
     name: str
@@ -112,10 +112,20 @@ def _payloads(path: str, **how: Any) -> dict[str, Any]:
         "make": lambda kind, world: moegen.OneSided(
             world, path=path, payload_bytes=2 * kind.hidden + 8 * kind.topk, **how, **kind.sizes
         ),
-        "dispatch": lambda made, data: made.dispatch(data.ids, data.payloads()),
-        "combine": lambda made, data, kept: made.combine(kept.payloads[0].clone(), kept.handle),
+        "dispatch": _dispatch_payloads,
+        "combine": lambda made, data, kept: made.combine(kept[1], kept[0].handle),
         "weighted": False,
     }
+
+
+def _dispatch_payloads(made: moegen.OneSided, data: Data) -> tuple[moegen.DispatchedPayloads, torch.Tensor]:
+    received = made.dispatch(data.ids, data.payloads)
+    return received, received.payloads[0].clone()  # when combine begins, the others may dispatch again
+
+
+def _dispatch_moe(made: flashinfer.MoeAlltoAll, data: Data) -> tuple[list[torch.Tensor], torch.Tensor]:
+    received = made.dispatch(data.payloads[1], data.payloads, MAX_TOKENS)
+    return received, received[0].clone()
 
 
 def _low_latency(made: deep_ep.Buffer, data: Data) -> Any:
@@ -198,8 +208,7 @@ KINDS = (
     ),
     Kind(
         "flashinfer.MoeAlltoAll", 2, 4, 2, 64, weighted=False,
-        make=_moe_alltoall,
-        dispatch=lambda made, data: made.dispatch(data.ids.int(), data.payloads(), MAX_TOKENS),
-        combine=lambda made, data, kept: made.combine(kept[0].clone(), MAX_TOKENS),
+        make=_moe_alltoall, dispatch=_dispatch_moe,
+        combine=lambda made, data, kept: made.combine(kept[1], MAX_TOKENS),
     ),
 )  # fmt: skip
