@@ -19,7 +19,7 @@ from moegen import errors
 from moegen.compat import deep_ep, flashinfer, mooncake
 from moegen.runtime.lifecycle import Lifecycle
 from moegen.runtime.worlds import RankWorld
-from support.object_kinds import KINDS, MAX_TOKENS, Data, Kind, in_step
+from support.object_kinds import KINDS, MAX_TOKENS, PAYLOAD_BYTES, Data, Kind, in_step
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS, ids=str)
 REFUSED = "a moegen .* belongs to its process .*; it cannot be pickled or copied"
@@ -166,7 +166,7 @@ def test_masks_and_buffers_of_deep_ep_are_written_later(device: str) -> None:
 def test_rows_of_one_sided_objects_are_written_later(path: str, device: str) -> None:
     def rank(world: RankWorld) -> None:
         kind = kind_of("OneSided" if path == "ipc" else "OneSided-collective")
-        size = 2 * kind.hidden + 8 * kind.topk
+        size = 2 * kind.hidden + PAYLOAD_BYTES
         with torch.inference_mode():
             made = moegen.OneSided(world, payload_bytes=size, expert_rows=True, path=path, **kind.sizes)
             rows, data = made.expert_rows(), Data(kind, world)

@@ -15,6 +15,8 @@ from moegen.runtime.worlds import RankWorld
 
 MAX_TOKENS = 8
 TOKENS = 5
+PAYLOAD_BYTES = 64
+"""Room for a token's payloads beside the token itself."""
 
 
 class Data:
@@ -35,6 +37,9 @@ class Data:
         self.kind, self.device = kind, world.device
         self.x, self.ids, self.weights = (part.to(world.device) for part in (x, ids, weights))
         self.payloads = [self.x, self.ids.int(), self.weights]
+        if kind.topk > 2:  # the set of `collective_cases`, whose kernels are compiled anyway
+            small = torch.zeros(TOKENS, 3, dtype=torch.uint8, device=world.device)
+            self.payloads += [small, self.payloads[1][:, :3].contiguous()]
         self.active = torch.ones(kind.ranks, dtype=torch.int32, device=world.device)
 
 
@@ -110,7 +115,7 @@ def _rows(path: str, layout: str, mode: str) -> dict[str, Any]:
 def _payloads(path: str, **how: Any) -> dict[str, Any]:
     return {
         "make": lambda kind, world: moegen.OneSided(
-            world, path=path, payload_bytes=2 * kind.hidden + 8 * kind.topk, **how, **kind.sizes
+            world, path=path, payload_bytes=PAYLOAD_BYTES + 2 * kind.hidden, **how, **kind.sizes
         ),
         "dispatch": _dispatch_payloads,
         "combine": lambda made, data, kept: made.combine(kept[1], kept[0].handle),
