@@ -56,6 +56,10 @@ class DestroyedError(MoegenError, RuntimeError):
     """A call on an object after its `destroy()`."""
 
 
+class BusyError(MoegenError, RuntimeError):
+    """A call on an object while another thread was inside one; nothing was launched, and the object is as it was."""
+
+
 class KernelFaultError(MoegenError, RuntimeError):
     """A kernel on the host target broke a rule of the machine (deadlock, missing fence, misaligned copy)."""
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
 from moegen import checks
-from moegen.errors import HandleError, InputError, SlotError
+from moegen.errors import HandleError
 from moegen.handle import CombineOptions, Dispatched, DispatchOptions, Handle
 from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
 from moegen.runtime.collective_experts import CollectiveExperts
 from moegen.runtime.halves import Hook
 from moegen.runtime.low_latency import FIRST_EPOCH, LowLatency
 from moegen.runtime.membership import ActiveMembership
+from moegen.runtime.ownership import exclusive, lasting
 from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.staged import Staged
 from moegen.runtime.streams import CommStream, Event, current_stream, record
@@ -28,12 +29,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 class ExpertParallel(ActiveMembership, Staged):
     """Expert-parallel dispatch and combine for one shape of MoE layer. Making one is collective.
 
+    One thread at a time uses an object: while a call is being made, any other thread's raises BusyError.
     All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an
     order that is the same on all ranks, or a `num_sms` that leaves room for both: a launch may take the whole device.
 
@@ -76,6 +76,7 @@ class ExpertParallel(ActiveMembership, Staged):
         CompileError: a kernel does not compile.
     """
 
+    @lasting()
     def __init__(
         self,
         group_or_world: Any = None,
@@ -179,6 +180,7 @@ class ExpertParallel(ActiveMembership, Staged):
         **options: Unpack[DispatchOptions],
     ) -> tuple[Dispatched, Event]: ...
 
+    @exclusive
     def dispatch(
         self,
         x: torch.Tensor,
@@ -224,6 +226,7 @@ class ExpertParallel(ActiveMembership, Staged):
                 before anything is launched). This call was not launched: make it again, the other ranks wait for it.
             LaunchError: the driver refused the launch.
             DestroyedError: after `destroy()`.
+            BusyError: another thread is inside a call of this object; nothing was launched.
         """
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
@@ -243,7 +246,7 @@ class ExpertParallel(ActiveMembership, Staged):
             results = (received.tokens, received.scales, received.handle.memory)
             return received, Event(comm, results)
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         self._check_hook(return_recv_hook)
         x = checks.tokens(self, x)
         checks.num_tokens(self, num_tokens)
@@ -261,6 +264,7 @@ class ExpertParallel(ActiveMembership, Staged):
         hook = self._launch(ops.dispatch, *arguments, timeout, waited_ns)
         return received if hook is None else (received, partial(self._receive, hook))
 
+    @exclusive
     def allocate(
         self,
         *,
@@ -313,6 +317,7 @@ class ExpertParallel(ActiveMembership, Staged):
         **options: Unpack[CombineOptions],
     ) -> tuple[torch.Tensor, Event]: ...
 
+    @exclusive
     def combine(
         self,
         y: torch.Tensor,
@@ -347,7 +352,7 @@ class ExpertParallel(ActiveMembership, Staged):
 
         Raises:
             HandleError: the handle is another object's.
-            InputError, SlotError, PeerTimeoutError, DestroyedError: as `dispatch`.
+            InputError, SlotError, PeerTimeoutError, DestroyedError, BusyError: as `dispatch`.
         """
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
@@ -358,7 +363,7 @@ class ExpertParallel(ActiveMembership, Staged):
                 )
             return combined, Event(comm, (combined,))
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         self._check_hook(return_recv_hook)
         checks.handle(self, handle)
         if ops.is_unfinished(handle):
@@ -374,17 +379,12 @@ class ExpertParallel(ActiveMembership, Staged):
         hook = self._launch(ops.combine, *arguments, timeout, waited_ns, renormalize)
         return out if hook is None else (out, partial(self._receive, hook))
 
-    def _check_hook(self, hook: bool, asynchronous: bool = False) -> None:
-        if hook and asynchronous:
-            raise InputError("return_recv_hook and async_finish exclude each other; give one of them")
-        if hook and not self.problem.hooks:
-            raise SlotError("this object was made without hooks; make it with slots=2 (or more) to use them")
-
+    @exclusive
     def warmup(self) -> None:
         """Runs each kernel once with zero tokens, so that the first real call pays for nothing. Collective."""
         x = torch.empty(0, self.problem.hidden, dtype=self.dtype, device=self.device)
         ids = torch.empty(0, self.problem.num_topk, dtype=torch.int64, device=self.device)
-        weights = torch.empty(0, self.problem.num_topk, device=self.device)
+        weights = torch.empty(0, self.problem.num_topk, dtype=torch.float32, device=self.device)
         received = self.dispatch(x, ids)
         y = torch.empty(received.tokens.shape, dtype=self.dtype, device=self.device)
         self.combine(y, received.handle)

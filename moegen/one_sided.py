@@ -22,6 +22,7 @@ from moegen.runtime.collective import CollectiveOps
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.membership import Membership
 from moegen.runtime.one_sided import OneSidedOps
+from moegen.runtime.ownership import exclusive, lasting
 from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.staged import Staged
 from moegen.runtime.streams import current_stream, record
@@ -39,7 +40,8 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
 
     Dispatch pushes one copy of a token's payloads, of whatever dtypes and widths, to every rank that holds one of its
     experts, into a buffer by source rank; combine pushes one row per (token, rank) back, and the token's owner adds
-    them up. Ranks may have no tokens. The protocol is in docs/design.md.
+    them up. Ranks may have no tokens. The protocol is in docs/design.md. One thread at a time uses an object: while a
+    call is being made, any other thread's raises BusyError.
 
     Args:
         group_or_world: a torch process group, a rank world (`LocalWorld(...).run`), or None for the default group.
@@ -76,6 +78,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         CompileError: a kernel does not compile.
     """
 
+    @lasting()
     def __init__(
         self,
         group_or_world: Any = None,
@@ -154,6 +157,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             return CollectiveOps(self.world, self.problem, **sizes, **how, may_be_exact=self._may_be_exact)
         return OneSidedOps(self.world, self.problem, **sizes, expert_rows=expert_rows, **how)
 
+    @exclusive
     def dispatch(
         self,
         topk_idx: Tensor,
@@ -192,9 +196,10 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             MissingKernelError: the first dispatch of this set of payloads, while a stream captures.
             LaunchError: the driver refused the launch.
             DestroyedError: after `destroy()`.
+            BusyError: another thread is inside a call of this object; nothing was launched.
         """
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         slots = self.problem.max_tokens if max_tokens is None else max_tokens
         checks.in_range("max_tokens", slots, 1, self.problem.max_tokens)
         moved = payload_checks.payloads(self, payloads, slots)
@@ -247,6 +252,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         timeout: float | None = None,
     ) -> Quantised: ...
 
+    @exclusive
     def combine(
         self,
         y: Tensor,
@@ -286,10 +292,10 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
 
         Raises:
             HandleError: the handle is another object's, or of one that was destroyed.
-            InputError, PeerTimeoutError, MissingKernelError, LaunchError, DestroyedError: as `dispatch`.
+            InputError, PeerTimeoutError, MissingKernelError, LaunchError, DestroyedError, BusyError: as `dispatch`.
         """
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         payload_checks.handle(self, handle)
         y = payload_checks.outputs(self, y, handle.max_tokens)
         if ops.receives_in(y):
@@ -315,6 +321,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         """The kernels that are loaded so far."""
         return self._alive().specs
 
+    @exclusive
     def expert_rows(self, max_tokens: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for combine's `y`, which the other ranks read where it lies; an object made with `expert_rows` has it.
         What was given to a combine may be overwritten behind the next dispatch that all ranks take part in.
@@ -335,6 +342,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         payload_checks.expert_rows(self, self._expert_rows, dtype)
         return ops.expert_rows(slots, self.problem.hidden, self.dtype if dtype is None else dtype)
 
+    @exclusive
     def warmup(self) -> None:
         """One dispatch and combine of zero tokens, with a payload of at most 16 bytes per token. Collective.
 

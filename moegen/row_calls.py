@@ -59,7 +59,7 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
         timeout: float | None = None,
     ) -> DispatchedRows:
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         exact = row_checks.mode(self, mode) == "exact" and handle is None
         row_checks.borrowed(self, exact, max_rows, out, out_scales, zero_unused, scales_by_column)
         wanted = 0
@@ -139,10 +139,14 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
     def handle_of(self, memory: Tensor, num_tokens: int, rows: int) -> RowsHandle:
         """The handle again, from its own `memory`, `num_tokens` and `rows`: for what can pass tensors and numbers only.
 
+        Args:
+            memory: any tensor with those numbers. One that is strided or not aligned to 16 bytes, as slices of larger
+                tensors may be, is copied.
+
         Raises:
             HandleError: the memory is not of a handle of this object.
         """
-        row_checks.handle_memory(self, memory, self.row_memory.words)
+        memory = row_checks.handle_memory(self, memory, self.row_memory.words)
         numbers = self.row_memory.numbers(memory)
         if self.mode == "exact" and self.problem.path == "collective":
             numbers = replace(numbers, sources=numbers.source_counts.tolist())
@@ -166,7 +170,7 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
         timeout: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         row_checks.handle(self, handle)
         y = row_checks.outputs(self, y, handle.rows)
         topk_weights = row_checks.weights(self, topk_weights, handle)

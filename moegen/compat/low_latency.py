@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -11,12 +11,13 @@ from moegen.compat.groups import rank_and_size, usual_device
 from moegen.errors import HandleError, InputError
 from moegen.expert_parallel import ExpertParallel
 from moegen.handle import Dispatched
+from moegen.runtime.ownership import ProcessBound, lasting
 
 IN_FLIGHT = 2
 """Calls whose hooks may be open, as in DeepEP and all that follow it."""
 
 
-class Layers:
+class Layers(ProcessBound):
     """One ExpertParallel per shape of call.
 
     Args:
@@ -71,6 +72,7 @@ class Layers:
             return self._active.device
         return usual_device(self._group)
 
+    @lasting()
     def active_on(self, device: torch.device) -> torch.Tensor:
         """The one mask of all these objects, int32 [ranks], 1: active; `keep_in`, or the first call, settles where it
         is.
@@ -109,13 +111,16 @@ def unpacked(answer: Any, async_finish: bool, return_recv_hook: bool) -> tuple[A
     return answer, None, None
 
 
-class LowLatencyHandle(tuple[Any, ...]):
+class LowLatencyHandle(ProcessBound, tuple[Any, ...]):
     """DeepEP's five elements: src_info int32 [local experts, ranks * max tokens] (the source's token of each row),
     layout_range int64 [local experts, ranks] (first row << 32 | rows), max tokens, hidden, num_experts.
 
     Attributes:
         owner, received: what moegen's combine needs.
     """
+
+    _noun: ClassVar[str] = "handle"
+    _belongs_to: ClassVar[str] = "its process and its Buffer"
 
     owner: ExpertParallel
     received: Dispatched
@@ -141,7 +146,7 @@ def own_handle(handle: Any) -> LowLatencyHandle:
     return handle
 
 
-class CombineBuffers:
+class CombineBuffers(ProcessBound):
     """Memory for experts' outputs: two tensors per object, which take turns with the combines, as in DeepEP.
 
     Attributes:
@@ -157,7 +162,8 @@ class CombineBuffers:
         buffers = self._made.get(id(owner))
         if buffers is None:
             shape = owner._alive().received.tokens_shape
-            made = [torch.empty(shape, dtype=owner.dtype, device=owner.device) for _ in range(IN_FLIGHT)]
+            with lasting():
+                made = [torch.empty(shape, dtype=owner.dtype, device=owner.device) for _ in range(IN_FLIGHT)]
             buffers = self._made[id(owner)] = made
         return buffers[self.combines % IN_FLIGHT]
 

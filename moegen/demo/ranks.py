@@ -97,7 +97,9 @@ def _run_steps(ep: ExpertParallel, world: RankWorld, plan: Plan, experts: list[E
         x = embedding(piece(content, start, CONTEXT - 1 + plan.tokens))
         ids, weights = router(x)
         out, times = _run_step(ep, world, experts, x, ids, weights)
-        steps.append((x.cpu(), ids.cpu(), weights.cpu(), out.cpu(), torch.tensor(times, dtype=torch.float64)))
+        steps.append(
+            (x.cpu(), ids.cpu(), weights.cpu(), out.cpu(), torch.tensor(times, dtype=torch.float64, device="cpu"))
+        )
     x, ids, weights, out, seconds = (torch.stack(parts) for parts in zip(*steps, strict=True))
     return RankResult(x, ids, weights, out, seconds, world.description)
 

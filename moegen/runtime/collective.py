@@ -32,6 +32,7 @@ from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.one_sided import OF_HANDLE
+from moegen.runtime.ownership import lasting
 from moegen.runtime.stages import Stages
 from moegen.runtime.streams import StreamOrder
 from moegen.runtime.watchdog import Watchdog
@@ -176,6 +177,7 @@ class CollectiveOps(BoundKernels):
             bound = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
         self._bound[spec] = bound, watchdog
 
+    @lasting()
     def expert_rows(self, slots: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows may lie anywhere here; this is some memory for them."""
         if self._expert_rows is None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import torch
 
-from moegen.errors import InputError
+from moegen.errors import InputError, SlotError
 from moegen.kernels.problem import Problem
 from moegen.runtime.collective_experts import CollectiveExperts
 from moegen.runtime.halves import OpenHalf
 from moegen.runtime.lifecycle import Lifecycle, Ops
 from moegen.runtime.low_latency import LowLatency
+from moegen.runtime.ownership import exclusive
 from moegen.runtime.worlds import RankWorld
 
 
@@ -60,8 +61,15 @@ class ActiveMembership(Membership[LowLatency | CollectiveExperts]):
             raise InputError("this object was made for ranks that are all there; make it with active_ranks=True")
         return self._active
 
+    def _check_hook(self, hook: bool, asynchronous: bool = False) -> None:
+        if hook and asynchronous:
+            raise InputError("return_recv_hook and async_finish exclude each other; give one of them")
+        if hook and not self.problem.hooks:
+            raise SlotError("this object was made without hooks; make it with slots=2 (or more) to use them")
+
+    @exclusive
     def _receive(self, half: OpenHalf) -> None:
         """The hook that users get: a failure poisons the object, and on a CPU is raised at once."""
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         self._launch(ops.receive, half)

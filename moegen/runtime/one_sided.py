@@ -16,6 +16,7 @@ from moegen.runtime.bound import BoundKernel, BoundKernels, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.memory import SymmetricMemory
+from moegen.runtime.ownership import lasting
 from moegen.runtime.streams import StreamOrder
 from moegen.runtime.watchdog import Watchdog
 from moegen.runtime.worlds import RankWorld
@@ -124,12 +125,14 @@ class OneSidedOps(BoundKernels):
         if views is None:
             ranks = self.problem.num_ranks
             planes = (self.memory.local[place:] for place in self.planes(widths, slots))
-            views = self._views[kind] = tuple(
-                plane[: ranks * slots * width].view(part.dtype).view(ranks, slots, part.shape[1])
-                for part, width, plane in zip(parts, widths, planes, strict=True)
-            )
+            with lasting():
+                views = self._views[kind] = tuple(
+                    plane[: ranks * slots * width].view(part.dtype).view(ranks, slots, part.shape[1])
+                    for part, width, plane in zip(parts, widths, planes, strict=True)
+                )
         return views
 
+    @lasting()
     def expert_rows(self, slots: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """The region of experts' rows: [ranks, slots, hidden]."""
         ranks = self.problem.num_ranks

@@ -15,6 +15,7 @@ import torch
 
 from moegen.errors import CapacityError, InputError, UnsupportedPlatformError, WorldError
 from moegen.runtime.memory import SymmetricMemory, raise_first, share_between_gpus, share_between_processes
+from moegen.runtime.ownership import ProcessBound
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ MAX_CONNECTIONS = 32
 share a queue, and kernels that wait for each other in one queue wait for ever."""
 
 
-class RankWorld(ABC):
+class RankWorld(ProcessBound, ABC):
     """One rank's end of a world.
 
     Attributes:
@@ -75,7 +76,7 @@ _READY_BYTES, _READY_SMALL_BYTES, _READY_SMALL_BLOCKS = 64 << 20, 1 << 20, 16
 """Per virtual rank on a GPU; torch keeps blocks of up to a MiB apart."""
 
 
-class LocalWorld:
+class LocalWorld(ProcessBound):
     """`num_ranks` virtual ranks in one process, each a thread (and a stream, on a GPU): for tests, demos, debugging.
 
     Args:
@@ -163,7 +164,7 @@ class LocalRank(RankWorld):
         self.barrier()
 
     def allocate(self, size: int) -> SymmetricMemory:
-        failed, local = "", torch.empty(0, dtype=torch.uint8)
+        failed, local = "", torch.empty(0, dtype=torch.uint8, device="cpu")
         try:
             local = torch.zeros(size, dtype=torch.uint8, device=self.device)
         except RuntimeError:

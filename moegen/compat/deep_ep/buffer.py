@@ -13,6 +13,7 @@ from moegen.compat.deep_ep.normal import NormalMode
 from moegen.compat.deep_ep.utils import CallEvent, EventHandle, EventOverlap
 from moegen.compat.low_latency import CombineBuffers, Layers, LowLatencyHandle, mode, own_handle, unpacked
 from moegen.errors import InputError
+from moegen.runtime.ownership import exclusive, lasting, write_anyway
 
 Tensor = torch.Tensor
 Hook = Callable[[], None]
@@ -68,6 +69,7 @@ class Buffer(NormalMode):
         self._combine_buffers = CombineBuffers()
         self._local: dict[bool, Tensor] = {}
 
+    @exclusive
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
         self._layers.destroy()
@@ -109,6 +111,7 @@ class Buffer(NormalMode):
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing to clean: what announces data carries the number of its call."""
 
+    @exclusive
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -160,6 +163,7 @@ class Buffer(NormalMode):
         tokens = received.tokens if received.scales is None else (received.tokens, received.scales)
         return tokens, received.counts, LowLatencyHandle.of(layer, received), event, hook
 
+    @exclusive
     def low_latency_combine(
         self,
         x: Tensor,
@@ -206,12 +210,15 @@ class Buffer(NormalMode):
         )
         return _unpacked(answer, async_finish, return_recv_hook)
 
+    @exclusive
     def get_next_low_latency_combine_buffer(self, handle: tuple[Any, ...]) -> Tensor:
         """A bfloat16 tensor [local experts, ranks * max tokens, hidden] for the `x` of the next combine: one of two per
         shape, which take turns with the combines, as in DeepEP.
         """
         return self._combine_buffers.next(own_handle(handle).owner)
 
+    @exclusive
+    @lasting()
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> Tensor:
@@ -241,6 +248,7 @@ class Buffer(NormalMode):
         memory = self._local[use_rdma_buffer][offset : offset + wanted.numel() * dtype.itemsize]
         return memory.view(dtype).view(wanted)
 
+    @exclusive
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Leaves a rank out (`mask`) or takes it back, on this rank; see `ExpertParallel.active_ranks` for when.
 
@@ -252,6 +260,7 @@ class Buffer(NormalMode):
             raise InputError(f"a rank is 0..{self.group_size - 1}; got {rank_to_mask}")
         active[rank_to_mask] = 0 if mask else 1
 
+    @exclusive
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Writes 1 for each rank that is masked here, else 0, into int32 [ranks], on the current stream.
 
@@ -262,8 +271,9 @@ class Buffer(NormalMode):
         if mask_status.dtype != torch.int32 or mask_status.shape != active.shape:
             given = f"{mask_status.dtype} {list(mask_status.shape)}"
             raise InputError(f"mask_status is torch.int32 [{self.group_size}]; got {given}")
-        mask_status.copy_(active == 0)
+        write_anyway(mask_status, active == 0)
 
+    @exclusive
     def low_latency_clean_mask_buffer(self) -> None:
         """Takes all ranks back. Collective in effect: see `ExpertParallel.active_ranks`.
 

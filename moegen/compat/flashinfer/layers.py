@@ -13,6 +13,7 @@ from moegen.compat.flashinfer.communicators import as_world
 from moegen.errors import DestroyedError
 from moegen.one_sided import OneSided
 from moegen.payloads import PayloadsHandle
+from moegen.runtime.ownership import ProcessBound
 from moegen.runtime.worlds import RankWorld
 
 Tensor = torch.Tensor
@@ -39,7 +40,7 @@ class Rows:
         return self.hidden * self.dtype.itemsize
 
 
-class PayloadLayers:
+class PayloadLayers(ProcessBound):
     """Objects by routing and length of combine's rows; made, on all ranks together, when they are first needed. One
     that becomes too small is replaced by a larger one and lives on until `destroy()`: a graph may hold its calls.
     """

@@ -13,12 +13,13 @@ from moegen.compat.deep_ep.utils import EventHandle, EventOverlap
 from moegen.compat.low_latency import CombineBuffers, Layers, LowLatencyHandle, mode, own_handle, unpacked
 from moegen.compat.mooncake.health import Health
 from moegen.errors import InputError
+from moegen.runtime.ownership import Exclusive, exclusive
 
 Tensor = torch.Tensor
 Hook = Callable[[], None]
 
 
-class Buffer:
+class Buffer(Exclusive):
     """Mooncake EP's communication buffer. Its size is kept and not used: moegen allocates what the shapes of the calls
     need, when a shape is first seen; that first call is collective and compiles.
 
@@ -46,6 +47,7 @@ class Buffer:
         self._health = Health(None if self._collective else self._layers, self.group_size)
         self._combine_buffers = CombineBuffers()
 
+    @exclusive
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
         self._layers.destroy()
@@ -56,6 +58,7 @@ class Buffer:
         if is_update:
             self.update_ep_member()
 
+    @exclusive
     def update_ep_member(self) -> None:
         """Takes ranks back that were missing. Collective: every rank of the group calls it, and writes 1 for them into
         its active_ranks; the next call of each shape makes its object anew, on all ranks together. Handles of calls
@@ -72,6 +75,7 @@ class Buffer:
         """
         return 4 * num_experts * (4 + num_max_dispatch_tokens_per_rank * (32 + 2 * hidden))
 
+    @exclusive
     def dispatch(
         self,
         x: Tensor,
@@ -114,6 +118,7 @@ class Buffer:
         tokens = received.tokens if received.scales is None else (received.tokens, received.scales)
         return tokens, received.counts, LowLatencyHandle.of(layer, received), event, hook
 
+    @exclusive
     def combine(
         self,
         x: Tensor,
@@ -154,6 +159,7 @@ class Buffer:
         answer = given.owner.combine(x, given.received.handle, topk_weights, out=out, timeout=timeout, **how)
         return self._finished(answer, async_finish, return_recv_hook, settle)
 
+    @exclusive
     def get_next_combine_buffer(self, handle: tuple[Any, ...]) -> Tensor:
         """A bfloat16 tensor [local experts, ranks * max tokens, hidden] for the `x` of the next combine: one of two per
         shape, which take turns with the combines.

@@ -15,6 +15,7 @@ from moegen.compat.mscclpp.intranode import Intranode
 from moegen.errors import HandleError
 from moegen.expert_parallel import ExpertParallel
 from moegen.handle import Dispatched
+from moegen.runtime.ownership import exclusive
 
 Tensor = torch.Tensor
 Hook = Callable[[], None]
@@ -46,6 +47,7 @@ class Buffer(Intranode):
         self._dispatched: dict[int, tuple[weakref.ref[Tensor], ExpertParallel, Dispatched]] = {}
         """By the address of layout_range, as long as that tensor lives."""
 
+    @exclusive
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
         self._layers.destroy()
@@ -62,6 +64,7 @@ class Buffer(Intranode):
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing to clean: what announces data carries the number of its call."""
 
+    @exclusive
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -112,6 +115,7 @@ class Buffer(Intranode):
         self._remember(ranges, layer, received)
         return received.tokens, received.scales, received.counts, received.row_tokens, ranges, event, hook
 
+    @exclusive
     def low_latency_combine(
         self,
         x: Tensor,
