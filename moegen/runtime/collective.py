@@ -192,6 +192,12 @@ class CollectiveOps(BoundKernels):
         """Nobody writes there but this rank's next dispatch."""
         return False
 
+    def shows(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in what dispatch returns. Refused like on path ipc: which path it is, a program that
+        says "auto" does not know.
+        """
+        return 0 <= tensor.data_ptr() - self.memory.local.data_ptr() < self.buffer_bytes
+
     def views(
         self, parts: Sequence[torch.Tensor], widths: tuple[int, ...], slots: int, words: int
     ) -> tuple[torch.Tensor, ...]:

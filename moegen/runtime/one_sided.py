@@ -145,6 +145,10 @@ class OneSidedOps(BoundKernels):
         place = y.data_ptr() - self.memory.local.data_ptr()
         return self.at.planes <= place < self.at.tags
 
+    def shows(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in what dispatch returns."""
+        return self.receives_in(tensor)
+
     def planes(self, widths: tuple[int, ...], slots: int) -> list[int]:
         """Byte offsets of the payloads' planes in the buffer."""
         return planes(widths, self.problem.num_ranks, slots, self.at.planes)
