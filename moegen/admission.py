@@ -154,7 +154,7 @@ def _require_apart(name: str, tensor: torch.Tensor, spans: Sequence[Span]) -> Sp
         if start < last and first < end:
             raise InputError(
                 f"{name} and {other} share memory, and the call would write to one while it reads or writes the other; "
-                f"give {name} memory of its own, such as a clone"
+                "give one of them memory of its own, such as a clone"
             )
     return made
 
