@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
@@ -18,7 +19,7 @@ from moegen.runtime.low_latency import FIRST_EPOCH, LowLatency
 from moegen.runtime.membership import ActiveMembership
 from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.staged import Staged
-from moegen.runtime.streams import CommStream, Event, current_stream, record
+from moegen.runtime.streams import CommStream, Event, current_stream
 from moegen.runtime.worlds import RankWorld, as_rank_world
 from moegen.select import CollectiveSelection, Selection, select, select_collective
 
@@ -228,21 +229,11 @@ class ExpertParallel(ActiveMembership, Staged):
         """
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
-            with self._comm_stream as comm:
-                given = out if isinstance(out, torch.Tensor) else None
-                record(self.device, (x, topk_idx, topk_weights, num_tokens, total_counts, waited_ns, given))
-                received = self.dispatch(
-                    x,
-                    topk_idx,
-                    topk_weights,
-                    num_tokens=num_tokens,
-                    out=out,
-                    total_counts=total_counts,
-                    timeout=timeout,
-                    waited_ns=waited_ns,
-                )
-            results = (received.tokens, received.scales, received.handle.memory)
-            return received, Event(comm, results)
+            numbers = {"num_tokens": num_tokens, "total_counts": total_counts, "waited_ns": waited_ns}
+            given = out if isinstance(out, torch.Tensor) else None
+            call = partial(self.dispatch, x, topk_idx, topk_weights, out=out, timeout=timeout, **numbers)
+            parts = (x, topk_idx, topk_weights, given, *numbers.values())
+            return self._comm_stream.run(None, parts, call, lambda received: received.allocations)
         ops = self._alive()
         self.check()
         admission.require_real_tensors()
@@ -360,12 +351,9 @@ class ExpertParallel(ActiveMembership, Staged):
         """
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
-            with self._comm_stream as comm:
-                record(self.device, (y, topk_weights, out, waited_ns))
-                combined = self.combine(
-                    y, handle, topk_weights, out=out, timeout=timeout, waited_ns=waited_ns, renormalize=renormalize
-                )
-            return combined, Event(comm, (combined,))
+            how = {"out": out, "timeout": timeout, "waited_ns": waited_ns, "renormalize": renormalize}
+            call = partial(self.combine, y, handle, topk_weights, **how)
+            return self._comm_stream.run(None, (y, topk_weights, out, waited_ns), call, lambda combined: (combined,))
         ops = self._alive()
         self.check()
         admission.require_real_tensors()
