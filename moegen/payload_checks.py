@@ -69,11 +69,7 @@ def usual_out(dtype: torch.dtype) -> torch.dtype:
 
 def foreseen(given: Sequence[tuple[int, torch.dtype]]) -> tuple[int, ...]:
     """Bytes per token of payloads that are described as (columns, dtype)."""
-    most = MAX_ROW_BYTES
-    return tuple(
-        checks.in_range(f"the columns of payloads[{index}]", columns, 1, most) * dtype.itemsize
-        for index, (columns, dtype) in enumerate(given)
-    )
+    return tuple(checks.integer("the columns of payloads", columns) * dtype.itemsize for columns, dtype in given)
 
 
 def slots(owner: OneSided, max_tokens: int | None) -> int:
