@@ -91,10 +91,6 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
         num_tokens = checks.num_tokens(self, num_tokens)
         topk_idx = checks.topk_idx(self, topk_idx, data.shape[0], num_tokens)
         topk_weights = checks.topk_weights(self, topk_weights, data.shape[0])
-        if written:
-            given = {"x": data, "scales": scales, "topk_idx": topk_idx, "topk_weights": topk_weights}
-            outputs = (("out", out), ("out_scales", out_scales), ("total_counts", total_counts))
-            admission.apart(outputs, (*given.items(), ("num_tokens", num_tokens)))
         numbers = ops.row_memory.numbers(ops.row_memory.empty_numbers())
         arguments = (data, scales, topk_idx, topk_weights, num_tokens, numbers)
         if exact:
@@ -107,6 +103,10 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
             return self._result(numbers, rows, data.shape[0], counts, arrivals)
         number = row_checks.room(self, max_rows, ops.row_memory.capacity, out)
         row_checks.rows_out(self, out, out_scales, number)
+        if written:
+            given = {"x": data, "scales": scales, "topk_idx": topk_idx, "topk_weights": topk_weights}
+            outputs = (("out", out), ("out_scales", out_scales), ("total_counts", total_counts))
+            admission.apart(outputs, (*given.items(), ("num_tokens", num_tokens)))
         rows = make(number, selections=True, tokens=out, scales=out_scales)
         self._launch(ops.dispatch, "whole", *arguments, rows, total_counts, *how)
         self._note_writes(written)

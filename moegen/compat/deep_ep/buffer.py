@@ -250,7 +250,10 @@ class Buffer(NormalMode):
             InputError: no such rank, or a Buffer without enable_shrink.
         """
         active = self._active()
-        active[checks.in_range("rank_to_mask", rank_to_mask, 0, self.group_size - 1)] = 0 if mask else 1
+        rank = checks.integer("rank_to_mask", rank_to_mask)
+        if not 0 <= rank < self.group_size:
+            raise InputError(f"a rank is 0..{self.group_size - 1}; got {rank}")
+        active[rank] = 0 if mask else 1
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Writes 1 for each rank that is masked here, else 0, into int32 [ranks], on the current stream.
