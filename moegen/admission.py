@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd import forward_ad
@@ -35,23 +35,29 @@ def _mask(*names: str) -> int:
 
 
 _ORDINARY = _mask("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA")
+_ODD = ~_ORDINARY
 _LAZY = _mask("Negative", "Conjugate")
+_NEVER = ~(_ORDINARY | _LAZY)
 _TRANSFORMED = _mask("FuncTorchBatched", "FuncTorchGradWrapper")
 _TRACED = _mask("Functionalize", "Python", "PythonTLSSnapshot")
 _ZERO = _mask("ZeroTensor")
 
 
 def read(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy whose memory holds what it stands for.
+    """The tensor, or a copy whose memory holds what it stands for. What most tensors are is looked at first, by calls
+    that cost a fraction of a microsecond together.
 
     Raises:
         InputError: kernels cannot read it, or autograd would not know that they have.
     """
-    odd = _keys(tensor).raw_repr() & ~_ORDINARY
-    if odd & ~_LAZY:
+    odd = _keys(tensor).raw_repr() & _ODD
+    if odd & _NEVER:
         _refuse(name, tensor, odd)
-    _require_untracked(name, tensor)
-    _require_memory(name, tensor)
+    if tensor.requires_grad or forward_ad._current_level >= 0:
+        _require_untracked(name, tensor)
+    there = tensor.untyped_storage().nbytes()
+    if there < tensor.nbytes or tensor.storage_offset() or not tensor.is_contiguous():
+        _require_memory(name, tensor, there)
     return tensor.resolve_conj().resolve_neg() if odd else tensor
 
 
@@ -59,13 +65,12 @@ def written(name: str, tensor: torch.Tensor) -> None:
     """Raises:
     InputError: kernels cannot write it, or autograd would have to know more than that they have.
     """
-    odd = _keys(tensor).raw_repr() & ~_ORDINARY
-    if odd & ~_LAZY:
-        _refuse(name, tensor, odd)
-    if odd:
-        raise InputError(f"{name} is a negated or conjugated view and cannot be written to; give the tensor it views")
-    _require_untracked(name, tensor)
-    _require_memory(name, tensor)
+    if read(name, tensor) is not tensor:
+        refuse_lazy(name)
+
+
+def refuse_lazy(name: str) -> NoReturn:
+    raise InputError(f"{name} is a negated or conjugated view and cannot be written to; give the tensor it views")
 
 
 def operand(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -75,7 +80,7 @@ def operand(name: str, tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         InputError: neither; or it is inside one of torch.func's transforms, or has a tangent.
     """
-    odd = _keys(tensor).raw_repr() & ~_ORDINARY
+    odd = _keys(tensor).raw_repr() & _ODD
     if odd & ~(_LAZY | _TRACED):
         _refuse(name, tensor, odd)
     _require_no_tangent(name, tensor)
@@ -88,15 +93,15 @@ def require_real_tensors() -> None:
     """
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
         made = torch.empty(0, dtype=torch.uint8, device="cpu")
-        if _keys(made).raw_repr() & ~_ORDINARY:
+        if _keys(made).raw_repr() & _ODD:
             raise InputError(
                 "torch makes tensors without memory here (FakeTensorMode, functionalize or another trace), and kernels "
                 "need some; make objects and calls outside of it, or trace moegen.functional, whose operators can be"
             )
 
 
-def apart(outputs: Sequence[Named], inputs: Iterable[Named], taken: Iterable[Span] = ()) -> None:
-    """What a call writes is nothing that it reads, or writes as another output.
+def apart(outputs: Iterable[Named], inputs: Iterable[Named], taken: Iterable[Span] = ()) -> list[Span]:
+    """What a call writes is nothing that it reads, or writes as another output. Returns `taken` and where that is.
 
     Args:
         taken: other memory that it must not write.
@@ -104,14 +109,22 @@ def apart(outputs: Sequence[Named], inputs: Iterable[Named], taken: Iterable[Spa
     Raises:
         InputError: two of them share memory.
     """
-    spans = list(taken)
-    for name, tensor in outputs:
-        if tensor is not None:
-            spans.append(_require_apart(name, tensor, spans))
-    if spans:
-        for name, tensor in inputs:
-            if tensor is not None:
-                _require_apart(name, tensor, spans)
+    spans = [*taken]
+    for is_written, named in ((True, outputs), (False, inputs)):
+        for name, tensor in named:
+            if tensor is None:
+                continue
+            start = tensor.data_ptr()
+            end = start + (tensor.nbytes if tensor.is_contiguous() else _extent(tensor))
+            for other, first, last in spans:
+                if start < last and first < end:
+                    raise InputError(
+                        f"{name} and {other} share memory, and the call would write to one while it reads or writes the "
+                        "other; give one of them memory of its own, such as a clone"
+                    )
+            if is_written:
+                spans.append((name, start, end))
+    return spans
 
 
 def span(name: str, tensor: torch.Tensor) -> Span:
@@ -145,18 +158,10 @@ def note_writes(tensors: Sequence[torch.Tensor]) -> None:
     count no versions.
     """
     if tensors:
-        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
-
-
-def _require_apart(name: str, tensor: torch.Tensor, spans: Sequence[Span]) -> Span:
-    made = _, start, end = span(name, tensor)
-    for other, first, last in spans:
-        if start < last and first < end:
-            raise InputError(
-                f"{name} and {other} share memory, and the call would write to one while it reads or writes the other; "
-                "give one of them memory of its own, such as a clone"
-            )
-    return made
+        try:
+            torch.autograd.graph.increment_version(tensors)
+        except RuntimeError:
+            torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def _extent(tensor: torch.Tensor) -> int:
@@ -169,9 +174,8 @@ def _extent(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _require_memory(name: str, tensor: torch.Tensor) -> None:
+def _require_memory(name: str, tensor: torch.Tensor, there: int) -> None:
     extent = _extent(tensor)
-    there = tensor.untyped_storage().nbytes()
     if extent and there < tensor.storage_offset() * tensor.element_size() + extent:
         raise InputError(
             f"the memory of {name} was freed or cut short: {there} bytes are left, too few for {list(tensor.shape)} of "
@@ -195,7 +199,7 @@ def _require_no_tangent(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _refuse(name: str, tensor: torch.Tensor, odd: int) -> None:
+def _refuse(name: str, tensor: torch.Tensor, odd: int) -> NoReturn:
     if odd & _TRANSFORMED:
         why = (
             "is inside a transform of torch.func (vmap, grad, vjp, jvp), which moegen has no rules for: make the call "

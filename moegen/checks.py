@@ -194,7 +194,10 @@ def reused(owner: ExpertParallel, given: Dispatched) -> None:
     if given.handle.owner is not owner:
         raise HandleError("out is the result of another ExpertParallel; give one of this object's, or its allocate()'s")
     for name, tensor in zip(_RESULTS, given.allocations, strict=True):
-        if tensor is not None:
+        # What they are was looked at when they were made or given; what may have become of them is looked at again.
+        if tensor is not None and (
+            tensor.requires_grad or tensor.storage_offset() or tensor.untyped_storage().nbytes() < tensor.nbytes
+        ):
             admission.written(name, tensor)
 
 
@@ -203,17 +206,23 @@ def outputs(
     out: torch.Tensor | Dispatched | None,
     totals: torch.Tensor | None,
     waited: torch.Tensor | None,
-    inputs: dict[str, torch.Tensor | None],
+    inputs: Sequence[admission.Named],
 ) -> Sequence[torch.Tensor]:
     """What a call was given to write into, which shares no memory with what it reads, nor with what calls need whose
     hooks are open.
     """
-    if out is None and totals is None and waited is None:
-        return ()
-    named = [*zip(_RESULTS, out.allocations, strict=True)] if isinstance(out, Dispatched) else [("out", out)]
-    named += ("total_counts", totals), ("waited_ns", waited)
-    admission.apart(named, [*inputs.items(), ("active_ranks", owner._active)], owner._alive().held)
-    return [tensor for _, tensor in named if tensor is not None]
+    held = owner._alive().held
+    others = (("total_counts", totals), ("waited_ns", waited))
+    inputs = (*inputs, ("active_ranks", owner._active))
+    if not isinstance(out, Dispatched):
+        admission.apart((("out", out), *others), inputs, held)
+        return [tensor for tensor in (out, totals, waited) if tensor is not None]
+    if not out.spans:
+        out.spans.extend(admission.apart(zip(_RESULTS, out.allocations, strict=True), ()))
+    if held:
+        admission.apart(zip(_RESULTS, out.allocations, strict=True), (), held)
+    admission.apart(others, inputs, (*out.spans, *held))
+    return [tensor for tensor in (*out.allocations, totals, waited) if tensor is not None]
 
 
 _RESULTS = ("out.tokens", "out.scales", "the memory of out", "out.counts", "out.ranges", "out.row_tokens")
@@ -293,23 +302,19 @@ def handle(owner: ExpertParallel, given: Handle) -> None:
 
 def require_tensor(owner: Placed, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
     """What a call reads: the tensor, or a copy whose memory holds its values."""
-    _require_kind(owner, name, tensor, dtypes)
-    return admission.read(name, tensor)
-
-
-def require_output(owner: Placed, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """What a call writes."""
-    _require_kind(owner, name, tensor, dtypes)
-    admission.written(name, tensor)
-
-
-def _require_kind(owner: Placed, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{name} is a torch tensor; got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         raise InputError(f"{name} is {' or '.join(map(str, dtypes))}; got {tensor.dtype}")
     if tensor.device != owner.device:
         raise InputError(f"{name} is on {tensor.device} and this object on {owner.device}")
+    return admission.read(name, tensor)
+
+
+def require_output(owner: Placed, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """What a call writes."""
+    if require_tensor(owner, name, tensor, dtypes) is not tensor:
+        admission.refuse_lazy(name)
 
 
 def _numbers(

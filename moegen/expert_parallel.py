@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -250,8 +251,10 @@ class ExpertParallel(ActiveMembership, Staged):
         else:
             checks.out(self, out, ops.received.tokens_shape, ops.received.dtype)
             received = ops.received.allocate(self, x.shape[0], current_stream(self.device), out)
-        inputs = {"x": x, "topk_idx": topk_idx, "topk_weights": topk_weights, "num_tokens": num_tokens}
-        written = checks.outputs(self, out, total_counts, waited_ns, inputs)
+        written: Sequence[torch.Tensor] = ()
+        if not (out is total_counts is waited_ns is None):
+            inputs = (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights), ("num_tokens", num_tokens))
+            written = checks.outputs(self, out, total_counts, waited_ns, inputs)
         arguments = (x, topk_idx, topk_weights, num_tokens, received, total_counts, return_recv_hook)
         hook = self._launch(ops.dispatch, *arguments, timeout, waited_ns)
         admission.note_writes(written)
@@ -366,8 +369,10 @@ class ExpertParallel(ActiveMembership, Staged):
         shape = (handle.num_tokens, self.problem.hidden)
         checks.out(self, out, shape, self.dtype)
         checks.waiting(self, timeout, waited_ns, renormalize)
-        inputs = {"y": y, "topk_weights": topk_weights, "the memory of the handle": handle.memory}
-        written = checks.outputs(self, out, None, waited_ns, inputs)
+        written: Sequence[torch.Tensor] = ()
+        if not (out is waited_ns is None):
+            inputs = (("y", y), ("topk_weights", topk_weights), ("the memory of the handle", handle.memory))
+            written = checks.outputs(self, out, None, waited_ns, inputs)
         if out is None:
             out = torch.empty(shape, dtype=self.dtype, device=self.device)
         arguments = (y, handle, topk_weights, out, return_recv_hook)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
+
+from moegen.admission import Span
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Dispatched:
     handle: Handle
     layout: NumbersLayout
     given: GivenNumbers = GivenNumbers()
+    spans: list[Span] = field(default_factory=list, repr=False)
+    """Where its memory is, once it was given to a dispatch as `out`."""
 
     @property
     def counts(self) -> torch.Tensor:

@@ -205,7 +205,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         topk_idx = checks.topk_idx(self, topk_idx, moved[0].shape[0], num_tokens)
         unused_ids = payload_checks.unused_ids(unused_ids, moved)
         stats = payload_checks.stats(self, stats)
-        payload_checks.lie_elsewhere(ops.shows, moved, topk_idx, num_tokens, stats)
+        payload_checks.lie_elsewhere(ops.shown, moved, topk_idx, num_tokens, stats)
         active = payload_checks.active(self, active_ranks)
         if timeout is not None:
             checks.seconds("timeout", timeout)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,14 +91,11 @@ def payloads(owner: OneSided, given: Sequence[torch.Tensor], slots: int) -> list
     """As the kernel reads them: contiguous, and at multiples of 16 bytes, copied if they are not."""
     if not isinstance(given, (list, tuple)) or not 1 <= len(given) <= MAX_PAYLOADS:
         raise InputError(f"payloads is a list of 1 to {MAX_PAYLOADS} tensors [tokens, columns]")
-    given = [
-        checks.require_tensor(
-            owner, f"payloads[{index}]", part, (part.dtype,) if isinstance(part, torch.Tensor) else ()
-        )
-        for index, part in enumerate(given)
-    ]
+    moved = []
     for index, part in enumerate(given):
         name = f"payloads[{index}]"
+        part = checks.require_tensor(owner, name, part, (part.dtype,) if isinstance(part, torch.Tensor) else ())
+        moved.append(part)
         if part.dim() != 2 or part.shape[0] != given[0].shape[0] or part.shape[1] == 0:
             tokens = given[0].shape[0] if given[0].dim() else "a number of"
             raise InputError(f"{name} is [{tokens} tokens, 1 or more columns]; got {list(part.shape)}")
@@ -109,11 +106,11 @@ def payloads(owner: OneSided, given: Sequence[torch.Tensor], slots: int) -> list
             f"max_tokens_per_rank={owner.problem.max_tokens}) or dispatch in parts"
         )
     room(owner, [part.shape[1] * part.element_size() for part in given])
-    return [checks.readable(part) for part in given]
+    return [checks.readable(part) for part in moved]
 
 
 def lie_elsewhere(
-    shows: Callable[[torch.Tensor], bool],
+    shown: range,
     moved: Sequence[torch.Tensor],
     ids: torch.Tensor,
     num_tokens: torch.Tensor | None,
@@ -121,10 +118,10 @@ def lie_elsewhere(
 ) -> None:
     """Inputs of a dispatch, which others may write over as soon as it begins where they lie in its own results."""
     for index, part in enumerate(moved):
-        if shows(part):
+        if part.data_ptr() in shown:
             _refuse_own_results(f"payloads[{index}]")
     for name, tensor in (("topk_idx", ids), ("num_tokens", num_tokens), ("stats", stats)):
-        if tensor is not None and shows(tensor):
+        if tensor is not None and tensor.data_ptr() in shown:
             _refuse_own_results(name)
 
 

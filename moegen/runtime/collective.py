@@ -131,6 +131,10 @@ class CollectiveOps(BoundKernels):
         local = torch.zeros(self.buffer_bytes, dtype=torch.uint8, device=world.device)
         self.memory = SymmetricMemory(local, (local.data_ptr(),))
         to_send, came, rows_back, line = local.split(list(sizes))
+        self.shown = range(came.data_ptr(), came.data_ptr() + came.nbytes)
+        """Addresses of what dispatch returns. A next one may not be given them, though it could be here: a program that
+        says path "auto" does not know on which it is.
+        """
         self._control = torch.zeros(_CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._control[0] = signed(first_epoch)
         self._object = world.exchange(secrets.randbits(32))[0]
@@ -191,12 +195,6 @@ class CollectiveOps(BoundKernels):
     def receives_in(self, y: torch.Tensor) -> bool:
         """Nobody writes there but this rank's next dispatch."""
         return False
-
-    def shows(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in what dispatch returns. Refused like on path ipc: which path it is, a program that
-        says "auto" does not know.
-        """
-        return 0 <= tensor.data_ptr() - self.memory.local.data_ptr() < self.buffer_bytes
 
     def views(
         self, parts: Sequence[torch.Tensor], widths: tuple[int, ...], slots: int, words: int

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -144,7 +144,7 @@ class CollectiveExperts:
         self._halves.close(half)
 
     @property
-    def held(self) -> Iterator[Span]:
+    def held(self) -> Sequence[Span]:
         """Memory that calls need whose hooks are open."""
         return self._halves.held
 

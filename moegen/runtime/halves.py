@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moegen.admission import Span
@@ -64,10 +64,9 @@ class OpenHalves:
         half.kept = half.holds = ()
 
     @property
-    def held(self) -> Iterator[Span]:
+    def held(self) -> Sequence[Span]:
         """What the open ones hold."""
-        for half in self._open:
-            yield from half.holds
+        return [span for half in self._open for span in half.holds] if self._open else ()
 
     def is_unfinished(self, address: int) -> bool:
         """Whether a dispatch that was given this address is open."""

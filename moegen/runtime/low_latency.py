@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -274,7 +274,7 @@ class LowLatency:
         self._halves.close(half)
 
     @property
-    def held(self) -> Iterator[Span]:
+    def held(self) -> Sequence[Span]:
         """Memory that calls need whose hooks are open."""
         return self._halves.held
 

@@ -83,6 +83,9 @@ class OneSidedOps(BoundKernels):
         words[self.at.presence // 4 :][: 2 * problem.num_ranks] = signed(before)
         self._timeout, self._num_sms, self._world = timeout, num_sms, world
         self._order = StreamOrder(world.device)
+        base = self.memory.local.data_ptr()
+        self.shown = range(base + self.at.planes, base + self.at.tags)
+        """Addresses of what dispatch returns."""
         self._views: dict[tuple[tuple[tuple[torch.dtype, int], ...], int], tuple[torch.Tensor, ...]] = {}
 
     def bind(self, kernel: LoadedKernel) -> None:
@@ -142,12 +145,7 @@ class OneSidedOps(BoundKernels):
 
     def receives_in(self, y: torch.Tensor) -> bool:
         """Whether these rows lie where dispatch receives."""
-        place = y.data_ptr() - self.memory.local.data_ptr()
-        return self.at.planes <= place < self.at.tags
-
-    def shows(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in what dispatch returns."""
-        return self.receives_in(tensor)
+        return y.data_ptr() in self.shown
 
     def planes(self, widths: tuple[int, ...], slots: int) -> list[int]:
         """Byte offsets of the payloads' planes in the buffer."""
