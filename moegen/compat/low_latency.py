@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from moegen import checks
 from moegen.compat.groups import rank_and_size, usual_device
 from moegen.errors import HandleError, InputError
 from moegen.expert_parallel import ExpertParallel
@@ -46,6 +47,8 @@ class Layers(ProcessBound):
             raise InputError(
                 f"x is [tokens, hidden], topk_idx [tokens, topk]; got {list(x.shape)}, {list(topk_idx.shape)}"
             )
+        num_experts = checks.integer("num_experts", num_experts)
+        max_tokens = checks.integer("num_max_dispatch_tokens_per_rank", max_tokens)
         if num_experts % self.size != 0:
             raise InputError(f"num_experts is a multiple of the {self.size} ranks; got {num_experts}")
         key = (x.shape[1], topk_idx.shape[1], max_tokens, num_experts, quantize, x.device)

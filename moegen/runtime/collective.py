@@ -132,6 +132,10 @@ class CollectiveOps(BoundKernels):
         local = torch.zeros(self.buffer_bytes, dtype=torch.uint8, device=world.device)
         self.memory = SymmetricMemory(local, (local.data_ptr(),))
         to_send, came, rows_back, line = local.split(list(sizes))
+        self.shown = range(came.data_ptr(), came.data_ptr() + came.nbytes)
+        """Addresses of what dispatch returns. A next one may not be given them, though it could be here: a program that
+        says path "auto" does not know on which it is.
+        """
         self._control = torch.zeros(_CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._control[0] = signed(first_epoch)
         self._object = world.exchange(secrets.randbits(32))[0]

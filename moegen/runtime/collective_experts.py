@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moegen.admission import Span
 from moegen.handle import Dispatched, Handle
 from moegen.kernels.problem import Problem
 from moegen.runtime.bound import address
@@ -141,6 +142,11 @@ class CollectiveExperts:
         """Everything was received with the first half."""
         self._halves.take(half)
         self._halves.close(half)
+
+    @property
+    def held(self) -> Sequence[Span]:
+        """Memory that calls need whose hooks are open."""
+        return self._halves.held
 
     def is_unfinished(self, handle: Handle) -> bool:
         """Whether the hook of the handle's dispatch is still open."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moegen.admission import Span
 from moegen.handle import Dispatched, Handle
 from moegen.kernels.ll import PHASES, LowLatencyCombine, LowLatencyDispatch, regions
 from moegen.kernels.ll_roles import roles
@@ -271,6 +272,11 @@ class LowLatency:
         weights = "atdispatch" if half.op == "combine" else ""
         self._bound[(half.slot, half.op, "receive", weights)](*half.arguments)
         self._halves.close(half)
+
+    @property
+    def held(self) -> Sequence[Span]:
+        """Memory that calls need whose hooks are open."""
+        return self._halves.held
 
     def is_unfinished(self, handle: Handle) -> bool:
         """Whether the hook of the handle's dispatch is still open."""

@@ -84,6 +84,9 @@ class OneSidedOps(BoundKernels):
         words[self.at.presence // 4 :][: 2 * problem.num_ranks] = signed(before)
         self._timeout, self._num_sms, self._world = timeout, num_sms, world
         self._order = StreamOrder(world.device)
+        base = self.memory.local.data_ptr()
+        self.shown = range(base + self.at.planes, base + self.at.tags)
+        """Addresses of what dispatch returns."""
         self._views: dict[tuple[tuple[tuple[torch.dtype, int], ...], int], tuple[torch.Tensor, ...]] = {}
 
     def bind(self, kernel: LoadedKernel) -> None:
@@ -145,8 +148,7 @@ class OneSidedOps(BoundKernels):
 
     def receives_in(self, y: torch.Tensor) -> bool:
         """Whether these rows lie where dispatch receives."""
-        place = y.data_ptr() - self.memory.local.data_ptr()
-        return self.at.planes <= place < self.at.tags
+        return y.data_ptr() in self.shown
 
     def planes(self, widths: tuple[int, ...], slots: int) -> list[int]:
         """Byte offsets of the payloads' planes in the buffer."""

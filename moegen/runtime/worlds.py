@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from moegen.errors import CapacityError, InputError, UnsupportedPlatformError, WorldError
+from moegen.kernels.integers import as_int
 from moegen.runtime.memory import SymmetricMemory, raise_first, share_between_gpus, share_between_processes
 from moegen.runtime.ownership import ProcessBound
 
@@ -90,9 +91,10 @@ class LocalWorld(ProcessBound):
 
     def __init__(self, num_ranks: int, device: str | torch.device = "cpu") -> None:
         self.device = _without_cpu_index(torch.device(device))
-        self.size = num_ranks
-        if num_ranks < 1:
-            raise InputError(f"a world has at least one rank; got {num_ranks}")
+        number = as_int(num_ranks)
+        if number is None or number < 1:
+            raise InputError(f"num_ranks is an integer, 1 or more; got {num_ranks!r}")
+        self.size = num_ranks = number
         if self.device.type == "cuda":
             self.device = _cuda_device_for_many_streams(self.device, num_ranks)
         self._gather = _ThreadGather(num_ranks)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moegen import checks
 from moegen.compat.deep_ep.config import Config, combine_config, dispatch_config, low_latency_size_hint
 from moegen.compat.deep_ep.normal import NormalMode
 from moegen.compat.deep_ep.utils import CallEvent, EventHandle, EventOverlap
@@ -61,8 +62,8 @@ class Buffer(NormalMode):
         self.group = group
         self._layers = Layers(group, masked=enable_shrink)
         self.rank, self.group_size = self._layers.rank, self._layers.size
-        self.num_nvl_bytes = num_nvl_bytes
-        self.num_rdma_bytes = num_rdma_bytes
+        self.num_nvl_bytes = checks.integer("num_nvl_bytes", num_nvl_bytes)
+        self.num_rdma_bytes = checks.integer("num_rdma_bytes", num_rdma_bytes)
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
@@ -84,9 +85,10 @@ class Buffer(NormalMode):
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
         """Thread blocks of calls of the normal mode from now on; even, as in DeepEP."""
-        if new_num_sms % 2 != 0:
-            raise InputError(f"the number of multiprocessors is even; got {new_num_sms}")
-        Buffer.num_sms = new_num_sms
+        number = checks.integer("new_num_sms", new_num_sms)
+        if number % 2 != 0:
+            raise InputError(f"the number of multiprocessors is even; got {number}")
+        Buffer.num_sms = number
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -256,9 +258,10 @@ class Buffer(NormalMode):
             InputError: no such rank, or a Buffer without enable_shrink.
         """
         active = self._active()
-        if not 0 <= rank_to_mask < self.group_size:
-            raise InputError(f"a rank is 0..{self.group_size - 1}; got {rank_to_mask}")
-        active[rank_to_mask] = 0 if mask else 1
+        rank = checks.integer("rank_to_mask", rank_to_mask)
+        if not 0 <= rank < self.group_size:
+            raise InputError(f"a rank is 0..{self.group_size - 1}; got {rank}")
+        active[rank] = 0 if mask else 1
 
     @exclusive
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moegen import checks
 from moegen.compat.deep_ep.config import low_latency_size_hint
 from moegen.compat.low_latency import Layers, mode, unpacked
 from moegen.compat.mscclpp.intranode import Intranode
@@ -41,8 +42,8 @@ class Buffer(Intranode):
         self._layers = Layers(group)
         self.group = group
         self.rank, self.group_size = self._layers.rank, self._layers.size
-        self.num_nvl_bytes = num_nvl_bytes
-        self.num_rdma_bytes = num_rdma_bytes
+        self.num_nvl_bytes = checks.integer("num_nvl_bytes", num_nvl_bytes)
+        self.num_rdma_bytes = checks.integer("num_rdma_bytes", num_rdma_bytes)
         self.low_latency_mode = low_latency_mode
         self._dispatched: dict[int, tuple[weakref.ref[Tensor], ExpertParallel, Dispatched]] = {}
         """By the address of layout_range, as long as that tensor lives."""
