@@ -142,7 +142,7 @@ def test_bad_calls(device: str) -> None:
         weights = torch.ones(3, 2, device=device)
         with pytest.raises(errors.HandleError, match="itself"):
             buffer.combine(received, ids, weights, healthy, NO_DEADLINE, tuple(handle))  # type: ignore[arg-type]
-        with pytest.raises(errors.InputError, match="topk_idx and topk_weights differ"):
+        with pytest.raises(errors.InputError, match="must have the shape of the dispatch's topk_idx"):
             buffer.combine(received, ids, weights[:2], healthy, NO_DEADLINE, handle)  # type: ignore[arg-type]
         buffer.update_ep_member()
         with pytest.raises(errors.DestroyedError):

@@ -65,7 +65,7 @@ class Buffer(NormalMode):
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self._combine_buffers = CombineBuffers()
+        self._combine_buffers = CombineBuffers("get_next_low_latency_combine_buffer")
         self._local: dict[bool, Tensor] = {}
 
     def destroy(self) -> None:
@@ -158,7 +158,7 @@ class Buffer(NormalMode):
         )
         received, event, hook = _unpacked(answer, async_finish, return_recv_hook)
         tokens = received.tokens if received.scales is None else (received.tokens, received.scales)
-        return tokens, received.counts, LowLatencyHandle.of(layer, received), event, hook
+        return tokens, received.counts, LowLatencyHandle.of(layer, received, topk_idx), event, hook
 
     def low_latency_combine(
         self,
@@ -177,40 +177,40 @@ class Buffer(NormalMode):
 
         Args:
             x: bfloat16 [local experts, ranks * max tokens, hidden].
-            topk_idx: that of the dispatch; only its shape is looked at.
+            topk_idx: that of the dispatch, in which selections may have become -1 since: these are left out, with a
+                weight of 0, so rows for them hold finite numbers. Anything else in it is not looked at.
             topk_weights: float32 [T, topk].
             handle: of the dispatch, as it was returned.
             use_logfmt: taken and not needed: sums cross the link as bfloat16, one per token and rank.
-            zero_copy: `x` is what `get_next_low_latency_combine_buffer` gave. Where peers' memory is mapped nothing is
-                copied in either case, so it saves nothing.
+            zero_copy: the outputs are in the tensor that `get_next_low_latency_combine_buffer` gave for this handle
+                since its last combine, and `x` is not looked at. Where peers' memory is mapped nothing is copied in
+                either case, so it saves nothing.
             async_finish, return_recv_hook, out: as in DeepEP.
             combine_wait_recv_cost_stats: as dispatch's, of the first sum of each rank that is waited for.
 
         Raises:
             HandleError: `handle` is not what low_latency_dispatch returned.
-            InputError: arguments that do not fit.
+            InputError: arguments that do not fit; or zero_copy, and the tensor was not asked for.
         """
         self._check_stats("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
         given = own_handle(handle)
-        if topk_idx.shape != topk_weights.shape:
-            raise InputError(f"topk_idx and topk_weights differ: {list(topk_idx.shape)}, {list(topk_weights.shape)}")
-        self._combine_buffers.combines += 1
         answer = given.owner.combine(
-            x,
+            self._combine_buffers.input_of(given, x, zero_copy),
             given.received.handle,
-            topk_weights,
+            given.routed.weights_of(topk_idx, topk_weights),
             out=out,
             timeout=self.timeout,
             waited_ns=combine_wait_recv_cost_stats,
             **mode(async_finish, return_recv_hook),
         )
+        given.buffer = None
         return _unpacked(answer, async_finish, return_recv_hook)
 
     def get_next_low_latency_combine_buffer(self, handle: tuple[Any, ...]) -> Tensor:
-        """A bfloat16 tensor [local experts, ranks * max tokens, hidden] for the `x` of the next combine: one of two per
-        shape, which take turns with the combines, as in DeepEP.
+        """A bfloat16 tensor [local experts, ranks * max tokens, hidden] for the outputs that the next combine of this
+        handle reads: one of two per shape, which handles take in turns.
         """
-        return self._combine_buffers.next(own_handle(handle).owner)
+        return self._combine_buffers.next(own_handle(handle))
 
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
