@@ -14,6 +14,9 @@ from moegen.kernels.ll import MAX_TOKENS_PER_RANK
 MOST_KEPT = 64
 """Numbers whose bound kernels are kept, 20 to 100 KB of the host's memory each; any other is bound again."""
 
+_FATE = ("_ops", "_poison")
+"""Attributes of a Lifecycle that change."""
+
 
 class FewerTokens(ExpertParallel):
     """An ExpertParallel's calls for fewer tokens per rank than it was made for. Its buffers, slots, mask and fate are
@@ -21,16 +24,11 @@ class FewerTokens(ExpertParallel):
     """
 
     def __init__(self, whole: ExpertParallel, max_tokens: int) -> None:
+        shared = {name: value for name, value in vars(whole).items() if name not in _FATE}
+        vars(self).update(shared)
         self._whole = whole
         self.problem = replace(whole.problem, max_tokens=max_tokens)
         self._sized = whole._alive().for_fewer(max_tokens)
-        self._active = whole._active
-
-    def __getattr__(self, name: str) -> Any:
-        """What is not this object's own."""
-        if name == "_whole":  # not made yet
-            raise AttributeError(name)
-        return getattr(self._whole, name)
 
     @property
     def _ops(self) -> Any:

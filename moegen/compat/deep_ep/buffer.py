@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moegen.compat.deep_ep.config import Config, combine_config, dispatch_config, low_latency_size_hint
+from moegen.compat.deep_ep.local_memory import LocalMemory
 from moegen.compat.deep_ep.normal import NormalMode
 from moegen.compat.deep_ep.utils import CallEvent, EventHandle, EventOverlap
 from moegen.compat.low_latency import CombineBuffers, Layers, LowLatencyHandle, mode, own_handle, unpacked
@@ -66,7 +67,7 @@ class Buffer(NormalMode):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self._combine_buffers = CombineBuffers("get_next_low_latency_combine_buffer")
-        self._local: dict[bool, Tensor] = {}
+        self._local: dict[bool, LocalMemory] = {}
 
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
@@ -215,8 +216,9 @@ class Buffer(NormalMode):
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> Tensor:
-        """Memory of this rank, `num_rdma_bytes` or `num_nvl_bytes` of it, for whatever the caller likes: made when it
-        is first asked for, and the same in every call. In DeepEP the library's own data lie there; here they do not.
+        """Memory of this rank, `num_rdma_bytes` or `num_nvl_bytes` of it, for whatever the caller likes: zeros at
+        first, and the same in every call. In DeepEP the library's own data lie there; here they do not. More than a MiB
+        is allocated when it is first used: not for its shape, nor for zeroing it.
 
         Args:
             dtype: of the result.
@@ -226,20 +228,12 @@ class Buffer(NormalMode):
 
         Raises:
             InputError: the memory ends before the tensor does, or the offset is no such multiple.
+            CapacityError: from whatever uses the memory first: there is no room for it.
         """
-        given = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        if not 0 <= offset <= given or offset % dtype.itemsize != 0:
-            raise InputError(f"offset is a multiple of {dtype.itemsize} bytes in 0..{given}; got {offset}")
-        there = (given - offset) // dtype.itemsize
-        wanted = torch.Size([there]) if size is None else torch.Size(size)
-        if wanted.numel() > there:
-            name = "num_rdma_bytes" if use_rdma_buffer else "num_nvl_bytes"
-            needed = offset + wanted.numel() * dtype.itemsize
-            raise InputError(f"{list(wanted)} of {dtype} end at byte {needed}; make the Buffer with {name}={needed}")
         if use_rdma_buffer not in self._local:
-            self._local[use_rdma_buffer] = torch.zeros(given, dtype=torch.uint8, device=self._layers.device)
-        memory = self._local[use_rdma_buffer][offset : offset + wanted.numel() * dtype.itemsize]
-        return memory.view(dtype).view(wanted)
+            name = "num_rdma_bytes" if use_rdma_buffer else "num_nvl_bytes"
+            self._local[use_rdma_buffer] = LocalMemory(name, getattr(self, name), self._layers.device)
+        return self._local[use_rdma_buffer].tensor(dtype, size, offset)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Leaves a rank out (`mask`) or takes it back, on this rank; see `ExpertParallel.active_ranks` for when.
