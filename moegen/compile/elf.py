@@ -112,9 +112,11 @@ _Section = tuple[int, int, int, int]
 
 
 def _sections(content: bytes) -> list[_Section]:
-    """Raises ValueError if one lies beyond the end."""
-    (start,) = struct.unpack_from("<Q", content, 40)
-    size, count = struct.unpack_from("<HH", content, 58)
+    """Raises ValueError if one, or a segment, lies beyond the end."""
+    segments, start = struct.unpack_from("<QQ", content, 32)
+    segment_size, segment_count, size, count = struct.unpack_from("<4H", content, 54)
+    if segments + segment_size * segment_count > len(content):
+        raise ValueError("beyond the end")
     if size != _SECTION_BYTES or count == 0 or start < _HEADER_BYTES or start + count * size > len(content):
         raise ValueError("no table of sections")
     sections = []

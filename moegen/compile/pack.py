@@ -166,9 +166,13 @@ def _entry(file: zipfile.ZipFile, member: str, bytes: int, *, exact: bool = True
 
 
 def _member(file: zipfile.ZipFile, member: str, bytes: int, *, exact: bool = True) -> bytes:
-    """Its content; what inflates to more than it says is cut off there, and then does not match its checksum."""
-    with file.open(_entry(file, member, bytes, exact=exact)) as opened:
-        return opened.read()
+    """Its content. No more is inflated than it says; if there is more, the checksum does not match."""
+    info = _entry(file, member, bytes, exact=exact)
+    with file.open(info) as opened:
+        content = opened.read(info.file_size)
+    if len(content) != info.file_size:
+        raise ValueError(f"{member} ends behind {len(content):,} of {info.file_size:,} bytes")
+    return content
 
 
 def write(path: Path, binaries: Iterable[tuple[Item, bytes]]) -> None:

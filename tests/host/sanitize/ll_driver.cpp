@@ -97,6 +97,7 @@ Params Ranks::common_params(Rank& rank, uint32_t op, const Regions& at) {
     p.tags_offset = at.tags;
     p.timeout_ns = timeout_ns_;
     p.rank = rank.number;
+    p.capacity = kMaxTokens;
     p.max_tokens = kMaxTokens;
     return p;
 }
