@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moegen
-from moegen.compat import deep_ep
+from moegen.compat import deep_ep, fewer_tokens
 from moegen.compat.low_latency import own_handle
 from moegen.runtime.worlds import RankWorld
 
@@ -257,6 +257,27 @@ def test_numbers_of_tokens_share_objects(device: str) -> None:
             old.dispatch(x, ids)
 
     moegen.LocalWorld(2, device).run(work)
+
+
+def test_few_numbers_of_tokens_are_kept(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fewer_tokens, "MOST_KEPT", 2)
+
+    def work(rank: RankWorld) -> None:
+        buffer = deep_ep.Buffer(rank)
+        x = torch.ones(1, 512, dtype=torch.bfloat16, device=rank.device)
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=rank.device)
+        for number in (8, 1, 2, 3, 4, 1, 8):
+            tokens, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, number, 4, use_fp8=False)
+            assert isinstance(tokens, torch.Tensor) and tokens.shape == (4, number, 512)
+            assert tokens[0, 0].tolist() == [1.0] * 512 and handle[2] == number
+        (sizes,) = buffer._layers._made.values()
+        assert len(sizes._wholes) == 1 and len(sizes._by_tokens) == 2
+        for wrong in (0, -3, 2.5, "2", 1 << 30):
+            with pytest.raises(moegen.errors.InputError, match="num_max_dispatch_tokens_per_rank"):
+                buffer.low_latency_dispatch(x, ids, wrong, 4, use_fp8=False)  # type: ignore[arg-type]
+        buffer.destroy()
+
+    moegen.LocalWorld(1, device).run(work)
 
 
 def test_numbers_of_tokens_where_ranks_may_be_missing(device: str) -> None:
