@@ -219,9 +219,9 @@ class CombineBuffers:
             whole = whole_of(handle.owner)
             if id(whole) not in self._made:
                 size = math.prod(whole._alive().received.tokens_shape)
-                self._made[id(whole)] = [
-                    torch.empty(size, dtype=whole.dtype, device=whole.device) for _ in range(IN_FLIGHT)
-                ]
+                with torch.inference_mode(False):  # tensors that are made there cannot be written elsewhere
+                    made = [torch.empty(size, dtype=whole.dtype, device=whole.device) for _ in range(IN_FLIGHT)]
+                self._made[id(whole)] = made
             shape = handle.owner._alive().received.tokens_shape
             handle.buffer = self._made[id(whole)][self._turn % IN_FLIGHT][: math.prod(shape)].view(shape)
             self._turn += 1

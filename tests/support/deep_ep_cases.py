@@ -235,6 +235,13 @@ def test_shrink(device: str) -> None:
 SMALL = Case(2, 16, 4, 512, FP8)
 
 
+def settled(rank: RankWorld) -> None:
+    """What torch does for one rank must not queue up behind another rank's kernel that waits."""
+    if rank.device.type == "cuda":
+        torch.cuda.current_stream(rank.device).synchronize()
+    rank.barrier()
+
+
 def test_numbers_of_tokens_share_objects(device: str) -> None:
     """Every call has results of exactly its own number's shape; a larger number at least doubles the room."""
 
@@ -242,10 +249,12 @@ def test_numbers_of_tokens_share_objects(device: str) -> None:
         buffer = deep_ep.Buffer(rank)
         x, ids, weights = (part.to(rank.device) for part in inputs(replace(SMALL, max_tokens=7), rank.rank))
         round_trip_of_rank(buffer, rank, replace(SMALL, max_tokens=20), "plain")
+        settled(rank)
         (tokens, _), _, early, _, _ = buffer.low_latency_dispatch(x, ids, 7, SMALL.experts)
         for number, mode in ((1, "hook"), (16, "plain"), (20, "hook"), (21, "plain"), (33, "hook"), (7, "plain")):
             round_trip_of_rank(buffer, rank, replace(SMALL, max_tokens=number), mode)
         y = torch.zeros(tokens.shape, dtype=torch.bfloat16, device=rank.device)
+        settled(rank)
         assert not buffer.low_latency_combine(y, ids, weights, early)[0].any()  # type: ignore[arg-type]
         (sizes,) = buffer._layers._made.values()
         assert [whole.problem.max_tokens for whole in sizes._wholes] == [20, 40]
@@ -302,6 +311,7 @@ def test_more_tokens_than_another_ranks_number_are_reported(device: str) -> None
         round_trip_of_rank(buffer, rank, SMALL, "plain")
         x = torch.ones(6 if rank.rank == 0 else 2, SMALL.hidden, dtype=torch.bfloat16, device=rank.device)
         ids = torch.arange(4, dtype=torch.int64, device=rank.device).mul(4).repeat(len(x), 1)
+        settled(rank)
         _, count, handle, _, _ = buffer.low_latency_dispatch(x, ids, (8, 4)[rank.rank], SMALL.experts)
         rank.barrier()
         layer = own_handle(handle).owner
@@ -322,16 +332,20 @@ def test_zero_copy_needs_its_buffer(device: str) -> None:
         buffer = deep_ep.Buffer(rank)
         x, ids, weights = (part.to(rank.device) for part in inputs(SMALL, rank.rank))
         arguments = (x, ids, MAX_TOKENS, SMALL.experts)
+        settled(rank)
         handles = [buffer.low_latency_dispatch(*arguments)[2] for _ in range(2)]
-        given = [buffer.get_next_low_latency_combine_buffer(handle) for handle in handles]
+        with torch.inference_mode():  # may be written in any mode
+            given = [buffer.get_next_low_latency_combine_buffer(handle) for handle in handles]
         assert given[0].data_ptr() != given[1].data_ptr()
         assert buffer.get_next_low_latency_combine_buffer(handles[0]) is given[0]
         for value, handle in zip((1.0, 2.0), handles, strict=True):
             buffer.get_next_low_latency_combine_buffer(handle).fill_(value)
         for value, handle in zip((1.0, 2.0), handles, strict=True):
+            settled(rank)
             combined, _, _ = buffer.low_latency_combine(given[0], ids, weights, handle, zero_copy=True)
             want = value * (weights * (ids >= 0)).sum(dim=1, keepdim=True).expand_as(x)
             torch.testing.assert_close(combined.float(), want, rtol=2**-6, atol=2**-6)
+        settled(rank)
         for handle in (handles[0], buffer.low_latency_dispatch(*arguments)[2]):
             with pytest.raises(moegen.errors.InputError, match=r"get_next_low_latency_combine_buffer\(handle\)"):
                 buffer.low_latency_combine(given[0], ids, weights, handle, zero_copy=True)
@@ -361,10 +375,13 @@ def test_selections_dropped_after_dispatch_are_left_out(device: str) -> None:
             with torch.inference_mode(how == "inference"):
                 x, ids, weights = (part.to(rank.device) for part in inputs(SMALL, rank.rank))
                 kept = (weights * (ids >= 0)).sum(dim=1, keepdim=True)
+                settled(rank)
                 received, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, MAX_TOKENS, SMALL.experts)
                 y = torch.ones(received[0].shape, dtype=torch.bfloat16, device=rank.device)
+                settled(rank)
                 whole, _, _ = buffer.low_latency_combine(y, ids, weights, handle)
                 now, safe = dropped_selections(ids, weights, "in place" if how == "inference" else how)
+                settled(rank)
                 combined, _, _ = buffer.low_latency_combine(y, now, safe, handle)
                 left = torch.where(now >= 0, safe, 0.0).sum(dim=1, keepdim=True)
                 assert rank.rank == 1 or (kept - left).max() > 0.1

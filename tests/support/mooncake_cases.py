@@ -26,6 +26,7 @@ from support.deep_ep_cases import (
     dropped_selections,
     inputs,
     settle,
+    settled,
 )
 
 CASES = (Case(1, 8, 2, 512, FP8), Case(2, 16, 8, 2880, BF16), Case(2, 16, 4, 512, FP8), Case(4, 8, 5, 2048, FP8))
@@ -216,11 +217,13 @@ def test_what_combine_reads(device: str) -> None:
         active = torch.ones(2, dtype=torch.int32, device=world.device)
         for how in DROPS[:2]:
             x, ids, weights = (part.to(world.device) for part in inputs(SMALL, world.rank))
+            settled(world)
             received, _, handle, _, _ = buffer.dispatch(x, ids, active, SMALL.max_tokens, SMALL.experts, NO_DEADLINE)
             y = torch.ones(received[0].shape, dtype=torch.bfloat16, device=world.device)
             with pytest.raises(errors.InputError, match=r"get_next_combine_buffer\(handle\)"):
                 buffer.combine(y, ids, weights, active, NO_DEADLINE, handle, zero_copy=True)
             now, safe = dropped_selections(ids, weights, how)
+            settled(world)
             combined, _, _ = buffer.combine(y, now, safe, active, NO_DEADLINE, handle)
             want = torch.where(now >= 0, safe, 0.0).sum(dim=1, keepdim=True).expand_as(x)
             torch.testing.assert_close(combined.float(), want, rtol=2**-6, atol=2**-6)

@@ -54,16 +54,19 @@ class LocalMemory:
         Raises:
             CapacityError: there is no room for it.
         """
-        if self._made is None:
-            try:
-                with torch.inference_mode(False):  # in which it would be for reading alone outside
-                    self._made = torch.zeros(self.size, dtype=torch.uint8, device=self.device)
-            except RuntimeError as error:
-                raise CapacityError(
-                    f"no room on {self.device} for the {self.size:,} bytes of {self.name}, which are allocated when "
-                    f"what get_local_buffer_tensor gave is first used: {error}"
-                ) from error
-        return self._made[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        with torch.inference_mode(False):  # what is made there, views too, cannot be written elsewhere
+            if self._made is None:
+                self._made = self._make()
+            return self._made[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def _make(self) -> torch.Tensor:
+        try:
+            return torch.zeros(self.size, dtype=torch.uint8, device=self.device)
+        except RuntimeError as error:
+            raise CapacityError(
+                f"no room on {self.device} for the {self.size:,} bytes of {self.name}, which are allocated when what "
+                f"get_local_buffer_tensor gave is first used: {error}"
+            ) from error
 
 
 class Unused(torch.Tensor):
