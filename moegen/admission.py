@@ -119,8 +119,8 @@ def apart(outputs: Iterable[Named], inputs: Iterable[Named], taken: Iterable[Spa
             for other, first, last in spans:
                 if start < last and first < end:
                     raise InputError(
-                        f"{name} and {other} share memory, and the call would write to one while it reads or writes the "
-                        "other; give one of them memory of its own, such as a clone"
+                        f"{name} and {other} share memory, and the call would write to one while it reads or writes "
+                        "the other; give one of them memory of its own, such as a clone"
                     )
             if is_written:
                 spans.append((name, start, end))

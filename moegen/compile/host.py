@@ -22,7 +22,7 @@ from pathlib import Path
 from moegen import env
 from moegen.codegen.files import host_files, host_headers
 from moegen.codegen.render import Source
-from moegen.compile import failure
+from moegen.compile import elf, failure
 from moegen.compile.recipe import Compiled, Recipe, reachable
 from moegen.compile.target import Target
 from moegen.errors import CompileError, UnsupportedPlatformError
@@ -86,7 +86,7 @@ def compile(recipe: Recipe) -> Compiled:
     """The shared library of a kernel or of the runtime.
 
     Raises:
-        CompileError: the compiler refused it; `folder` reproduces it.
+        CompileError: the compiler refused it, or its output is not sound; `folder` reproduces it.
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="moegen-cxx-") as name:
@@ -95,12 +95,23 @@ def compile(recipe: Recipe) -> Compiled:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
         ok, text = _build(recipe, folder)
-        if not ok:
-            raise _failed(recipe, text)
-        content = (folder / "kernel.so").read_bytes()
+        content = _output(folder) if ok else b""
+    if ok:  # or so the compiler says
+        symbol = "moegen" if recipe.stem == RUNTIME else "moegen_launch"
+        defect = elf.defect(content, symbol, machine=elf.machine_of(Path("/proc/self/exe")), shared=True)
+        ok, text = not defect, f"{text}\n{defect}"
+    if not ok:
+        raise _failed(recipe, text)
     seconds = time.perf_counter() - started
     log.info("event=compiled stem=%s target=host seconds=%.3f bytes=%d", recipe.stem, seconds, len(content))
     return Compiled(content, seconds)
+
+
+def _output(folder: Path) -> bytes:
+    try:
+        return (folder / "kernel.so").read_bytes()
+    except OSError:
+        return b""
 
 
 def _files(recipe: Recipe) -> dict[str, bytes]:
@@ -133,7 +144,10 @@ def _build(recipe: Recipe, folder: Path) -> tuple[bool, str]:
 def _run(command: list[str], folder: Path) -> tuple[bool, str]:
     # English messages, whatever the user's language: they end up in bug reports.
     environment = {**os.environ, "LC_ALL": "C"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
+    except OSError as error:
+        return False, f"{command[0]} does not start: {error}"
     return done.returncode == 0, (done.stdout + done.stderr).decode(errors="replace")
 
 

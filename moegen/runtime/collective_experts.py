@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -44,15 +46,26 @@ class CollectiveExperts:
         num_sms: int | None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
-        self.problem, self._selection = problem, selection
-        experts = len(problem.local_experts(world.rank))
-        self.received = Received(problem, experts, world.device)
-        self._arrivals = problem.num_ranks * problem.max_tokens
-        self._expert_rows = experts * self._arrivals
+        self._selection, self._world = selection, world
+        self._size_for(problem)
         self._exchange = ChunkExchange(world, problem, kernels, num_sms=num_sms, first_epoch=first_epoch)
         self.memory, self.buffer_bytes = self._exchange.memory, self._exchange.buffer_bytes
         self.stages = self._exchange.stages
         self._halves = OpenHalves(slots)
+
+    def _size_for(self, problem: Problem) -> None:
+        self.problem = problem
+        experts = len(problem.local_experts(self._world.rank))
+        self.received = Received(problem, experts, self._world.device)
+        self._arrivals = problem.num_ranks * problem.max_tokens
+        self._expert_rows = experts * self._arrivals
+
+    def for_fewer(self, max_tokens: int) -> CollectiveExperts:
+        """The same memory for calls of at most so many tokens per rank; see `LowLatency.for_fewer`."""
+        fewer = copy.copy(self)
+        fewer._size_for(replace(self.problem, max_tokens=max_tokens))
+        fewer._exchange = self._exchange.for_fewer(fewer.problem)
+        return fewer
 
     def dispatch(
         self,
