@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 class MoegenError(Exception):
@@ -50,6 +51,39 @@ class CacheError(MoegenError, RuntimeError):
 
 class WorldError(MoegenError, RuntimeError):
     """Ranks do not agree, or peers' memory cannot be mapped."""
+
+
+@dataclass(eq=False)
+class MissingRanksError(WorldError, TimeoutError):
+    """Ranks did not come to what all ranks do together between their hosts, in time or because they have ended. The
+    group, and the objects of it that exchange through torch.distributed, are unusable from then on.
+
+    Attributes:
+        rank: the rank that waited.
+        missing: those that it waited for.
+        what: what was to be exchanged; "" if it does not matter.
+        timeout: seconds that it waited; None: the processes of those ranks are known to have ended.
+    """
+
+    rank: int
+    missing: tuple[int, ...]
+    what: str = ""
+    timeout: float | None = None
+
+    ADVICE: ClassVar[str] = "This group cannot be used any more: make a new one, and new objects"
+
+    def __str__(self) -> str:
+        who = f"rank{'s' if len(self.missing) > 1 else ''} {', '.join(map(str, self.missing))}"
+        what = f" to exchange {self.what}" if self.what else ""
+        if self.timeout is None:
+            return f"rank {self.rank} cannot go on: the process of {who} has ended. {self.ADVICE}"
+        return (
+            f"rank {self.rank} waited {self.timeout:g} s for {who}{what}: all ranks make the same objects and the same "
+            f"calls, in the same order. {self.ADVICE}"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.rank, self.missing, self.what, self.timeout)
 
 
 class DestroyedError(MoegenError, RuntimeError):

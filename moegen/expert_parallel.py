@@ -109,7 +109,7 @@ class ExpertParallel(ActiveMembership, Staged):
         num_sms = checks.num_sms(num_sms)
         checks.seconds("timeout", timeout)
         admission.require_real_tensors()
-        self.world: RankWorld = as_rank_world(group_or_world, device)
+        self.world: RankWorld = as_rank_world(group_or_world, device, timeout)
         self.problem = checks.problem(
             self.world.size,
             num_experts=num_experts,

@@ -129,7 +129,7 @@ class HighThroughput(RowCalls, Staged):
         checks.seconds("timeout", timeout)
         checks.one_of("path", path, ("auto", *PATHS))
         admission.require_real_tensors()
-        self.world = as_rank_world(group_or_world, device)
+        self.world = as_rank_world(group_or_world, device, timeout)
         self.problem = row_checks.problem(
             self.world.size,
             num_experts=num_experts,

@@ -104,7 +104,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         num_sms = checks.num_sms(num_sms)
         checks.seconds("timeout", timeout)
         admission.require_real_tensors()
-        self.world = as_rank_world(group_or_world, device)
+        self.world = as_rank_world(group_or_world, device, timeout)
         self.device = self.world.device
         checks.one_of("path", path, ("auto", *PATHS))
         checks.one_of("exchange", exchange, EXCHANGES)

@@ -117,7 +117,7 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
         rows layout `packed` has, and how many each expert gets; torch lets go of the GIL.
         """
         words = (numbers.first_rows[-1:], numbers.first_slots[-1:], numbers.counts, numbers.source_counts.flatten())
-        arrivals, slots, *told = torch.cat(words).tolist()
+        arrivals, slots, *told = self._launch(self._read, torch.cat(words))
         self._raise_by(self._alive().raise_unplanned)  # nothing else: the other ranks make the second launch too
         counts, told = told[: len(self.local_experts)], told[len(self.local_experts) :]
         sources = [told[first : first + 1 + self.num_ranks] for first in range(0, len(told), 1 + self.num_ranks)]

@@ -12,14 +12,15 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
-from moegen import env
+from moegen import env, leftovers
 from moegen.codegen.files import host_files, host_headers
 from moegen.codegen.render import Source
 from moegen.compile import elf, failure
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 
 RUNTIME = "host_runtime"
 """Stem of the runtime's library."""
+
+LONGEST_SECONDS = 120.0
+"""A run of the compiler that takes longer is ended: a kernel takes it about one second, a sanitized one ten."""
 
 _WRAPPER = """#include "{stem}.cu"
 #include <moegen/entry.hpp>
@@ -86,11 +90,11 @@ def compile(recipe: Recipe) -> Compiled:
     """The shared library of a kernel or of the runtime.
 
     Raises:
-        CompileError: the compiler refused it, or its output is not sound; `folder` reproduces it.
+        CompileError: the compiler refused it, did not end within LONGEST_SECONDS, or its output is not sound;
+            `folder` reproduces it.
     """
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="moegen-cxx-") as name:
-        folder = Path(name)
+    with leftovers.folder("cxx") as folder:
         for path, content in _files(recipe).items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
@@ -144,11 +148,30 @@ def _build(recipe: Recipe, folder: Path) -> tuple[bool, str]:
 def _run(command: list[str], folder: Path) -> tuple[bool, str]:
     # English messages, whatever the user's language: they end up in bug reports.
     environment = {**os.environ, "LC_ALL": "C"}
+    output = subprocess.PIPE
+    # A group of its own, because what a compiler starts does the work, and has to end with it.
     try:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
     except OSError as error:
         return False, f"{command[0]} does not start: {error}"
-    return done.returncode == 0, (done.stdout + done.stderr).decode(errors="replace")
+    with process:
+        try:
+            parts = process.communicate(timeout=LONGEST_SECONDS)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            said = b"".join(process.communicate()).decode(errors="replace")
+            return False, f"{said}{shlex.join(command)} did not end within {LONGEST_SECONDS:g} s, and was ended"
+        except BaseException:
+            _end(process)
+            raise
+    return process.returncode == 0, b"".join(parts).decode(errors="replace")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _failed(recipe: Recipe, text: str) -> CompileError:

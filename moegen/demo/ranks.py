@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from moegen import leftovers
 from moegen.demo.layer import CONTEXT, Expert, make_embedding, make_expert, make_router
 from moegen.demo.plan import Plan
 from moegen.demo.progress import reported
@@ -48,9 +48,9 @@ def run(plan: Plan) -> list[RankResult]:
     """Runs the plan in its world; results in rank order."""
     if plan.world == "local":
         return LocalWorld(plan.num_ranks, plan.device).run(_run_rank, plan)
-    with tempfile.TemporaryDirectory(prefix="moegen-demo-") as folder:
-        spawn(_process, (plan, folder), nprocs=plan.num_ranks)
-        files = [Path(folder) / f"{rank}.pt" for rank in range(plan.num_ranks)]
+    with leftovers.folder("demo") as folder:
+        spawn(_process, (plan, str(folder)), nprocs=plan.num_ranks)
+        files = [folder / f"{rank}.pt" for rank in range(plan.num_ranks)]
         return [RankResult(**torch.load(file, weights_only=True)) for file in files]
 
 

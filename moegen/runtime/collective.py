@@ -35,6 +35,7 @@ from moegen.runtime.one_sided import OF_HANDLE
 from moegen.runtime.ownership import lasting
 from moegen.runtime.stages import Stages
 from moegen.runtime.streams import StreamOrder
+from moegen.runtime.waiting import pointless_if
 from moegen.runtime.watchdog import Watchdog
 from moegen.runtime.worlds import RankWorld
 
@@ -286,7 +287,8 @@ class CollectiveOps(BoundKernels):
         self._count[spec](at, *call.payloads, *chunks.planes, *call.routing, *call.told, *sizes, call.wide)
         self._world.all_to_all(came, sent)
         self._read_headers(came, headers, stride, call)
-        return headers.read()
+        with pointless_if(self._world.raise_if_ranks_are_gone):
+            return headers.read()
 
     def _read_headers(self, came: torch.Tensor, headers: Headers | None, stride: int, call: _Dispatch) -> None:
         """`headers`: those of an exact call, which are told what is exchanged."""
