@@ -52,6 +52,34 @@ class WorldError(MoegenError, RuntimeError):
     """Ranks do not agree, or peers' memory cannot be mapped."""
 
 
+@dataclass(eq=False)
+class DifferentCallError(WorldError):
+    """Ranks made the same call with arguments that must be equal on all of them and are not. What came from that rank
+    was left out; the object that raised it is unusable until `destroy()`.
+
+    Attributes:
+        op: stem of the kernel that compared them.
+        rank: the rank that reports.
+        peer: the rank whose call is another one.
+        arguments: in which they differ, with both values.
+    """
+
+    op: str
+    rank: int
+    peer: int
+    arguments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} and rank {self.peer} made different calls of {self.op}: they differ in "
+            f"{' and in '.join(self.arguments)}. It must be equal on all ranks. What came from rank {self.peer} was left "
+            f"out, and this object cannot be used any more: call destroy() on all ranks and make a new one."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.op, self.rank, self.peer, self.arguments)
+
+
 class DestroyedError(MoegenError, RuntimeError):
     """A call on an object after its `destroy()`."""
 
@@ -124,8 +152,8 @@ class PeerTimeoutError(MoegenError, TimeoutError):
         row = f", row {self.index}" if self.index >= 0 else ""
         return (
             f"rank {self.rank} waited {self.timeout:g} s for {self.phase} of rank {self.peer}{row} in {self.op} "
-            f"(epoch {self.epoch}: expected {self.expected:#x}, saw {self.seen:#x}). Is rank {self.peer} alive and "
-            f"making the same calls? This object cannot be used any more: call destroy() and make a new one."
+            f"(epoch {self.epoch}: expected {self.expected:#x}, saw {self.seen:#x}). Is rank {self.peer} alive? Does it "
+            f"make the same calls, in the same order, with the same arguments where they must be equal? This object cannot be used any more: call destroy() and make a new one."
         )
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:

@@ -320,9 +320,11 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
                 *(masked.SELECTED if self.masked else ()),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 *_common(self),
+                Param("uint64_t", "calls_offset", "[half][rank] u64: its call word, and the epoch that it is of"),
                 Param("uint64_t", "weights_offset", "[half][source][max_tokens][weight pieces]"),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_COMMON_32,
+                Param("uint32_t", "call", "its call word: one bit"),
                 *(masked.RENORMALIZE if self.masked else ()),
             )
         )
@@ -333,6 +335,7 @@ class Regions:
     """Where one op's parts lie in every rank's symmetric memory: byte offsets."""
 
     consumed: int
+    calls: int
     routes: int
     rows: int
     tags: int
@@ -348,6 +351,7 @@ def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start
     rows = HALVES * spec.num_ranks * max_tokens
     sizes = (
         spec.num_ranks * 4,
+        0 if isinstance(spec, LowLatencyDispatch) else HALVES * spec.num_ranks * 8,
         _routes_bytes(spec, max_tokens) if isinstance(spec, LowLatencyDispatch) else 0,
         rows * spec.record_bytes,
         rows * 8 if spec.wire == "row" else 0,

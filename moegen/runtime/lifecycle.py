@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 
-from moegen.errors import DestroyedError, MoegenError, PeerTimeoutError, SlotError
+from moegen.errors import DestroyedError, DifferentCallError, MoegenError, PeerTimeoutError, SlotError
 from moegen.runtime.memory import SymmetricMemory
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Lifecycle(Generic[Ops]):
 
         Raises:
             PeerTimeoutError: a call waited for a rank in vain; from then on every call raises it until `destroy()`.
+            DifferentCallError: a rank's arguments differed where they must be equal; from then on as well.
             InvalidRoutingError: a call met an id that names no expert.
             DestroyedError: after `destroy()`.
         """
@@ -56,7 +57,7 @@ class Lifecycle(Generic[Ops]):
     def _raise_by(self, look: Callable[[], None]) -> None:
         try:
             look()
-        except PeerTimeoutError as error:
+        except (PeerTimeoutError, DifferentCallError) as error:
             self._poison = error
             raise
 

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Call words: what must be equal on all ranks of a call's arguments, packed into one word that ranks compare.
+
+The one place that says which bits mean what. Kernels compare words as a whole and report both of them; the host makes
+them and, where two differ, says from them in which arguments.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+ON_PATH_COLLECTIVE = {
+    "coll_place": "ht_dispatch",
+    "coll_reduce": "ht_combine",
+    "coll_open": "a2a_dispatch",
+}
+"""Kernels that compare, and the ops of which they do."""
+
+
+def _whether(value: int) -> str:
+    return "given" if value else "left out"
+
+
+def _yes(value: int) -> str:
+    return str(bool(value))
+
+
+def _words(value: int) -> str:
+    return f"of {value} words" if value else "left out"
+
+
+def _one_of(*words: str) -> Callable[[int], str]:
+    return lambda value: words[value] if value < len(words) else str(value)
+
+
+def _hashed(value: int) -> str:
+    return f"others ({value:#x})"
+
+
+@dataclass(frozen=True)
+class Field:
+    """Bits of a word: an argument, and how its value is told."""
+
+    argument: str
+    bits: int
+    told: Callable[[int], str] = str
+
+
+PHASES = ("whole", "plan", "rows")
+ROW_DTYPES = ("bf16", "fp16", "fp32", "e4m3")
+
+FIELDS: dict[str, tuple[Field, ...]] = {
+    "ll_combine": (Field("topk_weights", 1, _whether),),
+    "ht_dispatch": (
+        Field("mode or handle", 2, _one_of('mode "capacity"', 'mode "exact"', "a handle")),
+    ),
+    "ht_combine": (Field("weighted", 1, _yes), Field("topk_weights", 1, _whether)),
+    "a2a_dispatch": (
+        Field("", 9),  # what travels there is the number of blocks
+        Field("active_ranks", 7, _hashed),
+        Field("payloads (their number, order, widths or dtypes)", 16, _hashed),
+        Field("max_tokens", 20, lambda value: str(value + 1)),
+        Field("stats", 11, _words),
+    ),
+    "a2a_combine": (
+        Field("dtype of y", 2, _one_of(*ROW_DTYPES)),
+        Field("expert_rows() as y", 1, _yes),
+        Field("active_ranks", 7, _hashed),
+        Field("max_tokens of the handle", 20, lambda value: str(value + 1)),
+    ),
+}
+"""Of each op, from the lowest bit up. Numbers are told as they are, all else by a code: the text says that it differs."""
+
+
+def pack(op: str, *values: int) -> int:
+    """The word of these fields, in their order."""
+    word = shift = 0
+    for field, value in zip(FIELDS[op], values, strict=True):
+        if value >> field.bits:
+            raise AssertionError(f"{op}: {field.argument} has {field.bits} bits, and {value} does not fit")
+        word |= value << shift
+        shift += field.bits
+    return word
+
+
+def differences(op: str, here: int, there: int, rank: int, peer: int) -> list[str]:
+    """The arguments in which two words differ, with both values."""
+    found = []
+    for field in FIELDS[ON_PATH_COLLECTIVE.get(op, op)]:
+        mask = (1 << field.bits) - 1
+        if here & mask != there & mask:
+            mine, theirs = field.told(here & mask), field.told(there & mask)
+            found.append(f"{field.argument} ({mine} on rank {rank}, {theirs} on rank {peer})")
+        here, there = here >> field.bits, there >> field.bits
+    return found
+
+
+@lru_cache(1024)
+def of_ranks(active: int) -> int:
+    """Seven bits for a mask of up to 64 ranks; masks that differ in one or two ranks have different ones."""
+    code = 0
+    for rank in range(active.bit_length()):
+        code ^= (rank + 1) * (active >> rank & 1)
+    return code
+
+
+def of_payloads(widths: tuple[int, ...], dtypes: tuple[object, ...]) -> int:
+    """Sixteen bits for payloads."""
+    return zlib.crc32(repr((widths, dtypes)).encode()) & 0xFFFF
