@@ -71,9 +71,9 @@ class DifferentCallError(WorldError):
 
     def __str__(self) -> str:
         return (
-            f"rank {self.rank} and rank {self.peer} made different calls of {self.op}: they differ in "
-            f"{' and in '.join(self.arguments)}. It must be equal on all ranks. What came from rank {self.peer} was left "
-            f"out, and this object cannot be used any more: call destroy() on all ranks and make a new one."
+            f"rank {self.rank} and rank {self.peer} made the same call with arguments that differ, and must be equal on "
+            f"all ranks: {', '.join(self.arguments)}. What came from rank {self.peer} in {self.op} was left out, and this "
+            "object cannot be used any more: call destroy() on all ranks and make new ones."
         )
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:

@@ -142,7 +142,7 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
         Raises:
             HandleError: the memory is not of a handle of this object.
         """
-        row_checks.handle_memory(self, memory, self.row_memory.words)
+        row_checks.handle_memory(self, memory, self.row_memory.words, num_tokens)
         numbers = self.row_memory.numbers(memory)
         if self.mode == "exact" and self.problem.path == "collective":
             numbers = replace(numbers, sources=numbers.source_counts.tolist())

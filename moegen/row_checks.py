@@ -155,11 +155,16 @@ def handle(owner: RowCalls, given: RowsHandle) -> None:
         raise HandleError("this handle comes from another object; give it to that one")
 
 
-def handle_memory(owner: RowCalls, memory: torch.Tensor, words: int) -> None:
+def handle_memory(owner: RowCalls, memory: torch.Tensor, words: int, num_tokens: int) -> None:
     fits = memory.dtype == torch.int32 and memory.device == owner.device and memory.shape == (words,)
     if not fits or not memory.is_contiguous() or memory.data_ptr() % 8 != 0:
         raise HandleError(
             f"a handle of this object has {words} words int32 on {owner.device}; this is another's memory"
+        )
+    if not 0 <= num_tokens <= owner.problem.max_tokens:
+        raise HandleError(
+            f"a handle of this object is of 0 to {owner.problem.max_tokens} tokens; got num_tokens={num_tokens}: give "
+            "the handle as dispatch returned it"
         )
 
 

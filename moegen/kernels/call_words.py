@@ -36,17 +36,15 @@ def _one_of(*words: str) -> Callable[[int], str]:
     return lambda value: words[value] if value < len(words) else str(value)
 
 
-def _hashed(value: int) -> str:
-    return f"others ({value:#x})"
-
-
 @dataclass(frozen=True)
 class Field:
-    """Bits of a word: an argument, and how its value is told."""
+    """Bits of a word: an argument, and how its value is told; None: the bits are a code that says only whether it
+    differs.
+    """
 
     argument: str
     bits: int
-    told: Callable[[int], str] = str
+    told: Callable[[int], str] | None
 
 
 PHASES = ("whole", "plan", "rows")
@@ -59,20 +57,20 @@ FIELDS: dict[str, tuple[Field, ...]] = {
     ),
     "ht_combine": (Field("weighted", 1, _yes), Field("topk_weights", 1, _whether)),
     "a2a_dispatch": (
-        Field("", 9),  # what travels there is the number of blocks
-        Field("active_ranks", 7, _hashed),
-        Field("payloads (their number, order, widths or dtypes)", 16, _hashed),
+        Field("", 9, None),  # zeros: the number of blocks travels there
+        Field("active_ranks", 7, None),
+        Field("payloads (how many, in which order, of which widths and dtypes)", 16, None),
         Field("max_tokens", 20, lambda value: str(value + 1)),
         Field("stats", 11, _words),
     ),
     "a2a_combine": (
         Field("dtype of y", 2, _one_of(*ROW_DTYPES)),
         Field("expert_rows() as y", 1, _yes),
-        Field("active_ranks", 7, _hashed),
+        Field("active_ranks", 7, None),
         Field("max_tokens of the handle", 20, lambda value: str(value + 1)),
     ),
 }
-"""Of each op, from the lowest bit up. Numbers are told as they are, all else by a code: the text says that it differs."""
+"""Of each op, from the lowest bit up."""
 
 
 def pack(op: str, *values: int) -> int:
@@ -92,8 +90,10 @@ def differences(op: str, here: int, there: int, rank: int, peer: int) -> list[st
     for field in FIELDS[ON_PATH_COLLECTIVE.get(op, op)]:
         mask = (1 << field.bits) - 1
         if here & mask != there & mask:
-            mine, theirs = field.told(here & mask), field.told(there & mask)
-            found.append(f"{field.argument} ({mine} on rank {rank}, {theirs} on rank {peer})")
+            found.append(field.argument)
+            if field.told is not None:
+                mine, theirs = field.told(here & mask), field.told(there & mask)
+                found[-1] += f" ({mine} on rank {rank}, {theirs} on rank {peer})"
         here, there = here >> field.bits, there >> field.bits
     return found
 

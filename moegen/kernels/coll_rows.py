@@ -34,6 +34,7 @@ _CALL = (
 _CHUNKS_32 = (
     Param("uint32_t", "object", "a number that all ranks' ends of this object share"),
     Param("uint32_t", "rank", "this rank"),
+    Param("uint32_t", "max_tokens", "capacity: tokens that a rank may send"),
 )
 _SCALES = {
     "token": "[rows, scale words] with the strides below",
@@ -178,7 +179,6 @@ class CollectivePlace(CollectiveSend, family="coll", op="place"):
                 *(() if self.layout == "expert" else _SCALE_STRIDES),
                 Param("Blocks", "receivers", "all blocks"),
                 *_CHUNKS_32,
-                Param("uint32_t", "max_tokens", "capacity: tokens that a rank may send"),
                 Param("uint32_t", "capacity", "rows of `out`"),
                 *((_ALIGNMENT,) if self.packed else ()),
             )
