@@ -54,14 +54,14 @@ class WorldError(MoegenError, RuntimeError):
 
 @dataclass(eq=False)
 class DifferentCallError(WorldError):
-    """Ranks made the same call with arguments that must be equal on all of them and are not. What came from that rank
-    was left out; the object that raised it is unusable until `destroy()`.
+    """Ranks gave different arguments to the same call, where all must give equal ones. The other rank's data was left
+    out; the object that raised it is unusable until `destroy()`.
 
     Attributes:
         op: stem of the kernel that compared them.
         rank: the rank that reports.
-        peer: the rank whose call is another one.
-        arguments: in which they differ, with both values.
+        peer: the rank whose arguments differ.
+        arguments: those that differ, with both values.
     """
 
     op: str
@@ -71,9 +71,9 @@ class DifferentCallError(WorldError):
 
     def __str__(self) -> str:
         return (
-            f"rank {self.rank} and rank {self.peer} made the same call with arguments that differ, and must be equal on "
-            f"all ranks: {', '.join(self.arguments)}. What came from rank {self.peer} in {self.op} was left out, and this "
-            "object cannot be used any more: call destroy() on all ranks and make new ones."
+            f"rank {self.rank} and rank {self.peer} gave different arguments to the same call, and all ranks must give "
+            f"equal ones: {', '.join(self.arguments)}. Data of rank {self.peer} in {self.op} was left out. This object "
+            "cannot be used any more: call destroy() on all ranks and make new ones."
         )
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
@@ -152,8 +152,9 @@ class PeerTimeoutError(MoegenError, TimeoutError):
         row = f", row {self.index}" if self.index >= 0 else ""
         return (
             f"rank {self.rank} waited {self.timeout:g} s for {self.phase} of rank {self.peer}{row} in {self.op} "
-            f"(epoch {self.epoch}: expected {self.expected:#x}, saw {self.seen:#x}). Is rank {self.peer} alive? Does it "
-            f"make the same calls, in the same order, with the same arguments where they must be equal? This object cannot be used any more: call destroy() and make a new one."
+            f"(epoch {self.epoch}: expected {self.expected:#x}, saw {self.seen:#x}). Is rank {self.peer} alive, and do "
+            "all ranks make the same calls in the same order, with equal arguments where they must be equal? This object "
+            "cannot be used any more: call destroy() and make a new one."
         )
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:

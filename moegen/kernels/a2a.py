@@ -224,7 +224,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
 
     @property
     def blocks_bits(self) -> int:
-        """Of a call word, in which the number of blocks is told."""
+        """Lowest bits of a call word, which are zero: the number of sending blocks travels in them."""
         return FIELDS["a2a_dispatch"][0].bits
 
     @property
@@ -250,7 +250,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
                 Param("int32_t*", "gathered", "[ranks, stats words]"),
                 Param("int32_t*", "unused_ids", "[ranks, slots, id words]: filled behind a source's rows; or null"),
                 *_BEGIN,
-                Param("uint64_t", "call", "its call word; zeros where the number of blocks is told"),
+                Param("uint64_t", "call", "call word, whose lowest bits are zero"),
                 Param("uint64_t", "counts_offset", "[half][source] pieces"),
                 Param("uint64_t", "stats_offset", "[half][source][stats pieces]"),
                 Param(
@@ -401,9 +401,11 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
                 Param("const int32_t*", "counts", "[ranks]: rows from each source"),
                 *_BEGIN,
                 Param("const Control*", "other_control", "dispatch's"),
-                Param("uint64_t", "calls_offset", "[half][rank] u64: its call word, and the combine that it begins"),
+                Param(
+                    "uint64_t", "calls_offset", "[half][rank] u64: call word and epoch of the combine that it has begun"
+                ),
                 *self._places,
                 *_ROLES,
-                Param("uint32_t", "call", "its call word"),
+                Param("uint32_t", "call", "call word"),
             )
         )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Call words: what must be equal on all ranks of a call's arguments, packed into one word that ranks compare.
+"""Call words: the arguments of a call that must be equal on all ranks, packed into a word that ranks compare.
 
-The one place that says which bits mean what. Kernels compare words as a whole and report both of them; the host makes
-them and, where two differ, says from them in which arguments.
+This is the one place that defines their fields. Kernels compare and report whole words; the host packs them, and names
+the arguments in which two words differ.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ON_PATH_COLLECTIVE = {
     "coll_reduce": "ht_combine",
     "coll_open": "a2a_dispatch",
 }
-"""Kernels that compare, and the ops of which they do."""
+"""Kernels that compare headers, and the ops whose call words these carry."""
 
 
 def _whether(value: int) -> str:
@@ -38,13 +38,11 @@ def _one_of(*words: str) -> Callable[[int], str]:
 
 @dataclass(frozen=True)
 class Field:
-    """Bits of a word: an argument, and how its value is told; None: the bits are a code that says only whether it
-    differs.
-    """
+    """An argument in a call word: its bits, and what prints its value; None: the bits are a hash."""
 
     argument: str
     bits: int
-    told: Callable[[int], str] | None
+    text: Callable[[int], str] | None
 
 
 PHASES = ("whole", "plan", "rows")
@@ -52,12 +50,10 @@ ROW_DTYPES = ("bf16", "fp16", "fp32", "e4m3")
 
 FIELDS: dict[str, tuple[Field, ...]] = {
     "ll_combine": (Field("topk_weights", 1, _whether),),
-    "ht_dispatch": (
-        Field("mode or handle", 2, _one_of('mode "capacity"', 'mode "exact"', "a handle")),
-    ),
+    "ht_dispatch": (Field("mode or handle", 2, _one_of('mode "capacity"', 'mode "exact"', "a handle")),),
     "ht_combine": (Field("weighted", 1, _yes), Field("topk_weights", 1, _whether)),
     "a2a_dispatch": (
-        Field("", 9, None),  # zeros: the number of blocks travels there
+        Field("", 9, None),  # zeros; the number of sending blocks travels there
         Field("active_ranks", 7, None),
         Field("payloads (how many, in which order, of which widths and dtypes)", 16, None),
         Field("max_tokens", 20, lambda value: str(value + 1)),
@@ -70,11 +66,11 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         Field("max_tokens of the handle", 20, lambda value: str(value + 1)),
     ),
 }
-"""Of each op, from the lowest bit up."""
+"""By op, from the lowest bit up."""
 
 
 def pack(op: str, *values: int) -> int:
-    """The word of these fields, in their order."""
+    """Packs an op's fields, given in their order."""
     word = shift = 0
     for field, value in zip(FIELDS[op], values, strict=True):
         if value >> field.bits:
@@ -85,14 +81,14 @@ def pack(op: str, *values: int) -> int:
 
 
 def differences(op: str, here: int, there: int, rank: int, peer: int) -> list[str]:
-    """The arguments in which two words differ, with both values."""
+    """Names the arguments in which two call words differ, with both values."""
     found = []
     for field in FIELDS[ON_PATH_COLLECTIVE.get(op, op)]:
         mask = (1 << field.bits) - 1
         if here & mask != there & mask:
             found.append(field.argument)
-            if field.told is not None:
-                mine, theirs = field.told(here & mask), field.told(there & mask)
+            if field.text is not None:
+                mine, theirs = field.text(here & mask), field.text(there & mask)
                 found[-1] += f" ({mine} on rank {rank}, {theirs} on rank {peer})"
         here, there = here >> field.bits, there >> field.bits
     return found
@@ -100,7 +96,7 @@ def differences(op: str, here: int, there: int, rank: int, peer: int) -> list[st
 
 @lru_cache(1024)
 def of_ranks(active: int) -> int:
-    """Seven bits for a mask of up to 64 ranks; masks that differ in one or two ranks have different ones."""
+    """Hash of a mask of up to 64 ranks in 7 bits; it differs for any two masks that differ in one or two ranks."""
     code = 0
     for rank in range(active.bit_length()):
         code ^= (rank + 1) * (active >> rank & 1)
@@ -108,5 +104,5 @@ def of_ranks(active: int) -> int:
 
 
 def of_payloads(widths: tuple[int, ...], dtypes: tuple[object, ...]) -> int:
-    """Sixteen bits for payloads."""
+    """Hash of a set of payloads in 16 bits."""
     return zlib.crc32(repr((widths, dtypes)).encode()) & 0xFFFF

@@ -185,7 +185,7 @@ _COMMON = (
     Param("uint32_t*", "aborted", "this object's abort word"),
     Param("Failure*", "failure", "where the host reads what went wrong"),
     Param("uint64_t", "consumed_offset", "[rank] u32: the last epoch that the peer has finished"),
-    Param("uint64_t", "calls_offset", "[rank] u64: its call word, and the epoch that it is of"),
+    Param("uint64_t", "calls_offset", "[rank] u64: call word and epoch of its launch"),
     Param("uint64_t", "rows_offset", "[source][max_tokens] records, each at its token's number"),
     Param("uint64_t", "tags_offset", "[source][max_tokens] u64: call word and epoch of the row there"),
     Param("uint64_t", "timeout_ns", "how long one wait may take"),
@@ -259,14 +259,14 @@ class HighThroughputDispatch(HighThroughputSpec, family="ht", op="dispatch"):
 
     @property
     def count_pieces(self) -> int:
-        """Of what a source tells first: its rows for a rank, how many select each of that rank's experts, then its
-        tokens and its rows for each rank, and its call word.
+        """Packets that a source sends first: its rows for a rank, how many select each of that rank's experts, its
+        tokens, its rows for each rank, and its call word.
         """
         return ceil_div(1 + self.max_local_experts + self.source_words + 1, PIECE_WORDS)
 
     @property
     def call(self) -> int:
-        """The call word: ranks that make the same call make it in the same phase."""
+        """The call word: the phase, which is equal on all ranks that make the same call."""
         return pack("ht_dispatch", PHASE_WORDS.index(self.phase))
 
     @property
@@ -364,7 +364,7 @@ class HighThroughputCombine(HighThroughputSpec, family="ht", op="combine"):
                 *_COMMON,
                 *_COMMON_32,
                 Param("uint32_t", "rows", "of `y`; more may have come to a dispatch that had no room for them"),
-                Param("uint32_t", "call", "its call word"),
+                Param("uint32_t", "call", "call word"),
             )
         )
 

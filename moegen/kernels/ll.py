@@ -320,11 +320,11 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
                 *(masked.SELECTED if self.masked else ()),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 *_common(self),
-                Param("uint64_t", "calls_offset", "[half][rank] u64: its call word, and the epoch that it is of"),
+                Param("uint64_t", "calls_offset", "[half][rank] u64: call word and epoch of its launch"),
                 Param("uint64_t", "weights_offset", "[half][source][max_tokens][weight pieces]"),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_COMMON_32,
-                Param("uint32_t", "call", "its call word: one bit"),
+                Param("uint32_t", "call", "call word: one bit"),
                 *(masked.RENORMALIZE if self.masked else ()),
             )
         )

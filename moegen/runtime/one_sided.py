@@ -30,7 +30,7 @@ _CONTROL_WORDS = 32
 _DISPATCH, _COMBINE, _ABORTED = range(3)
 
 _KEPT_WORDS = 1024
-"""Kinds of calls whose call words are kept."""
+"""Call words in each cache."""
 
 OF_HANDLE = ("token_ranks", "token_slots", "tokens_sent", "counts")
 
@@ -59,13 +59,13 @@ _DISPATCH_VARYING = (
 def dispatch_word(
     widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...], slots: int, stats_words: int, active: int
 ) -> int:
-    """The call word of a dispatch."""
+    """Call word of a dispatch."""
     return pack("a2a_dispatch", 0, of_ranks(active), of_payloads(widths, dtypes), slots - 1, stats_words)
 
 
 @lru_cache(_KEPT_WORDS)
 def combine_word(spec: OneSidedCombine, slots: int, active: int) -> int:
-    """The call word of a combine."""
+    """Call word of a combine."""
     return pack("a2a_combine", ROW_DTYPES.index(spec.dtype), spec.pulls, of_ranks(active), slots - 1)
 
 
@@ -238,7 +238,3 @@ class OneSidedOps(BoundKernels):
         """Of this call's timeout; a report of an expired wait names the last call's."""
         watchdog.timeout = seconds = self._timeout if timeout is None else timeout
         return int(seconds * 1e9)
-
-    def raise_expired(self) -> None:
-        for _, watchdog in self._bound.values():
-            watchdog.raise_expired()

@@ -19,9 +19,9 @@ struct Control {
     uint32_t blocks_entered;  // blocks of this launch that have read the epoch
 };
 
-// What the first wait that fails tells the host, in pinned host memory. `valid` is written last.
+// Report of the first wait that fails, in pinned host memory. `valid` is written last.
 struct Failure {
-    uint32_t valid;  // kExpired, or kOtherCall: then the call words below are, and phase to seen are not
+    uint32_t valid;  // a Report
     uint32_t phase;
     uint32_t rank;
     uint32_t peer;
@@ -36,13 +36,14 @@ struct Failure {
     uint32_t call_there[2];  // that of `peer`
 };
 
+// kExpired: phase to seen describe the wait. kOtherCall: the call words of rank and peer differ.
 enum Report : uint32_t { kNone, kExpired, kOtherCall };
 
-// A call word holds what must be equal on all ranks of a call's arguments; moegen.kernels.call_words says where. It is
-// compared as a whole: ahead of an epoch where it travels in 64 bits.
+// A call word packs the arguments of a call that must be equal on all ranks (moegen.kernels.call_words has the fields).
+// Kernels compare it as a whole. In a 64-bit word it stands above the epoch.
 __device__ __forceinline__ uint64_t with_call(uint32_t call, uint32_t epoch) { return uint64_t(call) << 32 | epoch; }
 
-// Tells the host that a peer's call is not this one. Others may be telling it the same at the same time.
+// Reports that a peer's call word differs. Several threads may write the same report at once.
 __device__ __forceinline__ void write_other_call(Failure* failure, uint32_t rank, Awaited what, uint32_t epoch,
                                                  uint64_t here, uint64_t there) {
     store_relaxed_sys(&failure->rank, rank);

@@ -18,8 +18,8 @@ struct Watch {
     uint32_t call;          // this rank's
 };
 
-// Whether the peer's call is not this one, which the host is told: what it sends is left out, and it is not marked.
-__device__ __forceinline__ bool makes_another_call(const Watch& watch, Awaited what) {
+// Whether the peer's call word differs, which is reported: its data is left out, but it is not marked as missing.
+__device__ __forceinline__ bool makes_different_call(const Watch& watch, Awaited what) {
     if (watch.calls == nullptr) return false;
     const uint64_t said = load_relaxed_sys(watch.calls + what.peer);
     if (uint32_t(said) != watch.epoch || uint32_t(said >> 32) == watch.call) return false;
@@ -48,7 +48,7 @@ __device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, 
         const bool checks = polls % kPollsPerCheck == 0 && what.peer != watch.rank;
         const bool expired = checks && global_timer_ns() > deadline_ns(watch, what.phase);
         if (poll() == expected) return true;
-        if (checks && (!is_active(watch, what.peer) || makes_another_call(watch, what))) return false;
+        if (checks && (!is_active(watch, what.peer) || makes_different_call(watch, what))) return false;
         if (expired) {
             store_relaxed_sys(watch.active + what.peer, 0);
             return false;
