@@ -153,8 +153,8 @@ class PeerTimeoutError(MoegenError, TimeoutError):
         return (
             f"rank {self.rank} waited {self.timeout:g} s for {self.phase} of rank {self.peer}{row} in {self.op} "
             f"(epoch {self.epoch}: expected {self.expected:#x}, saw {self.seen:#x}). Is rank {self.peer} alive, and do "
-            "all ranks make the same calls in the same order, with equal arguments where they must be equal? This object "
-            "cannot be used any more: call destroy() and make a new one."
+            "all ranks make the same calls in the same order, with equal arguments where they must be equal? This "
+            "object cannot be used any more: call destroy() and make a new one."
         )
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
