@@ -321,9 +321,11 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
                 *(masked.SELECTED if self.masked else ()),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 *_common(self),
+                Param("uint64_t", "calls_offset", "[half][rank] u64: call word and epoch of its launch"),
                 Param("uint64_t", "weights_offset", "[half][source][capacity][weight pieces]"),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_COMMON_32,
+                Param("uint32_t", "call", "call word: one bit"),
                 *(masked.RENORMALIZE if self.masked else ()),
             )
         )
@@ -334,6 +336,7 @@ class Regions:
     """Where one op's parts lie in every rank's symmetric memory: byte offsets."""
 
     consumed: int
+    calls: int
     routes: int
     rows: int
     tags: int
@@ -349,6 +352,7 @@ def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start
     rows = HALVES * spec.num_ranks * max_tokens
     sizes = (
         spec.num_ranks * 4,
+        0 if isinstance(spec, LowLatencyDispatch) else HALVES * spec.num_ranks * 8,
         _routes_bytes(spec, max_tokens) if isinstance(spec, LowLatencyDispatch) else 0,
         rows * spec.record_bytes,
         rows * 8 if spec.wire == "row" else 0,

@@ -154,6 +154,9 @@ class ChunkExchange:
         local = self.memory.local
         return local[:sent], local[self._half : self._half + came]
 
+    def raise_expired(self) -> None:
+        self._watchdog.raise_expired()
+
     def raise_mismatched(self) -> None:
         self._watchdog.raise_mismatched()
 

@@ -11,6 +11,7 @@ import torch
 
 from moegen.admission import Span
 from moegen.handle import Dispatched, Handle
+from moegen.kernels.call_words import pack
 from moegen.kernels.problem import Problem
 from moegen.runtime.bound import address
 from moegen.runtime.chunk_exchange import ChunkExchange
@@ -27,6 +28,9 @@ _SENT, _CAME = slice(0, 3), slice(3, 7)
 
 _ROW_WEIGHTS = 3
 """Of the latter."""
+
+_WORD = pack("ht_combine", 0, 0)
+"""Call word of every combine: weights given to it are exchanged before."""
 
 
 class CollectiveExperts:
@@ -135,8 +139,8 @@ class CollectiveExperts:
         results = (0, 0, out.data_ptr(), 0)
         self._exchange.call(
             "combine",
-            (self._selection.combine, (*given, *came, self._expert_rows)),
-            (self._selection.reduce, (*given, *results, *sent, *came, handle.num_tokens, self._expert_rows)),
+            (self._selection.combine, (*given, *came, self._expert_rows, _WORD)),
+            (self._selection.reduce, (*given, *results, *sent, *came, handle.num_tokens, self._expert_rows, _WORD)),
         )
         return self._halves.open(OpenHalf("combine", slot, handle.addresses, ())) if hook else None
 
@@ -166,7 +170,8 @@ class CollectiveExperts:
         return self._halves.is_unfinished(handle.addresses[0])
 
     def raise_expired(self) -> None:
-        """Nothing here waits for a rank; torch.distributed does, and raises for itself."""
+        """Nothing here waits for a rank; torch.distributed does, and raises for itself. Headers are compared."""
+        self._exchange.raise_expired()
 
     def raise_what_happened(self) -> None:
         self._exchange.raise_what_happened()

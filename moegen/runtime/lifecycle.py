@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 
-from moegen.errors import DestroyedError, LaunchError, MoegenError, PeerTimeoutError, SlotError
+from moegen.errors import (
+    DestroyedError,
+    DifferentCallError,
+    LaunchError,
+    MoegenError,
+    PeerTimeoutError,
+    SlotError,
+)
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.ownership import Exclusive, exclusive
 from moegen.runtime.streams import read_by_host, wait_for_stream
@@ -52,6 +59,7 @@ class Lifecycle(Exclusive, Generic[Ops]):
 
         Raises:
             PeerTimeoutError: a call waited for a rank in vain; from then on every call raises it until `destroy()`.
+            DifferentCallError: a rank's arguments differed where they must be equal; from then on as well.
             InvalidRoutingError: a call met an id that names no expert.
             DestroyedError: after `destroy()`.
             BusyError: another thread is inside a call.
@@ -68,7 +76,7 @@ class Lifecycle(Exclusive, Generic[Ops]):
     def _raise_by(self, look: Callable[[], None]) -> None:
         try:
             look()
-        except PeerTimeoutError as error:
+        except (PeerTimeoutError, DifferentCallError) as error:
             self._poison = error
             raise
 

@@ -68,6 +68,7 @@ _COMBINE_VARYING = (
     "tokens_sent",
     "tokens",
     "timeout_ns",
+    "call",
 )
 _MASKED_VARYING = {
     "dispatch": ("selected_ranks", "selected_weights", "waited_ns"),
@@ -161,7 +162,7 @@ class LowLatency:
             fixed["routes_offset"] = at.routes
             varying = (*_DISPATCH_VARYING, "scales") if spec.scale_words else _DISPATCH_VARYING
         else:
-            fixed["weights_offset"] = at.weights
+            fixed["weights_offset"], fixed["calls_offset"] = at.weights, at.calls
         if self.active is None:
             fixed["aborted"] = self.control[-1].data_ptr()
         else:
@@ -255,6 +256,7 @@ class LowLatency:
             *handle.addresses[: len(FOR_EVERY_COMBINE)],
             handle.num_tokens,
             self._nanoseconds(timeout),
+            weights is not None,
         )
         if self.active is not None:
             arguments = (*arguments, *handle.addresses[len(FOR_EVERY_COMBINE) :], address(waited), renormalize)

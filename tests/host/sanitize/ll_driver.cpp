@@ -9,7 +9,7 @@
 
 // Where one op's parts lie in symmetric memory.
 struct Regions {
-    uint64_t consumed, routes, rows, tags, weights, end;
+    uint64_t consumed, calls, routes, rows, tags, weights, end;
 };
 
 // A dispatch and a combine kernel, a copy for each rank. `late`: weights are given to combine. `masked`: ranks may be
@@ -151,6 +151,8 @@ void Ranks::combine_with(Rank& rank, Round& round, std::vector<Bf16>& result) {
         p.selected_weights = round.selected_weights.data();
         p.renormalize = 1;  // by 1 where nobody is missing
     }
+    p.calls_offset = variant_.combine_at.calls;
+    p.call = variant_.late;
     p.weights_offset = variant_.combine_at.weights;
     p.y = reinterpret_cast<const uint8_t*>(round.y.data());
     p.out = reinterpret_cast<uint8_t*>(result.data());
