@@ -25,6 +25,7 @@ struct Failure {
     uint32_t invalid_token;  // 1 + a token that selected an expert that does not exist; 0: none did
     uint32_t mismatched;     // 1 + a rank whose rows belong to another call than this rank's; 0: none
     uint32_t rows_needed;    // more rows came than there was room for: room for at least so many; 0: all had room
+    uint32_t left_out_by;    // 1 + a rank that has left this one out; 0: none
 };
 
 // Epochs run from 2 to 2**32 - 1 and begin again: 0, which fresh memory holds, is never current, and even and odd ones
