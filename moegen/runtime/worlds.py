@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import threading
@@ -61,7 +60,8 @@ class RankWorld(ProcessBound, ABC):
 
     def within(self, timeout: float) -> Self:
         """The same end of the same world, with another timeout."""
-        other = copy.copy(self)
+        other = object.__new__(type(self))  # no copy: worlds refuse to be copied
+        other.__dict__.update(self.__dict__)
         other.timeout = timeout
         return other
 
@@ -194,6 +194,10 @@ class LocalRank(RankWorld):
         if self._stream is not None and world.size > 1:
             with self.stream_context():
                 _keep_memory_ready(world.device)
+
+    @property
+    def group(self) -> object:
+        return self._world.ranks[self.rank]
 
     def stream_context(self) -> Any:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
