@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from moegen import checks
+from moegen import admission, checks
 from moegen.errors import HandleError
 from moegen.handle import CombineOptions, Dispatched, DispatchOptions, Handle
 from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
@@ -20,7 +21,7 @@ from moegen.runtime.membership import ActiveMembership
 from moegen.runtime.ownership import exclusive, lasting
 from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.staged import Staged
-from moegen.runtime.streams import CommStream, Event, current_stream, record
+from moegen.runtime.streams import CommStream, Event, current_stream
 from moegen.runtime.worlds import RankWorld, as_rank_world
 from moegen.select import CollectiveSelection, Selection, select, select_collective
 
@@ -103,11 +104,12 @@ class ExpertParallel(ActiveMembership, Staged):
         checks.one_of("mode", mode, ("capacity",))
         checks.one_of("family", family, ("auto", "ll"))
         checks.one_of("path", path, ("auto", *PATHS))
-        checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
-        if num_sms is not None:
-            checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
+        first_epoch = checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
+        slots = checks.in_range("slots", slots, 1, checks.MAX_SLOTS)
+        num_sms = checks.num_sms(num_sms)
         checks.seconds("timeout", timeout)
-        self.world: RankWorld = as_rank_world(group_or_world, device)
+        admission.require_real_tensors()
+        self.world: RankWorld = as_rank_world(group_or_world, device, timeout)
         self.problem = checks.problem(
             self.world.size,
             num_experts=num_experts,
@@ -205,7 +207,8 @@ class ExpertParallel(ActiveMembership, Staged):
             num_tokens: int32 [1] on the device: how many of the T tokens count, read when the kernel runs, so that
                 one captured graph serves every batch size.
             out: what to write into: an earlier result that is not needed any more, or `allocate()`'s (then nothing is
-                allocated), or only the tensor for `Dispatched.tokens`.
+                allocated; it is the result, and handles that it had before are void), or only the tensor for
+                `Dispatched.tokens`. It shares no memory with an input, nor with what a call needs whose hook is open.
             total_counts: int32 [local experts] on the device, to which the counts of this call are added.
             timeout: seconds, for this call in place of the object's.
             waited_ns: int64 [ranks] on the device, to which the nanoseconds are added that this call waited for each
@@ -230,39 +233,39 @@ class ExpertParallel(ActiveMembership, Staged):
         """
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
-            with self._comm_stream as comm:
-                given = out if isinstance(out, torch.Tensor) else None
-                record(self.device, (x, topk_idx, topk_weights, num_tokens, total_counts, waited_ns, given))
-                received = self.dispatch(
-                    x,
-                    topk_idx,
-                    topk_weights,
-                    num_tokens=num_tokens,
-                    out=out,
-                    total_counts=total_counts,
-                    timeout=timeout,
-                    waited_ns=waited_ns,
-                )
-            results = (received.tokens, received.scales, received.handle.memory)
-            return received, Event(comm, results)
+            numbers = {"num_tokens": num_tokens, "total_counts": total_counts, "waited_ns": waited_ns}
+            given = out if isinstance(out, torch.Tensor) else None
+            call = partial(self.dispatch, x, topk_idx, topk_weights, out=out, timeout=timeout, **numbers)
+            parts = (x, topk_idx, topk_weights, given, *numbers.values())
+            return self._comm_stream.run(None, parts, call, lambda received: received.allocations)
         ops = self._alive()
         self._raise_reported()
+        admission.require_real_tensors()
         self._check_hook(return_recv_hook)
         x = checks.tokens(self, x)
-        checks.num_tokens(self, num_tokens)
+        num_tokens = checks.num_tokens(self, num_tokens)
         topk_idx = checks.topk_idx(self, topk_idx, x.shape[0], num_tokens)
         topk_weights = checks.topk_weights(self, topk_weights, x.shape[0])
         checks.total_counts(self, total_counts)
         checks.waiting(self, timeout, waited_ns)
         if isinstance(out, Dispatched):
             checks.reused(self, out)
-            received = out.for_tokens(x.shape[0])
+            received = out
         else:
             checks.out(self, out, ops.received.tokens_shape, ops.received.dtype)
             received = ops.received.allocate(self, x.shape[0], current_stream(self.device), out)
+        written: Sequence[torch.Tensor] = ()
+        if not (out is total_counts is waited_ns is None):
+            inputs = (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights), ("num_tokens", num_tokens))
+            written = checks.outputs(self, out, total_counts, waited_ns, inputs)
         arguments = (x, topk_idx, topk_weights, num_tokens, received, total_counts, return_recv_hook)
         hook = self._launch(ops.dispatch, *arguments, timeout, waited_ns)
-        return received if hook is None else (received, partial(self._receive, hook))
+        admission.note_writes(written)
+        if received is out:
+            received.refilled(x.shape[0])
+        if hook is None:
+            return received
+        return received, self._hook(hook, (*received.allocations, total_counts, waited_ns))
 
     @exclusive
     def allocate(
@@ -341,7 +344,7 @@ class ExpertParallel(ActiveMembership, Staged):
             y: [local experts, ranks * max_tokens_per_rank, hidden], rows where dispatch put them.
             handle: of the dispatch; may be used more than once.
             topk_weights: [T, topk] float32, in place of those given to dispatch. All ranks give them, or none does.
-            out: the tensor for the result; then nothing is allocated.
+            out: the tensor for the result, as for `dispatch`; then nothing is allocated.
             timeout, waited_ns: as for `dispatch`; here it is the first partial sum of each rank that is waited for.
             renormalize: multiply the result of a token that misses experts by the sum of all its weights over the sum
                 of those that are in it (by 0 if that is 0). Needs `active_ranks`.
@@ -356,14 +359,12 @@ class ExpertParallel(ActiveMembership, Staged):
         """
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
-            with self._comm_stream as comm:
-                record(self.device, (y, topk_weights, out, waited_ns))
-                combined = self.combine(
-                    y, handle, topk_weights, out=out, timeout=timeout, waited_ns=waited_ns, renormalize=renormalize
-                )
-            return combined, Event(comm, (combined,))
+            how = {"out": out, "timeout": timeout, "waited_ns": waited_ns, "renormalize": renormalize}
+            call = partial(self.combine, y, handle, topk_weights, **how)
+            return self._comm_stream.run(None, (y, topk_weights, out, waited_ns), call, lambda combined: (combined,))
         ops = self._alive()
         self._raise_reported()
+        admission.require_real_tensors()
         self._check_hook(return_recv_hook)
         checks.handle(self, handle)
         if ops.is_unfinished(handle):
@@ -373,11 +374,16 @@ class ExpertParallel(ActiveMembership, Staged):
         shape = (handle.num_tokens, self.problem.hidden)
         checks.out(self, out, shape, self.dtype)
         checks.waiting(self, timeout, waited_ns, renormalize)
+        written: Sequence[torch.Tensor] = ()
+        if not (out is waited_ns is None):
+            inputs = (("y", y), ("topk_weights", topk_weights), ("the memory of the handle", handle.memory))
+            written = checks.outputs(self, out, None, waited_ns, inputs)
         if out is None:
             out = torch.empty(shape, dtype=self.dtype, device=self.device)
         arguments = (y, handle, topk_weights, out, return_recv_hook)
         hook = self._launch(ops.combine, *arguments, timeout, waited_ns, renormalize)
-        return out if hook is None else (out, partial(self._receive, hook))
+        admission.note_writes(written)
+        return out if hook is None else (out, self._hook(hook, (out, waited_ns), handle.memory))
 
     @exclusive
     def warmup(self) -> None:

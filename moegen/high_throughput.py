@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from moegen import checks, row_checks
+from moegen import admission, checks, row_checks
 from moegen.errors import DestroyedError, InputError
 from moegen.row_calls import RowCalls
 from moegen.rows import (
@@ -123,13 +123,13 @@ class HighThroughput(RowCalls, Staged):
         checks.one_of("mode", mode, row_checks.MODES)
         if borrow and mode != "capacity":
             raise InputError('borrow is for mode "capacity": there is nothing to make of the right size')
-        checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
-        checks.in_range("alignment", alignment, 1, 2**16)
-        if num_sms is not None:
-            checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
+        first_epoch = checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
+        alignment = checks.in_range("alignment", alignment, 1, 2**16)
+        num_sms = checks.num_sms(num_sms)
         checks.seconds("timeout", timeout)
         checks.one_of("path", path, ("auto", *PATHS))
-        self.world = as_rank_world(group_or_world, device)
+        admission.require_real_tensors()
+        self.world = as_rank_world(group_or_world, device, timeout)
         self.problem = row_checks.problem(
             self.world.size,
             num_experts=num_experts,
@@ -182,6 +182,7 @@ class HighThroughput(RowCalls, Staged):
         """
         ops = self._alive()
         self._raise_reported()
+        admission.require_real_tensors()
         ids = checks.topk_idx(self, topk_idx, topk_idx.shape[0], None)
         return self._launch(ops.layout, ids)
 
@@ -239,7 +240,7 @@ class HighThroughput(RowCalls, Staged):
             max_rows: room of the result in mode "capacity", instead of room for whatever may come. If more rows come,
                 they are left out and the next call or `check()` raises CapacityError.
             out, out_scales: tensors for `DispatchedRows.tokens` and `scales`, in mode "capacity" or with a handle; the
-                scales may have any strides.
+                scales may have any strides by which no two share memory. Neither shares memory with an input.
             total_counts: int32 [local experts] on the device, to which the counts of this call are added.
             mode: for this call in place of the object's; all ranks say the same.
             zero_unused: rows that nothing came for are zeros, where the call makes the result.
@@ -318,7 +319,7 @@ class HighThroughput(RowCalls, Staged):
             bias: one or two tensors [T, hidden] bfloat16 that are added to this rank's sums.
             weighted: False: layout `packed` adds rows up without their weights, each once, also where a token selects
                 an expert twice. All ranks say the same.
-            out: the tensor for the result.
+            out: the tensor for the result. It may be one of `bias`, and shares no memory with other inputs.
             num_sms, timeout: as for `dispatch`.
 
         Returns:

@@ -11,7 +11,7 @@ from typing import Any, overload
 
 import torch
 
-from moegen import checks, payload_checks, payload_results
+from moegen import admission, checks, payload_checks, payload_results
 from moegen.kernels.a2a import OneSidedCombine
 from moegen.kernels.coll import for_exact
 from moegen.kernels.problem import Problem
@@ -100,11 +100,11 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         device: str | torch.device | None = None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
-        checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
-        if num_sms is not None:
-            checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
+        first_epoch = checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
+        num_sms = checks.num_sms(num_sms)
         checks.seconds("timeout", timeout)
-        self.world = as_rank_world(group_or_world, device)
+        admission.require_real_tensors()
+        self.world = as_rank_world(group_or_world, device, timeout)
         self.device = self.world.device
         checks.one_of("path", path, ("auto", *PATHS))
         checks.one_of("exchange", exchange, EXCHANGES)
@@ -121,6 +121,8 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             path=choose(self.world, path),
             on_host=self.device.type == "cpu",
         )
+        hidden, max_tokens_per_rank = self.problem.hidden, self.problem.max_tokens
+        payload_bytes = checks.integer("payload_bytes", payload_bytes)
         self.dtype, self.payload_bytes, self._expert_rows = dtype, payload_bytes, expert_rows
         self.combine_bytes = hidden * dtype.itemsize
         self._settings = (payload_bytes, expert_rows, timeout, first_epoch, exchange)
@@ -132,7 +134,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         elif expert_rows:
             foreseen.append(self._combine_spec(dtype, payload_checks.usual_out(dtype), pulls=True))
         if payloads:
-            widths = tuple(columns * each.itemsize for columns, each in payloads)
+            widths = payload_checks.foreseen(payloads)
             payload_checks.room(self, widths)
             foreseen += self._with_others(dispatch_spec(self.problem, widths), self._may_be_exact)
         self._chosen: dict[Hashable, Any] = {}
@@ -175,7 +177,8 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         Args:
             topk_idx: [T, topk], int32 or int64, ids in [-1, num_experts); -1 selects nothing. 0 <= T <= max_tokens; T
                 may differ between ranks and calls.
-            payloads: 1 to 16 tensors [T, columns] of any dtype. All ranks give the same dtypes and columns.
+            payloads: 1 to 16 tensors [T, columns] of any dtype. All ranks give the same dtypes and columns. What an
+                earlier dispatch returned has to be cloned before it is sent on: it lies where others write now.
             max_tokens: rows of the result per source, equal on all ranks; it may change from call to call. None:
                 max_tokens_per_rank.
             num_tokens: int32 [1] on the device: how many of the T tokens count, read when the kernel runs, so that
@@ -200,13 +203,14 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         """
         ops = self._alive()
         self._raise_reported()
-        slots = self.problem.max_tokens if max_tokens is None else max_tokens
-        checks.in_range("max_tokens", slots, 1, self.problem.max_tokens)
+        admission.require_real_tensors()
+        slots = payload_checks.slots(self, max_tokens)
         moved = payload_checks.payloads(self, payloads, slots)
-        checks.num_tokens(self, num_tokens)
+        num_tokens = checks.num_tokens(self, num_tokens)
         topk_idx = checks.topk_idx(self, topk_idx, moved[0].shape[0], num_tokens)
-        payload_checks.unused_ids(unused_ids, moved)
-        payload_checks.stats(self, stats)
+        unused_ids = payload_checks.unused_ids(unused_ids, moved)
+        stats = payload_checks.stats(self, stats)
+        payload_checks.lie_elsewhere(ops.shown, moved, topk_idx, num_tokens, stats)
         active = payload_checks.active(self, active_ranks)
         if timeout is not None:
             checks.seconds("timeout", timeout)
@@ -221,6 +225,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             ops.dispatch, spec, moved, topk_idx, num_tokens, addresses, slots, stats, gathered, unused_ids, active,
             timeout, exact,
         )  # fmt: skip
+        admission.note_writes((ops.memory.local,))
         stream = current_stream(self.device)
         handle = PayloadsHandle(self, moved[0].shape[0], slots, memory, addresses, stream, exchanged)
         views = ops.views(moved, widths, slots, 0 if stats is None else stats.numel())
@@ -276,7 +281,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             handle: of the dispatch, on all ranks the same one; may be used more than once.
             out_dtype: bfloat16, float16 or float32. None: that of y, or bfloat16 if that is float8_e4m3fn.
             out: the tensor for the result, whose dtype then counts, or with `quantize` those of a `Quantised`; nothing
-                is allocated.
+                is allocated. It shares no memory with an input, nor with what dispatch returned.
             quantize: "mxfp8" or "nvfp4": the fp32 sums become e4m3 or e2m1 numbers that share scales, by the rules of
                 `moegen.reference_quantise`. MXFP8's scale is the least power of two that brings a group to 448 or
                 less: the OCP specification (MX v1.0, 6.3) rounds it down instead, so that elements saturate; rounding
@@ -296,6 +301,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         """
         ops = self._alive()
         self._raise_reported()
+        admission.require_real_tensors()
         payload_checks.handle(self, handle)
         y = payload_checks.outputs(self, y, handle.max_tokens)
         if ops.receives_in(y):
@@ -304,6 +310,10 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             self, y.dtype, handle.num_tokens, out_dtype=out_dtype, out=out, quantize=quantize,
             output_scale=output_scale, scale_layout=scale_layout,
         )  # fmt: skip
+        if to.given:
+            receive_buffer = admission.span("this object's receive buffer", ops.memory.local)
+            inputs = (("y", y), ("output_scale", to.output_scale), ("the memory of the handle", handle.memory))
+            admission.apart(to.given, inputs, (receive_buffer,))
         active = payload_checks.active(self, active_ranks)
         if timeout is not None:
             checks.seconds("timeout", timeout)
@@ -314,6 +324,8 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         if handle.stream != current_stream(self.device):  # the handle may be dropped before this stream has read it
             record(self.device, (handle.memory,))
         self._launch(ops.combine, spec, y, to.addresses, handle, active, timeout)
+        if to.given:
+            admission.note_writes([tensor for _, tensor in to.given])
         return to.made
 
     @property
@@ -337,8 +349,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             InputError: the object was made without, or has no room for such rows.
         """
         ops = self._alive()
-        slots = self.problem.max_tokens if max_tokens is None else max_tokens
-        checks.in_range("max_tokens", slots, 1, self.problem.max_tokens)
+        slots = payload_checks.slots(self, max_tokens)
         payload_checks.expert_rows(self, self._expert_rows, dtype)
         return ops.expert_rows(slots, self.problem.hidden, self.dtype if dtype is None else dtype)
 

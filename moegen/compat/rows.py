@@ -11,6 +11,7 @@ import torch
 from moegen import checks
 from moegen.errors import CapacityError, InputError
 from moegen.high_throughput import HighThroughput
+from moegen.kernels.integers import settle_integers
 from moegen.kernels.problem import Problem
 from moegen.rows import DispatchedRows, Given, Layout, RowsHandle
 from moegen.runtime.kernel import load
@@ -39,6 +40,9 @@ class Shape:
     alignment: int = 1
     dtype: torch.dtype = torch.bfloat16
     scale_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        settle_integers(self, InputError)
 
     def of(self, x: Tensor | Given) -> Shape:
         """The same routing for such tokens."""
@@ -95,7 +99,7 @@ class RowLayers(ProcessBound):
         return self._world
 
     def counts(self, num_topk: int, num_experts: int) -> Counts:
-        key = (num_topk, num_experts)
+        key = (num_topk, checks.integer("num_experts", num_experts))
         if key not in self._counts:
             self._counts[key] = Counts(self.world, *key)
         return self._counts[key]

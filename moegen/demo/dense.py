@@ -10,6 +10,7 @@ import torch
 
 from moegen.demo.layer import make_expert
 from moegen.demo.plan import Plan
+from moegen.demo.progress import reported
 from moegen.demo.ranks import RankResult
 from moegen.reference import BF16_ROUNDING, FP32_ROUNDING
 
@@ -48,7 +49,7 @@ def compare(plan: Plan, results: Sequence[RankResult]) -> Verdict:
         torch.stack([getattr(result, name) for result in results]).to(device) for name in ("x", "ids", "weights", "out")
     )
     dense = _Dense(plan, x, ids, weights)
-    for expert in range(plan.preset.num_experts):
+    for expert in reported(range(plan.preset.num_experts), "experts of the dense layer"):
         dense.add(expert)
     bound = dense.bound()
     error = (out.flatten(0, 2).double() - dense.exact).abs()

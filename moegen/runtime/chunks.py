@@ -14,6 +14,7 @@ import torch
 from moegen.kernels.coll import MAX_HEADER_BYTES, chunk_planes, header_bytes, part_bytes
 from moegen.payloads import ExchangedRows
 from moegen.runtime.ownership import lasting
+from moegen.runtime.streams import read_by_host
 
 
 class Chunks:
@@ -90,7 +91,7 @@ class Headers:
 
     def read(self) -> ExchangedRows:
         """What is exchanged. Waits for the current stream; torch lets go of the GIL."""
-        came, sent = self._exchanged.tolist()
+        came, sent = read_by_host(self._exchanged)
         return ExchangedRows(tuple(came), tuple(sent))
 
 

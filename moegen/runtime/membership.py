@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 
+from moegen import admission
 from moegen.errors import InputError, SlotError
 from moegen.kernels.problem import Problem
 from moegen.runtime.collective_experts import CollectiveExperts
-from moegen.runtime.halves import OpenHalf
+from moegen.runtime.halves import Hook, OpenHalf
 from moegen.runtime.lifecycle import Lifecycle, Ops
 from moegen.runtime.low_latency import LowLatency
 from moegen.runtime.ownership import exclusive
@@ -67,9 +71,19 @@ class ActiveMembership(Membership[LowLatency | CollectiveExperts]):
         if hook and not self.problem.hooks:
             raise SlotError("this object was made without hooks; make it with slots=2 (or more) to use them")
 
+    def _hook(self, half: OpenHalf, outputs: Sequence[torch.Tensor | None], *read: torch.Tensor) -> Hook:
+        """For the second half, which writes `outputs` and reads from `read`: until then no call may write there."""
+        written = [tensor for tensor in outputs if tensor is not None]
+        half.holds = tuple(admission.span(_HELD, tensor) for tensor in (*written, *read))
+        return partial(self._receive, half, written)
+
     @exclusive
-    def _receive(self, half: OpenHalf) -> None:
+    def _receive(self, half: OpenHalf, written: Sequence[torch.Tensor]) -> None:
         """The hook that users get: a failure poisons the object, and on a CPU is raised at once."""
         ops = self._alive()
         self._raise_reported()
         self._launch(ops.receive, half)
+        admission.note_writes(written)
+
+
+_HELD = "the memory of a call whose hook was not called yet"

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kernels report to the host (struct Failure in `templates/device/signal.cuh`), as exceptions."""
+"""What kernels report to the host (struct Failure in `templates/device/launch.cuh`), as exceptions."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
 
-from moegen.errors import CapacityError, InvalidRoutingError, PeerTimeoutError, WorldError
+from moegen.errors import CapacityError, DifferentCallError, InvalidRoutingError, PeerTimeoutError, WorldError
+from moegen.kernels.call_words import differences
 from moegen.runtime.memory import HostWords
 
 _FIELDS = (
@@ -21,7 +22,13 @@ _FIELDS = (
     "invalid_token",
     "mismatched",
     "rows_needed",
+    "call_here",
+    "call_here_high",
+    "call_there",
+    "call_there_high",
 )
+_OTHER_CALL = 2
+"""What `valid` is then; see enum Report."""
 _FAILURE_BYTES = 4 * len(_FIELDS)
 
 
@@ -45,11 +52,15 @@ class Watchdog:
         return self._words.address + kernel * _FAILURE_BYTES
 
     def raise_expired(self) -> None:
-        """Raises PeerTimeoutError, on this and every later call, if a wait expired; all else is left for later."""
+        """Raises PeerTimeoutError or DifferentCallError, on this and every later call, if a wait failed; all else is
+        left for later.
+        """
         if self._all == self._nothing:
             return
         for kernel, stem in enumerate(self._stems):
             words = self._failure(kernel)
+            if words["valid"] == _OTHER_CALL:
+                raise self._other_call(stem, words)
             if words["valid"]:
                 raise self._expired(stem, words)
 
@@ -62,7 +73,7 @@ class Watchdog:
         """Raises what the kernels have reported so far; costs one look at host memory.
 
         Raises:
-            PeerTimeoutError: on this and every later call.
+            PeerTimeoutError, DifferentCallError: on this and every later call.
             InvalidRoutingError, CapacityError: once; the words are then cleared.
         """
         if self._all == self._nothing:
@@ -109,6 +120,13 @@ class Watchdog:
     def _failure(self, kernel: int) -> dict[str, int]:
         first = kernel * len(_FIELDS)
         return dict(zip(_FIELDS, self._words.words[first : first + len(_FIELDS)], strict=True))
+
+    @staticmethod
+    def _other_call(stem: str, seen: Mapping[str, int]) -> DifferentCallError:
+        here, there = (seen[f"{side}_high"] << 32 | seen[side] for side in ("call_here", "call_there"))
+        op = "_".join(stem.split("_")[:2])
+        found = differences(op, here, there, seen["rank"], seen["peer"])
+        return DifferentCallError(stem, seen["rank"], seen["peer"], tuple(found))
 
     def _expired(self, stem: str, seen: Mapping[str, int]) -> PeerTimeoutError:
         return PeerTimeoutError(

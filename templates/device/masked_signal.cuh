@@ -13,7 +13,19 @@ struct Watch {
     uint64_t timeout_ns;
     uint32_t rank;
     uint32_t epoch;
+    Failure* failure;
+    const uint64_t* calls;  // [ranks]: a rank's call word, and the epoch that it is of; or null
+    uint32_t call;          // this rank's
 };
+
+// Whether the peer's call word differs, which is reported: its data is left out, but it is not marked as missing.
+__device__ __forceinline__ bool makes_different_call(const Watch& watch, Awaited what) {
+    if (watch.calls == nullptr) return false;
+    const uint64_t said = load_relaxed_sys(watch.calls + what.peer);
+    if (uint32_t(said) != watch.epoch || uint32_t(said >> 32) == watch.call) return false;
+    write_other_call(watch.failure, watch.rank, what, watch.epoch, watch.call, said >> 32);
+    return true;
+}
 
 // This rank is always active for itself.
 __device__ __forceinline__ bool is_active(const Watch& watch, uint32_t peer) {
@@ -36,7 +48,7 @@ __device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, 
         const bool checks = polls % kPollsPerCheck == 0 && what.peer != watch.rank;
         const bool expired = checks && global_timer_ns() > deadline_ns(watch, what.phase);
         if (poll() == expected) return true;
-        if (checks && !is_active(watch, what.peer)) return false;
+        if (checks && (!is_active(watch, what.peer) || makes_different_call(watch, what))) return false;
         if (expired) {
             store_relaxed_sys(watch.active + what.peer, 0);
             return false;

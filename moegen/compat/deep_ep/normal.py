@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moegen import checks
 from moegen.compat.deep_ep.config import Config
 from moegen.compat.deep_ep.normal_handle import NormalHandle
 from moegen.compat.deep_ep.streams import Streams
@@ -91,7 +92,7 @@ class NormalMode(Exclusive):
         """
         if topk_idx.dim() != 2:
             raise InputError(f"topk_idx is [tokens, topk]; got {list(topk_idx.shape)}")
-        self._check_experts(num_experts)
+        num_experts = self._check_experts(num_experts)
         rows = self._rows(topk_idx.device)
         call = partial(rows.counts(topk_idx.shape[1], num_experts), topk_idx)
         streams = _streams(previous_event, async_finish, allocate_on_comm_stream)
@@ -169,10 +170,11 @@ class NormalMode(Exclusive):
             )
         if (topk_idx is None) != (topk_weights is None):
             raise InputError("topk_idx and topk_weights are given together, or neither is")
+        num_experts = self._check_experts(num_tokens_per_expert.numel())
+        expert_alignment = checks.in_range("expert_alignment", expert_alignment, 1, 2**31 - 1)
+        num_worst_tokens = checks.in_range("num_worst_tokens", num_worst_tokens, 0, 2**31 - 1)
         if num_worst_tokens > 0 and topk_idx is None:
             raise InputError("num_worst_tokens needs topk_idx: rows that nothing came for are marked there")
-        num_experts = num_tokens_per_expert.numel()
-        self._check_experts(num_experts)
         if is_token_in_rank.shape != (len(parts[0]), self.group_size):
             got = list(is_token_in_rank.shape)
             raise InputError(f"is_token_in_rank is [{len(parts[0])}, {self.group_size}]; got {got}")
@@ -301,9 +303,11 @@ class NormalMode(Exclusive):
     ) -> Any:
         raise NotImplementedError(_ONE_MACHINE.format("internode_combine", "combine"))
 
-    def _check_experts(self, num_experts: int) -> None:
-        if num_experts % self.group_size != 0:
-            raise InputError(f"num_experts is a multiple of the {self.group_size} ranks; got {num_experts}")
+    def _check_experts(self, num_experts: int) -> int:
+        number = checks.integer("num_experts", num_experts)
+        if number % self.group_size != 0:
+            raise InputError(f"num_experts is a multiple of the {self.group_size} ranks; got {number}")
+        return number
 
 
 _ONE_MACHINE = "moegen.compat.deep_ep has no Buffer.{}: ranks map each other's memory; call {}"

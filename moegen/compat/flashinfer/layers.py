@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from moegen.compat.flashinfer.checks import CallError
 from moegen.compat.flashinfer.communicators import as_world
 from moegen.errors import DestroyedError
+from moegen.kernels.integers import settle_integers
 from moegen.one_sided import OneSided
 from moegen.payloads import PayloadsHandle
 from moegen.runtime.ownership import ProcessBound
@@ -26,6 +28,9 @@ class Routed:
     num_experts: int
     top_k: int
 
+    def __post_init__(self) -> None:
+        settle_integers(self, CallError)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -33,6 +38,9 @@ class Rows:
 
     hidden: int
     dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        settle_integers(self, CallError)
 
     @property
     def size(self) -> int:

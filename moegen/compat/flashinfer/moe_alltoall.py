@@ -62,9 +62,11 @@ class MoeAlltoAll(Exclusive):
         backend: str = "trtllm",
     ) -> None:
         checks.one_of_the_backends(backend)
-        for name, value in (("max_num_tokens", max_num_tokens), ("top_k", top_k), ("num_experts", num_experts)):
-            checks.positive(name, value)
-        self.ep_size, self.ep_rank = mapping.moe_ep_size, mapping.moe_ep_rank
+        max_num_tokens, top_k = checks.positive("max_num_tokens", max_num_tokens), checks.positive("top_k", top_k)
+        num_experts = checks.positive("num_experts", num_experts)
+        eplb_stats_num_experts = checks.at_least_zero("eplb_stats_num_experts", eplb_stats_num_experts)
+        hidden_size = None if hidden_size is None else checks.positive("hidden_size", hidden_size)
+        self.ep_rank, self.ep_size = checks.ranks(mapping.moe_ep_rank, mapping.moe_ep_size)
         self.max_num_tokens, self.top_k, self.num_experts = max_num_tokens, top_k, num_experts
         self.eplb_stats_num_experts, self.enable_eplb = eplb_stats_num_experts, eplb_stats_num_experts > 0
         self.enable_rank_mask = enable_rank_mask
@@ -74,6 +76,7 @@ class MoeAlltoAll(Exclusive):
             workspace_size_per_rank = sizes.model_bytes(
                 self.ep_size, top_k, max_num_tokens, hidden_size, 0, eplb_stats_num_experts
             )
+        workspace_size_per_rank = checks.positive("workspace_size_per_rank", workspace_size_per_rank)
         self.workspace_size_per_rank = workspace_size_per_rank
         if mnnvl_config is not None:
             mnnvl.MnnvlMemory.set_comm_from_config(mapping, mnnvl_config)

@@ -51,7 +51,8 @@ class Workspace(Exclusive):
     def __init__(
         self, communicator: Any, ep_rank: int, ep_size: int, size_per_rank: int, tensor: Tensor | None = None
     ) -> None:
-        checks.ranks(ep_rank, ep_size)
+        ep_rank, ep_size = checks.ranks(ep_rank, ep_size)
+        size_per_rank = checks.positive("the size of a workspace row", size_per_rank)
         have = communicators.rank_and_size(communicator, ep_size)
         if have != (ep_rank, ep_size):
             raise CallError(
@@ -73,7 +74,8 @@ class Workspace(Exclusive):
 
     def lay_out(self, max_num_tokens: int, eplb_stats_num_experts: int = 0) -> Tensor:
         """Says for how many tokens it is; returns the metainfo tensor, int64 on the CPU."""
-        checks.positive("max_num_tokens", max_num_tokens)
+        max_num_tokens = checks.positive("max_num_tokens", max_num_tokens)
+        eplb_stats_num_experts = checks.at_least_zero("eplb_stats_num_experts", eplb_stats_num_experts)
         self.max_num_tokens, self.eplb_stats_num_experts = max_num_tokens, eplb_stats_num_experts
         self.offsets = sizes.offsets(self.ep_size, max_num_tokens, eplb_stats_num_experts)
         checks.room(self.offsets[-1], self.size_per_rank, "its counters", _REMEDY)
@@ -118,7 +120,7 @@ class Workspace(Exclusive):
         Raises:
             CallError: arguments that do not fit; nothing was launched.
         """
-        checks.runtime_max(slots, self.max_num_tokens)
+        slots = checks.runtime_max(slots, self.max_num_tokens)
         checks.routing(ids, routed.top_k, slots)
         checks.payloads(payloads, ids)
         per_token = sum(payload.shape[1] * payload.element_size() for payload in payloads)
