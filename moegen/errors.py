@@ -160,6 +160,12 @@ class CompileError(MoegenError, RuntimeError):
         return type(self), (self.stem, self.target, self.options, self.log, self.folder)
 
 
+class LeftOutError(MoegenError, RuntimeError):
+    """The other ranks have left this one out, because they take it for dead. Raised once, by the next call, which was
+    not launched: make it again, and all calls that the others make, to be taken back.
+    """
+
+
 @dataclass(eq=False)
 class PeerTimeoutError(MoegenError, TimeoutError):
     """A wait for a peer ran out of time; the object that raised it is unusable until `destroy()`.

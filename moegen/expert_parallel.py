@@ -62,9 +62,10 @@ class ExpertParallel(ActiveMembership, Staged):
         warp_groups: teams and warps per team of a block, e.g. "2x16"; None: from that table.
         num_sms: thread blocks per launch at most; None: from that table, or as many as are useful.
         timeout: seconds that a call may wait for one thing from another rank before it fails with PeerTimeoutError.
-        active_ranks: True: a rank that does not come in time is no error: it is marked in `active_ranks`, and its part
-            of the results is missing. Or the int32 [ranks] tensor on the device to keep that in, which several objects
-            may share.
+        active_ranks: True: a rank that shows no sign of life for twice the timeout (a rank that waits for another one
+            does) is no error: it is marked in `active_ranks` on all ranks, and its part of the results is missing. If
+            it lives, its next call raises LeftOutError. Or the int32 [ranks] tensor on the device to keep that in,
+            which several objects may share.
         device: where a process group's tensors are; None: the current GPU, else the CPU.
 
     All arguments but `num_sms`, `device` and the content of `active_ranks` must be equal on all ranks.
@@ -225,6 +226,7 @@ class ExpertParallel(ActiveMembership, Staged):
             InputError: an argument does not fit; nothing was launched.
             SlotError: more hooks are open than there are slots; nothing was launched.
             PeerTimeoutError: this or an earlier call waited for a rank in vain.
+            LeftOutError: the other ranks have left this one out; once. This call was not launched: make it again.
             InvalidRoutingError: an earlier call on a GPU met an id that names no expert (on the CPU ids are checked
                 before anything is launched). This call was not launched: make it again, the other ranks wait for it.
             LaunchError: the driver refused the launch.

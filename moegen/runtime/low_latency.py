@@ -18,6 +18,7 @@ from moegen.kernels.problem import Problem
 from moegen.runtime.bound import BoundKernel, address, signed
 from moegen.runtime.halves import OpenHalf, OpenHalves
 from moegen.runtime.kernel import LoadedKernel
+from moegen.runtime.liveness import LEFT_OUT_BYTES, liveness_of
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.received import FOR_EVERY_COMBINE, Received
 from moegen.runtime.streams import StreamOrder, current_stream, record
@@ -108,13 +109,17 @@ class LowLatency:
         self.local_experts = len(problem.local_experts(world.rank))
         self.received = Received(problem, self.local_experts, world.device)
         self._stride = regions(selection.combine, problem.max_tokens, self._combine_start(selection)).end
-        self.buffer_bytes = slots * self._stride
+        self._verdicts_start = slots * self._stride
+        self.buffer_bytes = self._verdicts_start + (0 if active is None else 2 * slots * LEFT_OUT_BYTES)
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
         pinned = world.device.type == "cuda"
         self.control = torch.zeros(2 * slots + 1, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._verdicts = torch.zeros(2 * slots, problem.num_ranks, dtype=torch.int32, device=world.device)
         self._watchdog = Watchdog([kernel.spec.stem for kernel in kernels], PHASES, timeout, pinned=pinned)
+        self._tables: list[torch.Tensor] = []
+        if active is not None:
+            self._beats = liveness_of(world)
         self._halves = OpenHalves(slots)
         self._kernels = {_kind(kernel): (number, kernel) for number, kernel in enumerate(kernels)}
         self._bound: dict[Launch, BoundKernel] = {}
@@ -167,6 +172,9 @@ class LowLatency:
             fixed["aborted"] = self.control[-1].data_ptr()
         else:
             fixed["active"] = self.active.data_ptr()
+            verdicts = self._verdicts_start + (2 * slot + (not dispatch)) * LEFT_OUT_BYTES
+            self._tables.append(self._beats.table(self.memory, verdicts, self._watchdog.address(number)))
+            fixed["liveness"] = self._tables[-1].data_ptr()
             fixed["verdicts"] = self._verdicts[2 * slot + (not dispatch)].data_ptr()
             varying = (*varying, *_MASKED_VARYING[spec.op])
         tuned_sms = selection.dispatch_sms if dispatch else selection.combine_sms

@@ -51,12 +51,14 @@ class ActiveMembership(Membership[LowLatency | CollectiveExperts]):
 
     @property
     def active_ranks(self) -> torch.Tensor:
-        """int32 [ranks] on the device: 1: active, 0: missing; this rank's own element means nothing.
+        """int32 [ranks] on the device: 1: active, 0: missing; in this rank's own element, 0: the others have left this
+        rank out.
 
-        A kernel that waits for a rank in vain writes a 0; from then on this rank neither waits for that one nor sends
-        to it. Whatever runs between calls may write it, also in a graph: a 0 leaves a rank out; 1 takes it back. That
-        is collective: all ranks do it at the same place, after a combine and before the next dispatch, and the rank
-        that was missing has by then made all calls that the others made.
+        A kernel whose wait for a rank times out, or that learns that another rank's did, writes a 0; from then on this
+        rank neither waits for that one nor sends to it. After two further calls all ranks that are left agree.
+        Whatever runs between calls may write it, also in a graph: a 0 leaves a rank out; 1 takes it back. That is
+        collective: all ranks do it at the same place, after a combine and before the next dispatch, once all of them
+        have left that rank out, and it has by then made all calls that the others made.
 
         Raises:
             InputError: the object was made without.

@@ -6,7 +6,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 
-from moegen.errors import CapacityError, DifferentCallError, InvalidRoutingError, PeerTimeoutError, WorldError
+from moegen.errors import (
+    CapacityError,
+    DifferentCallError,
+    InvalidRoutingError,
+    LeftOutError,
+    PeerTimeoutError,
+    WorldError,
+)
 from moegen.kernels.call_words import differences
 from moegen.runtime.memory import HostWords
 
@@ -26,6 +33,7 @@ _FIELDS = (
     "call_here_high",
     "call_there",
     "call_there_high",
+    "left_out_by",
 )
 _OTHER_CALL = 2
 """What `valid` is then; see enum Report."""
@@ -74,7 +82,7 @@ class Watchdog:
 
         Raises:
             PeerTimeoutError, DifferentCallError: on this and every later call.
-            InvalidRoutingError, CapacityError: once; the words are then cleared.
+            InvalidRoutingError, WorldError, CapacityError, LeftOutError: once; the words are then cleared.
         """
         if self._all == self._nothing:
             return
@@ -83,6 +91,7 @@ class Watchdog:
             self._raise_invalid(kernel, stem)
             self._raise_mismatched(kernel, stem)
             self._raise_overfull(kernel, stem)
+            self._raise_left_out(kernel, stem)
 
     def _raise_mismatched(self, kernel: int, stem: str) -> None:
         rank = self._taken(kernel, "mismatched") - 1
@@ -106,6 +115,15 @@ class Watchdog:
             raise CapacityError(
                 f"{stem}: {rows} or more rows came to a call that had room for fewer, and were left out; give it "
                 f"max_rows={rows} or more, or none"
+            )
+
+    def _raise_left_out(self, kernel: int, stem: str) -> None:
+        rank = self._taken(kernel, "left_out_by") - 1
+        if rank >= 0:
+            raise LeftOutError(
+                f"{stem}: rank {rank} has left this rank out, because it gave no sign of life for twice the timeout, "
+                "and so will all other ranks: results hold only this rank's own part. To return, make every call that "
+                "the others make, then have all ranks write 1 into active_ranks between a combine and the next dispatch"
             )
 
     def _raise_invalid(self, kernel: int, stem: str) -> None:

@@ -110,6 +110,11 @@ class RankWorld(ProcessBound, ABC):
         """Returns when every rank has called it."""
         self.exchange(None, "nothing: a barrier")
 
+    @property
+    def group(self) -> object:
+        """The same object for every world of the same ranks: what they share for good hangs on it."""
+        return self
+
 
 _READY_BYTES, _READY_SMALL_BYTES, _READY_SMALL_BLOCKS = 64 << 20, 1 << 20, 16
 """Per virtual rank on a GPU; torch keeps blocks of up to a MiB apart."""
@@ -255,6 +260,10 @@ class GroupWorld(RankWorld):
             gpus = self.exchange(str(torch.cuda.get_device_properties(self.device).uuid), "the names of GPUs")
             self.ranks_per_device = gpus.count(gpus[self.rank])
         self.description = f"{self.size} processes on {self.device.type}"
+
+    @property
+    def group(self) -> object:
+        return self._group
 
     def exchange(self, value: Any, what: str = "values", more_seconds: float = 0.0) -> list[Any]:
         return exchange_in_group(self._group, value, what, self.patience(more_seconds))

@@ -34,6 +34,7 @@ struct Failure {
     uint32_t rows_needed;    // more rows came than there was room for: room for at least so many; 0: all had room
     uint32_t call_here[2];   // this rank's call word: its low half first
     uint32_t call_there[2];  // that of `peer`
+    uint32_t left_out_by;    // 1 + a rank that has left this one out; 0: none
 };
 
 // kExpired: phase to seen describe the wait. kOtherCall: the call words of rank and peer differ.

@@ -22,6 +22,8 @@ struct CallWatch : PlainWatch {
     uint32_t call;          // this rank's
 };
 
+__device__ __forceinline__ uint32_t call_of(const CallWatch& watch) { return watch.call; }
+
 // Only the first failed wait of an object reports.
 __device__ __noinline__ void report_expired(PlainWatch watch, Awaited what, uint32_t expected, uint32_t seen) {
     if (atomic_cas_acq_rel_gpu(watch.aborted, 0, 1) != 0) return;

@@ -24,15 +24,31 @@ struct Variant {
     Regions dispatch_at, combine_at;
 };
 
+// struct Liveness of masked_signal.cuh.
+struct Pieces {
+    alignas(16) uint32_t words[4];
+};
+struct Liveness {
+    Failure* failure;
+    Pieces* heard;
+    uint32_t* const* beats;
+    Pieces* const* left_out;
+};
+
 #include <variants.hpp>
 
 namespace {
 
-constexpr uint64_t kMaskedTimeoutNs = 2'000'000'000;
+constexpr uint64_t kMaskedTimeoutNs = 1'000'000'000;
 
 struct Rank : RankState {
     uint32_t active[kRanks], verdicts[2][kRanks] = {};
     uint64_t waited_ns[kRanks] = {};
+    uint32_t beat = 0;
+    Pieces heard[kRanks] = {}, left_out[2] = {};
+    uint32_t* beats[kRanks];
+    Pieces* verdicts_of[2][kRanks];
+    Liveness liveness[2];
     std::vector<Round> rounds;
 };
 
@@ -74,6 +90,11 @@ Ranks::Ranks(const Variant& variant, uint32_t seed, uint32_t rounds) : variant_(
         rank.prepare(number, seed, variant.combine_at.end, {variant.dispatch_at.consumed, variant.combine_at.consumed});
         std::fill(rank.active, rank.active + kRanks, 1);
         for (uint32_t round = 0; round < rounds; ++round) rank.rounds.emplace_back(round, number, rank.random);
+        for (uint32_t peer = 0; peer < kRanks; ++peer) rank.beats[peer] = &ranks_[peer].beat;
+        for (uint32_t op = 0; op < 2; ++op) {
+            for (uint32_t peer = 0; peer < kRanks; ++peer) rank.verdicts_of[op][peer] = &ranks_[peer].left_out[op];
+            rank.liveness[op] = {&rank.failure[op], rank.heard, rank.beats, rank.verdicts_of[op]};
+        }
     }
 }
 
@@ -88,6 +109,7 @@ Params Ranks::common_params(Rank& rank, const Round& round, uint32_t op, const R
         p.aborted = &rank.aborted;
     } else {
         p.active = rank.active;
+        p.liveness = &rank.liveness[op];
         p.verdicts = rank.verdicts[op];
         p.waited_ns = rank.waited_ns;
     }
