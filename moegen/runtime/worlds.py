@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import threading
@@ -61,7 +60,8 @@ class RankWorld(ProcessBound, ABC):
 
     def within(self, timeout: float) -> Self:
         """The same end of the same world, with another timeout."""
-        other = copy.copy(self)
+        other = object.__new__(type(self))  # `copy` is refused: what users hold has one owner
+        other.__dict__.update(self.__dict__)
         other.timeout = timeout
         return other
 
