@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import moegen
+from moegen import functional
 from moegen.compat import deep_ep, flashinfer, mooncake, mscclpp
 from moegen.runtime.worlds import RankWorld
 
@@ -175,6 +176,12 @@ KINDS = (
     Kind("HighThroughput-packed", 2, 6, 2, 64, **_rows("ipc", "packed", "capacity")),
     Kind("HighThroughput-token-exact", 2, 6, 2, 64, **_rows("ipc", "token", "exact")),
     Kind("HighThroughput-collective", 3, 10, 3, 24, **_rows("collective", "packed", "exact")),
+    Kind(
+        "functional", 2, 6, 2, 64,
+        make=lambda kind, world: moegen.HighThroughput(world, layout="packed", **kind.sizes),
+        dispatch=lambda made, data: functional.dispatch(made, data.x, data.ids, data.weights),
+        combine=lambda made, data, kept: functional.combine(made, kept.rows, kept.handle),
+    ),
     Kind("OneSided", 2, 4, 2, 64, **_payloads("ipc")),
     Kind("OneSided-collective", 2, 21, 4, 128, **_payloads("collective", exchange="padded")),
     Kind(
