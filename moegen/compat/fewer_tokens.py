@@ -38,6 +38,10 @@ class FewerTokens(ExpertParallel):
     def _ops(self, ops: Any) -> None:
         self._whole._ops = ops
 
+    def _raise_reported(self) -> None:
+        """What kernels report is that object's to tell, in its own way."""
+        self._whole._raise_reported()
+
     @property
     def _poison(self) -> Any:
         return self._whole._poison
