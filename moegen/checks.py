@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
 
+from moegen import admission
 from moegen.errors import CapacityError, HandleError, InputError
 from moegen.handle import Dispatched, GivenNumbers, Handle, NumbersLayout
+from moegen.kernels.integers import as_int
 from moegen.kernels.ll import MAX_TOKENS_PER_RANK, QUANTIZED, LowLatencyDispatch
 from moegen.kernels.problem import Problem
 
@@ -40,14 +44,30 @@ def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise InputError(f"{name} is one of {', '.join(map(str, allowed))}; got {value!r}")
 
 
-def in_range(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+def in_range(name: str, value: object, low: int, high: int) -> int:
+    """The value as Python's own integer."""
+    number = as_int(value)
+    if number is None or not low <= number <= high:
         raise InputError(f"{name} is an integer in {low}..{high}; got {value!r}")
+    return number
+
+
+def integer(name: str, value: object) -> int:
+    """The same, of whatever size."""
+    number = as_int(value)
+    if number is None:
+        raise InputError(f"{name} must be an integer; got {value!r}")
+    return number
+
+
+def num_sms(value: object) -> int | None:
+    """Thread blocks; None: nothing was said."""
+    return None if value is None else in_range("num_sms", value, 1, MAX_SMS)
 
 
 def seconds(name: str, value: float) -> None:
     """From a microsecond to thirty years: kernels count nanoseconds in 64 bits."""
-    if not isinstance(value, (int, float)) or not 1e-6 <= value <= 1e9:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 1e-6 <= value <= 1e9:
         raise InputError(f"{name} is a number of seconds in 1e-6..1e9; got {value!r}")
 
 
@@ -78,14 +98,13 @@ def problem(
             "path collective has no active_ranks, wire and warp_groups: leave them out, or give path='ipc' where the "
             "ranks can map each other's memory"
         )
-    in_range("slots", slots, 1, MAX_SLOTS)
-    in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
+    max_tokens = in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
     return Problem(
         num_ranks=num_ranks,
         num_experts=num_experts,
         num_topk=num_topk,
         hidden=hidden,
-        max_tokens=max_tokens_per_rank,
+        max_tokens=max_tokens,
         dtype=_DTYPES[dtype] if quantize is None else QUANTIZED[quantize],
         layout=layout,
         path=path,
@@ -99,7 +118,7 @@ def problem(
 
 def tokens(owner: Owner, x: torch.Tensor) -> torch.Tensor:
     problem = owner.problem
-    require_tensor(owner, "x", x, (owner.dtype,))
+    x = require_tensor(owner, "x", x, (owner.dtype,))
     if x.dim() != 2 or x.shape[1] != problem.hidden:
         raise InputError(f"x is [tokens, {problem.hidden}]; got {list(x.shape)}")
     if x.shape[0] > problem.max_tokens:
@@ -117,7 +136,7 @@ def tokens(owner: Owner, x: torch.Tensor) -> torch.Tensor:
 
 def topk_idx(owner: Placed, ids: torch.Tensor, num_tokens: int, used: torch.Tensor | None) -> torch.Tensor:
     problem = owner.problem
-    require_tensor(owner, "topk_idx", ids, (torch.int64, torch.int32))
+    ids = require_tensor(owner, "topk_idx", ids, (torch.int64, torch.int32))
     require_shape("topk_idx", ids, (num_tokens, problem.num_topk))
     seen = ids if used is None or ids.device.type != "cpu" else ids[: max(0, int(used))]
     if seen.device.type == "cpu" and seen.numel():
@@ -132,20 +151,21 @@ def topk_idx(owner: Placed, ids: torch.Tensor, num_tokens: int, used: torch.Tens
 def topk_weights(owner: Owner, weights: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
     if weights is None:
         return None
-    require_tensor(owner, "topk_weights", weights, (torch.float32,))
+    weights = require_tensor(owner, "topk_weights", weights, (torch.float32,))
     require_shape("topk_weights", weights, (num_tokens, owner.problem.num_topk))
     return weights.contiguous()
 
 
-def num_tokens(owner: Placed, count: torch.Tensor | None) -> None:
+def num_tokens(owner: Placed, count: torch.Tensor | None) -> torch.Tensor | None:
     if count is not None:
-        require_tensor(owner, "num_tokens", count, (torch.int32,))
+        count = require_tensor(owner, "num_tokens", count, (torch.int32,))
         if count.numel() != 1:
             raise InputError(f"num_tokens is one int32 on the device; got {list(count.shape)}")
+    return count
 
 
 def expert_outputs(owner: ExpertParallel, y: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    require_tensor(owner, "y", y, (owner.dtype,))
+    y = require_tensor(owner, "y", y, (owner.dtype,))
     require_shape("y", y, shape)
     return readable(y)
 
@@ -159,7 +179,7 @@ def readable(tensor: torch.Tensor) -> torch.Tensor:
 def out(owner: ExpertParallel, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tensor is None:
         return
-    require_tensor(owner, "out", tensor, (dtype,))
+    require_output(owner, "out", tensor, (dtype,))
     require_shape("out", tensor, shape)
     require_writable("out", tensor)
 
@@ -173,6 +193,40 @@ def require_writable(name: str, tensor: torch.Tensor) -> None:
 def reused(owner: ExpertParallel, given: Dispatched) -> None:
     if given.handle.owner is not owner:
         raise HandleError("out is the result of another ExpertParallel; give one of this object's, or its allocate()'s")
+    for name, tensor in zip(_RESULTS, given.allocations, strict=True):
+        # What they are was looked at when they were made or given; what may have become of them is looked at again.
+        if tensor is not None and (
+            tensor.requires_grad or tensor.storage_offset() or tensor.untyped_storage().nbytes() < tensor.nbytes
+        ):
+            admission.written(name, tensor)
+
+
+def outputs(
+    owner: ExpertParallel,
+    out: torch.Tensor | Dispatched | None,
+    totals: torch.Tensor | None,
+    waited: torch.Tensor | None,
+    inputs: Sequence[admission.Named],
+) -> Sequence[torch.Tensor]:
+    """What a call was given to write into, which shares no memory with what it reads, nor with what calls need whose
+    hooks are open.
+    """
+    held = owner._alive().held
+    others = (("total_counts", totals), ("waited_ns", waited))
+    inputs = (*inputs, ("active_ranks", owner._active))
+    if not isinstance(out, Dispatched):
+        admission.apart((("out", out), *others), inputs, held)
+        return [tensor for tensor in (out, totals, waited) if tensor is not None]
+    if not out.spans:
+        out.spans.extend(admission.apart(zip(_RESULTS, out.allocations, strict=True), ()))
+    if held:
+        admission.apart(zip(_RESULTS, out.allocations, strict=True), (), held)
+    admission.apart(others, inputs, (*out.spans, *held))
+    return [tensor for tensor in (*out.allocations, totals, waited) if tensor is not None]
+
+
+_RESULTS = ("out.tokens", "out.scales", "the memory of out", "out.counts", "out.ranges", "out.row_tokens")
+"""Of `Dispatched.allocations`."""
 
 
 def given_numbers(
@@ -198,7 +252,7 @@ def scales(
         return
     if storage is None:
         raise InputError("this object sends tokens as they are: there are no scales; make it with quantize='fp8'")
-    require_tensor(owner, "scales", tensor, (dtype,))
+    require_output(owner, "scales", tensor, (dtype,))
     require_shape("scales", tensor, (storage[0], storage[2], storage[1]))
     if not tensor.transpose(1, 2).is_contiguous():
         raise InputError(f"the rows of scales lie side by side (stride 1); got strides {tensor.stride()}")
@@ -239,22 +293,35 @@ def handle(owner: ExpertParallel, given: Handle) -> None:
         raise HandleError("this handle comes from another ExpertParallel; give it to that one's combine")
     if given.num_tokens < 0:
         raise HandleError("nothing was dispatched into this memory; take the handle of what dispatch returned")
+    if given.replaced:
+        raise HandleError(
+            "a later dispatch wrote its results over those of this handle, which were given to it as out; take the "
+            "handle of what that dispatch returned, or give each dispatch results of its own"
+        )
 
 
-def require_tensor(owner: Placed, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def require_tensor(owner: Placed, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
+    """What a call reads: the tensor, or a copy whose memory holds its values."""
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{name} is a torch tensor; got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         raise InputError(f"{name} is {' or '.join(map(str, dtypes))}; got {tensor.dtype}")
     if tensor.device != owner.device:
         raise InputError(f"{name} is on {tensor.device} and this object on {owner.device}")
+    return admission.read(name, tensor)
+
+
+def require_output(owner: Placed, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """What a call writes."""
+    if require_tensor(owner, name, tensor, dtypes) is not tensor:
+        admission.refuse_lazy(name)
 
 
 def _numbers(
     owner: Owner, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int32
 ) -> None:
     """A tensor of numbers that a kernel writes."""
-    require_tensor(owner, name, tensor, (dtype,))
+    require_output(owner, name, tensor, (dtype,))
     require_shape(name, tensor, shape)
     if not tensor.is_contiguous():
         raise InputError(f"{name} is contiguous; got strides {tensor.stride()}")

@@ -4,22 +4,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from moegen import checks
-from moegen.errors import HandleError, InputError, SlotError
+from moegen import admission, checks
+from moegen.errors import HandleError
 from moegen.handle import CombineOptions, Dispatched, DispatchOptions, Handle
 from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
 from moegen.runtime.collective_experts import CollectiveExperts
 from moegen.runtime.halves import Hook
 from moegen.runtime.low_latency import FIRST_EPOCH, LowLatency
 from moegen.runtime.membership import ActiveMembership
+from moegen.runtime.ownership import exclusive, lasting
 from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.staged import Staged
-from moegen.runtime.streams import CommStream, Event, current_stream, record
+from moegen.runtime.streams import CommStream, Event, current_stream
 from moegen.runtime.worlds import RankWorld, as_rank_world
 from moegen.select import CollectiveSelection, Selection, select, select_collective
 
@@ -28,12 +30,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 class ExpertParallel(ActiveMembership, Staged):
     """Expert-parallel dispatch and combine for one shape of MoE layer. Making one is collective.
 
+    One thread at a time uses an object: while a call is being made, any other thread's raises BusyError.
     All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an
     order that is the same on all ranks, or a `num_sms` that leaves room for both: a launch may take the whole device.
 
@@ -61,9 +62,10 @@ class ExpertParallel(ActiveMembership, Staged):
         warp_groups: teams and warps per team of a block, e.g. "2x16"; None: from that table.
         num_sms: thread blocks per launch at most; None: from that table, or as many as are useful.
         timeout: seconds that a call may wait for one thing from another rank before it fails with PeerTimeoutError.
-        active_ranks: True: a rank that does not come in time is no error: it is marked in `active_ranks`, and its part
-            of the results is missing. Or the int32 [ranks] tensor on the device to keep that in, which several objects
-            may share.
+        active_ranks: True: a rank that shows no sign of life for twice the timeout (a rank that waits for another one
+            does) is no error: it is marked in `active_ranks` on all ranks, and its part of the results is missing. If
+            it lives, its next call raises LeftOutError. Or the int32 [ranks] tensor on the device to keep that in,
+            which several objects may share.
         device: where a process group's tensors are; None: the current GPU, else the CPU.
 
     All arguments but `num_sms`, `device` and the content of `active_ranks` must be equal on all ranks.
@@ -76,6 +78,7 @@ class ExpertParallel(ActiveMembership, Staged):
         CompileError: a kernel does not compile.
     """
 
+    @lasting()
     def __init__(
         self,
         group_or_world: Any = None,
@@ -102,10 +105,11 @@ class ExpertParallel(ActiveMembership, Staged):
         checks.one_of("mode", mode, ("capacity",))
         checks.one_of("family", family, ("auto", "ll"))
         checks.one_of("path", path, ("auto", *PATHS))
-        checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
-        if num_sms is not None:
-            checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
+        first_epoch = checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
+        slots = checks.in_range("slots", slots, 1, checks.MAX_SLOTS)
+        num_sms = checks.num_sms(num_sms)
         checks.seconds("timeout", timeout)
+        admission.require_real_tensors()
         self.world: RankWorld = as_rank_world(group_or_world, device, timeout)
         self.problem = checks.problem(
             self.world.size,
@@ -179,6 +183,7 @@ class ExpertParallel(ActiveMembership, Staged):
         **options: Unpack[DispatchOptions],
     ) -> tuple[Dispatched, Event]: ...
 
+    @exclusive
     def dispatch(
         self,
         x: torch.Tensor,
@@ -203,7 +208,8 @@ class ExpertParallel(ActiveMembership, Staged):
             num_tokens: int32 [1] on the device: how many of the T tokens count, read when the kernel runs, so that
                 one captured graph serves every batch size.
             out: what to write into: an earlier result that is not needed any more, or `allocate()`'s (then nothing is
-                allocated), or only the tensor for `Dispatched.tokens`.
+                allocated; it is the result, and handles that it had before are void), or only the tensor for
+                `Dispatched.tokens`. It shares no memory with an input, nor with what a call needs whose hook is open.
             total_counts: int32 [local experts] on the device, to which the counts of this call are added.
             timeout: seconds, for this call in place of the object's.
             waited_ns: int64 [ranks] on the device, to which the nanoseconds are added that this call waited for each
@@ -220,47 +226,50 @@ class ExpertParallel(ActiveMembership, Staged):
             InputError: an argument does not fit; nothing was launched.
             SlotError: more hooks are open than there are slots; nothing was launched.
             PeerTimeoutError: this or an earlier call waited for a rank in vain.
+            LeftOutError: the other ranks have left this one out; once. This call was not launched: make it again.
             InvalidRoutingError: an earlier call on a GPU met an id that names no expert (on the CPU ids are checked
                 before anything is launched). This call was not launched: make it again, the other ranks wait for it.
             LaunchError: the driver refused the launch.
             DestroyedError: after `destroy()`.
+            BusyError: another thread is inside a call of this object; nothing was launched.
         """
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
-            with self._comm_stream as comm:
-                given = out if isinstance(out, torch.Tensor) else None
-                record(self.device, (x, topk_idx, topk_weights, num_tokens, total_counts, waited_ns, given))
-                received = self.dispatch(
-                    x,
-                    topk_idx,
-                    topk_weights,
-                    num_tokens=num_tokens,
-                    out=out,
-                    total_counts=total_counts,
-                    timeout=timeout,
-                    waited_ns=waited_ns,
-                )
-            results = (received.tokens, received.scales, received.handle.memory)
-            return received, Event(comm, results)
+            numbers = {"num_tokens": num_tokens, "total_counts": total_counts, "waited_ns": waited_ns}
+            given = out if isinstance(out, torch.Tensor) else None
+            call = partial(self.dispatch, x, topk_idx, topk_weights, out=out, timeout=timeout, **numbers)
+            parts = (x, topk_idx, topk_weights, given, *numbers.values())
+            return self._comm_stream.run(None, parts, call, lambda received: received.allocations)
         ops = self._alive()
-        self.check()
+        self._raise_reported()
+        admission.require_real_tensors()
         self._check_hook(return_recv_hook)
         x = checks.tokens(self, x)
-        checks.num_tokens(self, num_tokens)
+        num_tokens = checks.num_tokens(self, num_tokens)
         topk_idx = checks.topk_idx(self, topk_idx, x.shape[0], num_tokens)
         topk_weights = checks.topk_weights(self, topk_weights, x.shape[0])
         checks.total_counts(self, total_counts)
         checks.waiting(self, timeout, waited_ns)
         if isinstance(out, Dispatched):
             checks.reused(self, out)
-            received = out.for_tokens(x.shape[0])
+            received = out
         else:
             checks.out(self, out, ops.received.tokens_shape, ops.received.dtype)
             received = ops.received.allocate(self, x.shape[0], current_stream(self.device), out)
+        written: Sequence[torch.Tensor] = ()
+        if not (out is total_counts is waited_ns is None):
+            inputs = (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights), ("num_tokens", num_tokens))
+            written = checks.outputs(self, out, total_counts, waited_ns, inputs)
         arguments = (x, topk_idx, topk_weights, num_tokens, received, total_counts, return_recv_hook)
         hook = self._launch(ops.dispatch, *arguments, timeout, waited_ns)
-        return received if hook is None else (received, partial(self._receive, hook))
+        admission.note_writes(written)
+        if received is out:
+            received.refilled(x.shape[0])
+        if hook is None:
+            return received
+        return received, self._hook(hook, (*received.allocations, total_counts, waited_ns))
 
+    @exclusive
     def allocate(
         self,
         *,
@@ -313,6 +322,7 @@ class ExpertParallel(ActiveMembership, Staged):
         **options: Unpack[CombineOptions],
     ) -> tuple[torch.Tensor, Event]: ...
 
+    @exclusive
     def combine(
         self,
         y: torch.Tensor,
@@ -336,7 +346,7 @@ class ExpertParallel(ActiveMembership, Staged):
             y: [local experts, ranks * max_tokens_per_rank, hidden], rows where dispatch put them.
             handle: of the dispatch; may be used more than once.
             topk_weights: [T, topk] float32, in place of those given to dispatch. All ranks give them, or none does.
-            out: the tensor for the result; then nothing is allocated.
+            out: the tensor for the result, as for `dispatch`; then nothing is allocated.
             timeout, waited_ns: as for `dispatch`; here it is the first partial sum of each rank that is waited for.
             renormalize: multiply the result of a token that misses experts by the sum of all its weights over the sum
                 of those that are in it (by 0 if that is 0). Needs `active_ranks`.
@@ -347,18 +357,16 @@ class ExpertParallel(ActiveMembership, Staged):
 
         Raises:
             HandleError: the handle is another object's.
-            InputError, SlotError, PeerTimeoutError, DestroyedError: as `dispatch`.
+            InputError, SlotError, PeerTimeoutError, DestroyedError, BusyError: as `dispatch`.
         """
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
-            with self._comm_stream as comm:
-                record(self.device, (y, topk_weights, out, waited_ns))
-                combined = self.combine(
-                    y, handle, topk_weights, out=out, timeout=timeout, waited_ns=waited_ns, renormalize=renormalize
-                )
-            return combined, Event(comm, (combined,))
+            how = {"out": out, "timeout": timeout, "waited_ns": waited_ns, "renormalize": renormalize}
+            call = partial(self.combine, y, handle, topk_weights, **how)
+            return self._comm_stream.run(None, (y, topk_weights, out, waited_ns), call, lambda combined: (combined,))
         ops = self._alive()
-        self.check()
+        self._raise_reported()
+        admission.require_real_tensors()
         self._check_hook(return_recv_hook)
         checks.handle(self, handle)
         if ops.is_unfinished(handle):
@@ -368,23 +376,23 @@ class ExpertParallel(ActiveMembership, Staged):
         shape = (handle.num_tokens, self.problem.hidden)
         checks.out(self, out, shape, self.dtype)
         checks.waiting(self, timeout, waited_ns, renormalize)
+        written: Sequence[torch.Tensor] = ()
+        if not (out is waited_ns is None):
+            inputs = (("y", y), ("topk_weights", topk_weights), ("the memory of the handle", handle.memory))
+            written = checks.outputs(self, out, None, waited_ns, inputs)
         if out is None:
             out = torch.empty(shape, dtype=self.dtype, device=self.device)
         arguments = (y, handle, topk_weights, out, return_recv_hook)
         hook = self._launch(ops.combine, *arguments, timeout, waited_ns, renormalize)
-        return out if hook is None else (out, partial(self._receive, hook))
+        admission.note_writes(written)
+        return out if hook is None else (out, self._hook(hook, (out, waited_ns), handle.memory))
 
-    def _check_hook(self, hook: bool, asynchronous: bool = False) -> None:
-        if hook and asynchronous:
-            raise InputError("return_recv_hook and async_finish exclude each other; give one of them")
-        if hook and not self.problem.hooks:
-            raise SlotError("this object was made without hooks; make it with slots=2 (or more) to use them")
-
+    @exclusive
     def warmup(self) -> None:
         """Runs each kernel once with zero tokens, so that the first real call pays for nothing. Collective."""
         x = torch.empty(0, self.problem.hidden, dtype=self.dtype, device=self.device)
         ids = torch.empty(0, self.problem.num_topk, dtype=torch.int64, device=self.device)
-        weights = torch.empty(0, self.problem.num_topk, device=self.device)
+        weights = torch.empty(0, self.problem.num_topk, dtype=torch.float32, device=self.device)
         received = self.dispatch(x, ids)
         y = torch.empty(received.tokens.shape, dtype=self.dtype, device=self.device)
         self.combine(y, received.handle)

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moegen import admission, checks
 from moegen.errors import HandleError, InputError
 from moegen.high_throughput import HighThroughput, by_number
+from moegen.row_checks import MAX_ROWS
 from moegen.rows import RowsHandle
 from moegen.runtime.row_memory import Numbers
 
@@ -91,8 +93,14 @@ def dispatch(
         InputError: the layer is for FP8, or as `HighThroughput.dispatch`, with its other errors.
     """
     _require_bfloat16(layer)
+    if not torch.compiler.is_compiling():
+        x, topk_idx = _operand(layer, "x", x), _operand(layer, "topk_idx", topk_idx)
+        if topk_weights is not None:
+            topk_weights = _operand(layer, "topk_weights", topk_weights)
+        if max_rows is not None:
+            max_rows = checks.in_range("max_rows", max_rows, 0, MAX_ROWS)
     if topk_weights is None:
-        topk_weights = torch.ones(x.shape[0], topk_idx.shape[1], dtype=torch.float32, device=x.device)
+        topk_weights = torch.ones(topk_idx.shape, dtype=torch.float32, device=x.device)
     room = -1 if max_rows is None else max_rows
     rows, ids, weights, memory = torch.ops.moegen.dispatch(x, topk_idx, topk_weights, layer.number, room)
     packed = layer.problem.layout == "packed"
@@ -133,6 +141,10 @@ def combine(layer: HighThroughput, y: torch.Tensor, handle: Handle, *, weighted:
         raise HandleError(f"combine takes the handle of functional.dispatch; got {type(handle).__name__}")
     if handle.layer != layer.number:
         raise HandleError("this handle comes from another layer; give it to that one")
+    if not torch.compiler.is_compiling():
+        y = _operand(layer, "y", y)
+        for name, part in (("row_weights", handle.row_weights), ("memory", handle.memory)):
+            _operand(layer, f"the handle's {name}", part)
     weighted = weighted and layer.problem.layout == "packed"
     summed: torch.Tensor = torch.ops.moegen.combine(
         y, handle.row_weights, handle.memory, handle.layer, handle.num_tokens, weighted
@@ -147,6 +159,25 @@ def _require_bfloat16(layer: HighThroughput) -> None:
         raise InputError(
             "gradients are for bfloat16 tokens, sent as they are: make the layer without dtype= and quantize="
         )
+
+
+def _operand(layer: HighThroughput, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """What an operator may be given: while torch traces, it need not have memory."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{name} is a torch tensor; got {type(tensor).__name__}")
+    _require_there(layer, name, tensor)
+    return admission.operand(name, tensor)
+
+
+def _require_there(layer: HighThroughput, name: str, tensor: torch.Tensor) -> None:
+    """Also where only shapes are asked for: torch does that for the whole call if one of its tensors has no memory."""
+    if tensor.device != layer.device:
+        raise InputError(f"{name} is on {tensor.device} and the layer on {layer.device}")
+
+
+def _room(layer: HighThroughput, max_rows: int) -> int:
+    """Rows of a result in mode "capacity"; -1: the caller has not said."""
+    return layer.max_rows if max_rows == -1 else checks.in_range("max_rows", max_rows, 0, MAX_ROWS)
 
 
 # The operators. They know nothing of each other's gradients: what torch differentiates is registered below.
@@ -165,8 +196,9 @@ def _dispatch(
     made = by_number(layer)
     out = None
     if made.mode != "exact":
-        out = x.new_zeros(made.max_rows if max_rows < 0 else max_rows, made.problem.hidden)
-    room = None if max_rows < 0 else max_rows
+        shape = (_room(made, max_rows), made.problem.hidden)
+        out = torch.zeros(shape, dtype=torch.bfloat16, device=made.device)
+    room = None if max_rows == -1 else max_rows
     received = made.dispatch(x, topk_idx, topk_weights, max_rows=room, out=out)
     came = _came(made, received.handle)
     if out is None and made.alignment > 1:
@@ -263,7 +295,9 @@ def _(
     x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, layer: int, max_rows: int
 ) -> tuple[torch.Tensor, ...]:
     made = by_number(layer)
-    number: Any = made.max_rows if max_rows < 0 else max_rows
+    for name, tensor in (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+        _require_there(made, name, tensor)
+    number: Any = _room(made, max_rows)
     if made.mode == "exact":
         number = torch.library.get_ctx().new_dynamic_size()
     packed, topk = made.problem.layout == "packed", made.problem.num_topk
@@ -279,6 +313,8 @@ def _(
 def _(
     y: torch.Tensor, row_weights: torch.Tensor, memory: torch.Tensor, layer: int, num_tokens: int, weighted: bool
 ) -> torch.Tensor:
+    for name, tensor in (("y", y), ("row_weights", row_weights), ("memory", memory)):
+        _require_there(by_number(layer), name, tensor)
     return y.new_empty(num_tokens, y.shape[1])
 
 

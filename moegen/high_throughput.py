@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from moegen import checks, row_checks
+from moegen import admission, checks, row_checks
 from moegen.errors import DestroyedError, InputError
 from moegen.row_calls import RowCalls
 from moegen.rows import (
@@ -28,6 +28,7 @@ from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
 from moegen.runtime.collective_rows import CollectiveRows
 from moegen.runtime.high_throughput import HighThroughputOps
 from moegen.runtime.low_latency import FIRST_EPOCH
+from moegen.runtime.ownership import exclusive, lasting
 from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.staged import Staged
 from moegen.runtime.streams import CommStream, Event
@@ -54,6 +55,7 @@ def _name(made_for: object) -> int:
 class HighThroughput(RowCalls, Staged):
     """Expert-parallel dispatch and combine of many tokens, for one shape of MoE layer. Making one is collective.
 
+    One thread at a time uses an object: while a call is being made, any other thread's raises BusyError.
     All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an
     order that is the same on all ranks, or a `num_sms` that leaves room for both.
 
@@ -96,6 +98,7 @@ class HighThroughput(RowCalls, Staged):
         CompileError: a kernel does not compile.
     """
 
+    @lasting()
     def __init__(
         self,
         group_or_world: Any = None,
@@ -120,12 +123,12 @@ class HighThroughput(RowCalls, Staged):
         checks.one_of("mode", mode, row_checks.MODES)
         if borrow and mode != "capacity":
             raise InputError('borrow is for mode "capacity": there is nothing to make of the right size')
-        checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
-        checks.in_range("alignment", alignment, 1, 2**16)
-        if num_sms is not None:
-            checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
+        first_epoch = checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
+        alignment = checks.in_range("alignment", alignment, 1, 2**16)
+        num_sms = checks.num_sms(num_sms)
         checks.seconds("timeout", timeout)
         checks.one_of("path", path, ("auto", *PATHS))
+        admission.require_real_tensors()
         self.world = as_rank_world(group_or_world, device, timeout)
         self.problem = row_checks.problem(
             self.world.size,
@@ -167,6 +170,7 @@ class HighThroughput(RowCalls, Staged):
             return CollectiveRows(*made, self.selection, self.kernels, **how)
         return HighThroughputOps(*made, self.selection, self.kernels, timeout=timeout, **how)
 
+    @exclusive
     def layout(self, topk_idx: torch.Tensor) -> Layout:
         """Counts where this rank's tokens go. Only this rank calls it; nothing is sent.
 
@@ -174,10 +178,11 @@ class HighThroughput(RowCalls, Staged):
             topk_idx: [T, topk] as for `dispatch`; T may exceed the capacity.
 
         Raises:
-            InputError, InvalidRoutingError, LaunchError, DestroyedError: as `dispatch`.
+            InputError, InvalidRoutingError, LaunchError, DestroyedError, BusyError: as `dispatch`.
         """
         ops = self._alive()
-        self.check()
+        self._raise_reported()
+        admission.require_real_tensors()
         ids = checks.topk_idx(self, topk_idx, topk_idx.shape[0], None)
         return self._launch(ops.layout, ids)
 
@@ -204,6 +209,7 @@ class HighThroughput(RowCalls, Staged):
         **options: Unpack[RowDispatchOptions],
     ) -> tuple[DispatchedRows, Event]: ...
 
+    @exclusive
     def dispatch(
         self,
         x: torch.Tensor | Given,
@@ -234,7 +240,7 @@ class HighThroughput(RowCalls, Staged):
             max_rows: room of the result in mode "capacity", instead of room for whatever may come. If more rows come,
                 they are left out and the next call or `check()` raises CapacityError.
             out, out_scales: tensors for `DispatchedRows.tokens` and `scales`, in mode "capacity" or with a handle; the
-                scales may have any strides.
+                scales may have any strides by which no two share memory. Neither shares memory with an input.
             total_counts: int32 [local experts] on the device, to which the counts of this call are added.
             mode: for this call in place of the object's; all ranks say the same.
             zero_unused: rows that nothing came for are zeros, where the call makes the result.
@@ -250,6 +256,7 @@ class HighThroughput(RowCalls, Staged):
                 too many. Or more rows came to an earlier call than fitted.
             LaunchError: the driver refused the launch.
             DestroyedError: after `destroy()`.
+            BusyError: another thread is inside a call of this object; nothing was launched.
         """
         if async_finish:
             call = partial(self._dispatch, x, topk_idx, topk_weights, **options)
@@ -283,6 +290,7 @@ class HighThroughput(RowCalls, Staged):
         **options: Unpack[RowCombineOptions],
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], Event]: ...
 
+    @exclusive
     def combine(
         self,
         y: torch.Tensor,
@@ -311,7 +319,7 @@ class HighThroughput(RowCalls, Staged):
             bias: one or two tensors [T, hidden] bfloat16 that are added to this rank's sums.
             weighted: False: layout `packed` adds rows up without their weights, each once, also where a token selects
                 an expert twice. All ranks say the same.
-            out: the tensor for the result.
+            out: the tensor for the result. It may be one of `bias`, and shares no memory with other inputs.
             num_sms, timeout: as for `dispatch`.
 
         Returns:
@@ -320,7 +328,7 @@ class HighThroughput(RowCalls, Staged):
 
         Raises:
             HandleError: the handle is another object's.
-            InputError, PeerTimeoutError, DestroyedError: as `dispatch`.
+            InputError, PeerTimeoutError, DestroyedError, BusyError: as `dispatch`.
         """
         if async_finish:
             call = partial(self._combine, y, handle, topk_weights, **options)
@@ -330,6 +338,7 @@ class HighThroughput(RowCalls, Staged):
             previous_event.wait()
         return self._combine(y, handle, topk_weights, **options)
 
+    @exclusive
     def warmup(self) -> None:
         """Runs each kernel once with zero tokens, so that the first real call pays for nothing. Collective."""
         tokens = torch.empty(0, self.problem.hidden, dtype=self.dtype, device=self.device)

@@ -11,7 +11,7 @@ from typing import Any, overload
 
 import torch
 
-from moegen import checks, payload_checks, payload_results
+from moegen import admission, checks, payload_checks, payload_results
 from moegen.kernels.a2a import OneSidedCombine
 from moegen.kernels.coll import for_exact
 from moegen.kernels.problem import Problem
@@ -22,6 +22,7 @@ from moegen.runtime.collective import CollectiveOps
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.membership import Membership
 from moegen.runtime.one_sided import OneSidedOps
+from moegen.runtime.ownership import exclusive, lasting
 from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.staged import Staged
 from moegen.runtime.streams import current_stream, record
@@ -39,7 +40,8 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
 
     Dispatch pushes one copy of a token's payloads, of whatever dtypes and widths, to every rank that holds one of its
     experts, into a buffer by source rank; combine pushes one row per (token, rank) back, and the token's owner adds
-    them up. Ranks may have no tokens. The protocol is in docs/design.md.
+    them up. Ranks may have no tokens. The protocol is in docs/design.md. One thread at a time uses an object: while a
+    call is being made, any other thread's raises BusyError.
 
     Args:
         group_or_world: a torch process group, a rank world (`LocalWorld(...).run`), or None for the default group.
@@ -76,6 +78,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         CompileError: a kernel does not compile.
     """
 
+    @lasting()
     def __init__(
         self,
         group_or_world: Any = None,
@@ -97,10 +100,10 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         device: str | torch.device | None = None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
-        checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
-        if num_sms is not None:
-            checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
+        first_epoch = checks.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
+        num_sms = checks.num_sms(num_sms)
         checks.seconds("timeout", timeout)
+        admission.require_real_tensors()
         self.world = as_rank_world(group_or_world, device, timeout)
         self.device = self.world.device
         checks.one_of("path", path, ("auto", *PATHS))
@@ -118,6 +121,8 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             path=choose(self.world, path),
             on_host=self.device.type == "cpu",
         )
+        hidden, max_tokens_per_rank = self.problem.hidden, self.problem.max_tokens
+        payload_bytes = checks.integer("payload_bytes", payload_bytes)
         self.dtype, self.payload_bytes, self._expert_rows = dtype, payload_bytes, expert_rows
         self.combine_bytes = hidden * dtype.itemsize
         self._settings = (payload_bytes, expert_rows, timeout, first_epoch, exchange)
@@ -129,7 +134,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         elif expert_rows:
             foreseen.append(self._combine_spec(dtype, payload_checks.usual_out(dtype), pulls=True))
         if payloads:
-            widths = tuple(columns * each.itemsize for columns, each in payloads)
+            widths = payload_checks.foreseen(payloads)
             payload_checks.room(self, widths)
             foreseen += self._with_others(dispatch_spec(self.problem, widths), self._may_be_exact)
         self._chosen: dict[Hashable, Any] = {}
@@ -154,6 +159,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             return CollectiveOps(self.world, self.problem, **sizes, **how, may_be_exact=self._may_be_exact)
         return OneSidedOps(self.world, self.problem, **sizes, expert_rows=expert_rows, **how)
 
+    @exclusive
     def dispatch(
         self,
         topk_idx: Tensor,
@@ -171,7 +177,8 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         Args:
             topk_idx: [T, topk], int32 or int64, ids in [-1, num_experts); -1 selects nothing. 0 <= T <= max_tokens; T
                 may differ between ranks and calls.
-            payloads: 1 to 16 tensors [T, columns] of any dtype. All ranks give the same dtypes and columns.
+            payloads: 1 to 16 tensors [T, columns] of any dtype. All ranks give the same dtypes and columns. What an
+                earlier dispatch returned has to be cloned before it is sent on: it lies where others write now.
             max_tokens: rows of the result per source, equal on all ranks; it may change from call to call. None:
                 max_tokens_per_rank.
             num_tokens: int32 [1] on the device: how many of the T tokens count, read when the kernel runs, so that
@@ -192,16 +199,18 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             MissingKernelError: the first dispatch of this set of payloads, while a stream captures.
             LaunchError: the driver refused the launch.
             DestroyedError: after `destroy()`.
+            BusyError: another thread is inside a call of this object; nothing was launched.
         """
         ops = self._alive()
-        self.check()
-        slots = self.problem.max_tokens if max_tokens is None else max_tokens
-        checks.in_range("max_tokens", slots, 1, self.problem.max_tokens)
+        self._raise_reported()
+        admission.require_real_tensors()
+        slots = payload_checks.slots(self, max_tokens)
         moved = payload_checks.payloads(self, payloads, slots)
-        checks.num_tokens(self, num_tokens)
+        num_tokens = checks.num_tokens(self, num_tokens)
         topk_idx = checks.topk_idx(self, topk_idx, moved[0].shape[0], num_tokens)
-        payload_checks.unused_ids(unused_ids, moved)
-        payload_checks.stats(self, stats)
+        unused_ids = payload_checks.unused_ids(unused_ids, moved)
+        stats = payload_checks.stats(self, stats)
+        payload_checks.lie_elsewhere(ops.shown, moved, topk_idx, num_tokens, stats)
         active = payload_checks.active(self, active_ranks)
         if timeout is not None:
             checks.seconds("timeout", timeout)
@@ -216,6 +225,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             ops.dispatch, spec, moved, topk_idx, num_tokens, addresses, slots, stats, gathered, unused_ids, active,
             timeout, exact,
         )  # fmt: skip
+        admission.note_writes((ops.memory.local,))
         stream = current_stream(self.device)
         handle = PayloadsHandle(self, moved[0].shape[0], slots, memory, addresses, stream, exchanged)
         views = ops.views(moved, widths, slots, 0 if stats is None else stats.numel())
@@ -247,6 +257,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         timeout: float | None = None,
     ) -> Quantised: ...
 
+    @exclusive
     def combine(
         self,
         y: Tensor,
@@ -270,7 +281,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             handle: of the dispatch, on all ranks the same one; may be used more than once.
             out_dtype: bfloat16, float16 or float32. None: that of y, or bfloat16 if that is float8_e4m3fn.
             out: the tensor for the result, whose dtype then counts, or with `quantize` those of a `Quantised`; nothing
-                is allocated.
+                is allocated. It shares no memory with an input, nor with what dispatch returned.
             quantize: "mxfp8" or "nvfp4": the fp32 sums become e4m3 or e2m1 numbers that share scales, by the rules of
                 `moegen.reference_quantise`. MXFP8's scale is the least power of two that brings a group to 448 or
                 less: the OCP specification (MX v1.0, 6.3) rounds it down instead, so that elements saturate; rounding
@@ -286,10 +297,11 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
 
         Raises:
             HandleError: the handle is another object's, or of one that was destroyed.
-            InputError, PeerTimeoutError, MissingKernelError, LaunchError, DestroyedError: as `dispatch`.
+            InputError, PeerTimeoutError, MissingKernelError, LaunchError, DestroyedError, BusyError: as `dispatch`.
         """
         ops = self._alive()
-        self.check()
+        self._raise_reported()
+        admission.require_real_tensors()
         payload_checks.handle(self, handle)
         y = payload_checks.outputs(self, y, handle.max_tokens)
         if ops.receives_in(y):
@@ -298,6 +310,10 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             self, y.dtype, handle.num_tokens, out_dtype=out_dtype, out=out, quantize=quantize,
             output_scale=output_scale, scale_layout=scale_layout,
         )  # fmt: skip
+        if to.given:
+            receive_buffer = admission.span("this object's receive buffer", ops.memory.local)
+            inputs = (("y", y), ("output_scale", to.output_scale), ("the memory of the handle", handle.memory))
+            admission.apart(to.given, inputs, (receive_buffer,))
         active = payload_checks.active(self, active_ranks)
         if timeout is not None:
             checks.seconds("timeout", timeout)
@@ -308,6 +324,8 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         if handle.stream != current_stream(self.device):  # the handle may be dropped before this stream has read it
             record(self.device, (handle.memory,))
         self._launch(ops.combine, spec, y, to.addresses, handle, active, timeout)
+        if to.given:
+            admission.note_writes([tensor for _, tensor in to.given])
         return to.made
 
     @property
@@ -315,6 +333,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         """The kernels that are loaded so far."""
         return self._alive().specs
 
+    @exclusive
     def expert_rows(self, max_tokens: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for combine's `y`, which the other ranks read where it lies; an object made with `expert_rows` has it.
         What was given to a combine may be overwritten behind the next dispatch that all ranks take part in.
@@ -330,11 +349,11 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             InputError: the object was made without, or has no room for such rows.
         """
         ops = self._alive()
-        slots = self.problem.max_tokens if max_tokens is None else max_tokens
-        checks.in_range("max_tokens", slots, 1, self.problem.max_tokens)
+        slots = payload_checks.slots(self, max_tokens)
         payload_checks.expert_rows(self, self._expert_rows, dtype)
         return ops.expert_rows(slots, self.problem.hidden, self.dtype if dtype is None else dtype)
 
+    @exclusive
     def warmup(self) -> None:
         """One dispatch and combine of zero tokens, with a payload of at most 16 bytes per token. Collective.
 

@@ -44,8 +44,8 @@ def problem(
 ) -> Problem:
     """The arguments that decide the kernels; what only the Spec can judge is judged there."""
     checks.one_of("dtype", dtype, _ROWS)
-    checks.in_range("num_topk", num_topk, 1, MAX_TOPK)
-    checks.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
+    num_topk = checks.in_range("num_topk", num_topk, 1, MAX_TOPK)
+    max_tokens_per_rank = checks.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
     checks.in_range("payload_bytes", payload_bytes, 1, MAX_PAYLOADS * MAX_ROW_BYTES)
     shape = (num_ranks, num_experts, num_topk, hidden, max_tokens_per_rank)
     return Problem(*shape, WORDS[dtype], "rank", path, on_host=on_host, copy=copy, warp_groups=warp_groups)
@@ -67,6 +67,17 @@ def usual_out(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
 
 
+def foreseen(given: Sequence[tuple[int, torch.dtype]]) -> tuple[int, ...]:
+    """Bytes per token of payloads that are described as (columns, dtype)."""
+    return tuple(checks.integer("the columns of payloads", columns) * dtype.itemsize for columns, dtype in given)
+
+
+def slots(owner: OneSided, max_tokens: int | None) -> int:
+    """Rows per source of a call."""
+    most = owner.problem.max_tokens
+    return most if max_tokens is None else checks.in_range("max_tokens", max_tokens, 1, most)
+
+
 def room(owner: OneSided, widths: Sequence[int]) -> None:
     """`widths`: bytes per token of each payload."""
     if sum(widths) > owner.payload_bytes:
@@ -80,9 +91,11 @@ def payloads(owner: OneSided, given: Sequence[torch.Tensor], slots: int) -> list
     """As the kernel reads them: contiguous, and at multiples of 16 bytes, copied if they are not."""
     if not isinstance(given, (list, tuple)) or not 1 <= len(given) <= MAX_PAYLOADS:
         raise InputError(f"payloads is a list of 1 to {MAX_PAYLOADS} tensors [tokens, columns]")
+    moved = []
     for index, part in enumerate(given):
         name = f"payloads[{index}]"
-        checks.require_tensor(owner, name, part, (part.dtype,) if isinstance(part, torch.Tensor) else ())
+        part = checks.require_tensor(owner, name, part, (part.dtype,) if isinstance(part, torch.Tensor) else ())
+        moved.append(part)
         if part.dim() != 2 or part.shape[0] != given[0].shape[0] or part.shape[1] == 0:
             tokens = given[0].shape[0] if given[0].dim() else "a number of"
             raise InputError(f"{name} is [{tokens} tokens, 1 or more columns]; got {list(part.shape)}")
@@ -93,27 +106,51 @@ def payloads(owner: OneSided, given: Sequence[torch.Tensor], slots: int) -> list
             f"max_tokens_per_rank={owner.problem.max_tokens}) or dispatch in parts"
         )
     room(owner, [part.shape[1] * part.element_size() for part in given])
-    return [checks.readable(part) for part in given]
+    return [checks.readable(part) for part in moved]
 
 
-def unused_ids(given: tuple[int, int] | None, moved: Sequence[torch.Tensor]) -> None:
+def lie_elsewhere(
+    shown: range,
+    moved: Sequence[torch.Tensor],
+    ids: torch.Tensor,
+    num_tokens: torch.Tensor | None,
+    stats: torch.Tensor | None,
+) -> None:
+    """Inputs of a dispatch, which others may write over as soon as it begins where they lie in its own results."""
+    for index, part in enumerate(moved):
+        if part.data_ptr() in shown:
+            _refuse_own_results(f"payloads[{index}]")
+    for name, tensor in (("topk_idx", ids), ("num_tokens", num_tokens), ("stats", stats)):
+        if tensor is not None and tensor.data_ptr() in shown:
+            _refuse_own_results(name)
+
+
+def _refuse_own_results(name: str) -> None:
+    raise InputError(
+        f"{name} lies in this object's receive buffer, as what an earlier dispatch returned does; other ranks write "
+        f"there during this call: give a clone of {name}"
+    )
+
+
+def unused_ids(given: tuple[int, int] | None, moved: Sequence[torch.Tensor]) -> tuple[int, int] | None:
     if given is None:
-        return
+        return None
     if not isinstance(given, tuple) or len(given) != 2:
         raise InputError(f"unused_ids is (index of a payload, value); got {given!r}")
-    index, value = given
-    checks.in_range("the index of unused_ids", index, 0, len(moved) - 1)
-    checks.in_range("the value of unused_ids", value, -(2**31), 2**31 - 1)
+    index = checks.in_range("the index of unused_ids", given[0], 0, len(moved) - 1)
+    value = checks.in_range("the value of unused_ids", given[1], -(2**31), 2**31 - 1)
     if moved[index].dtype != torch.int32:
         raise InputError(f"unused_ids is about a payload of int32 ids; payloads[{index}] is {moved[index].dtype}")
+    return index, value
 
 
-def stats(owner: OneSided, given: torch.Tensor | None) -> None:
+def stats(owner: OneSided, given: torch.Tensor | None) -> torch.Tensor | None:
     if given is None:
-        return
-    checks.require_tensor(owner, "stats", given, (torch.int32,))
+        return None
+    given = checks.require_tensor(owner, "stats", given, (torch.int32,))
     if given.dim() != 1 or not 1 <= given.numel() <= MAX_STATS or not given.is_contiguous():
         raise InputError(f"stats is a contiguous [1..{MAX_STATS}]; got {list(given.shape)}")
+    return given
 
 
 def active(owner: OneSided, given: int | None) -> int:
@@ -121,7 +158,7 @@ def active(owner: OneSided, given: int | None) -> int:
     everyone = owner.problem.every_rank
     if given is None:
         return everyone
-    checks.in_range("active_ranks", given, 1, everyone)
+    given = checks.in_range("active_ranks", given, 1, everyone)
     if not given >> owner.rank & 1:
         raise InputError(f"active_ranks={given:#x} leaves out rank {owner.rank}, which makes this call")
     if owner.problem.path == "collective" and given != everyone:
@@ -164,7 +201,7 @@ def handle(owner: OneSided, given: PayloadsHandle) -> None:
 
 
 def outputs(owner: OneSided, y: torch.Tensor, slots: int) -> torch.Tensor:
-    checks.require_tensor(owner, "y", y, _ROWS)
+    y = checks.require_tensor(owner, "y", y, _ROWS)
     checks.require_shape("y", y, (owner.num_ranks, slots, owner.problem.hidden))
     if y.shape[2] * y.element_size() > owner.combine_bytes:
         raise CapacityError(
@@ -194,7 +231,7 @@ def out_dtype(
 ) -> torch.dtype:
     """What combine's result is made of: said, that of the given tensor, or the usual."""
     if out is not None:
-        checks.require_tensor(owner, "out", out, _OUTS if given is None else (given,))
+        checks.require_output(owner, "out", out, _OUTS if given is None else (given,))
         checks.require_shape("out", out, shape)
         checks.require_writable("out", out)
         return out.dtype

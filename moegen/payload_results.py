@@ -35,11 +35,15 @@ class Destination(NamedTuple):
         word: what they are, in `moegen.kernels.a2a_results`.
         made: what combine returns.
         addresses: of the kernel's `out` and of `Result.params`, in order; 0 for null.
+        output_scale: as the kernel reads it.
+        given: what of `made` is the caller's.
     """
 
     word: str
     made: torch.Tensor | Quantised
     addresses: tuple[int, ...]
+    output_scale: torch.Tensor | None = None
+    given: tuple[tuple[str, torch.Tensor], ...] = ()
 
 
 def destination(
@@ -58,7 +62,8 @@ def destination(
         shape = (tokens, owner.problem.hidden)
         dtype = payload_checks.out_dtype(owner, rows, out_dtype, out, shape)
         made = torch.empty(shape, dtype=dtype, device=owner.device) if out is None else out
-        return Destination(payload_checks.WORDS[dtype], made, (made.data_ptr(),))
+        given = () if out is None else (("out", out),)
+        return Destination(payload_checks.WORDS[dtype], made, (made.data_ptr(),), given=given)
     checks.one_of("quantize", quantize, (None, *QUANTISED))
     checks.one_of("scale_layout", scale_layout, tuple(SCALE_LAYOUTS))
     if quantize is None:
@@ -80,7 +85,7 @@ def _quantised(
     result, form, hidden = RESULTS[word], _FORMATS[kind], owner.problem.hidden
     if hidden % result.group != 0:
         raise InputError(f"{kind} has a scale for every {result.group} elements; hidden={hidden} is no multiple of it")
-    _check_output_scale(owner, result, kind, output_scale)
+    output_scale = _output_scale(owner, result, kind, output_scale)
     shape = (tokens, hidden // form.per_number)
     scales = (tokens, hidden // result.group)
     if result.tiled:
@@ -95,17 +100,19 @@ def _quantised(
     addresses: tuple[int, ...] = (made.data.data_ptr(), made.scales.data_ptr())
     if result.scaled_by_user:
         addresses += (0 if output_scale is None else output_scale.data_ptr(),)
-    return Destination(word, made, addresses)
+    users = () if out is None else (("out.data", made.data), ("out.scales", made.scales))
+    return Destination(word, made, addresses, output_scale, users)
 
 
-def _check_output_scale(owner: OneSided, result: Result, kind: str, given: torch.Tensor | None) -> None:
+def _output_scale(owner: OneSided, result: Result, kind: str, given: torch.Tensor | None) -> torch.Tensor | None:
     if given is None:
-        return
+        return None
     if not result.scaled_by_user:
         raise InputError(f"{kind} has no output_scale; leave it out")
-    checks.require_tensor(owner, "output_scale", given, (torch.float32,))
+    given = checks.require_tensor(owner, "output_scale", given, (torch.float32,))
     if given.numel() != 1:
         raise InputError(f"output_scale is one float32 on the device; got {list(given.shape)}")
+    return given
 
 
 def _given(
@@ -117,10 +124,10 @@ def _given(
 ) -> Quantised:
     if not isinstance(out, Quantised):
         raise InputError(f"out of quantised results is moegen.Quantised(data, scales); got {type(out).__name__}")
-    checks.require_tensor(owner, "out.data", out.data, (form.data,))
+    checks.require_output(owner, "out.data", out.data, (form.data,))
     checks.require_shape("out.data", out.data, shape)
     checks.require_writable("out.data", out.data)
-    checks.require_tensor(owner, "out.scales", out.scales, form.scales)
+    checks.require_output(owner, "out.scales", out.scales, form.scales)
     checks.require_shape("out.scales", out.scales, scales)
     if not out.scales.is_contiguous():
         raise InputError(f"out.scales is contiguous; got strides {out.scales.stride()}")

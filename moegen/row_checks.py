@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moegen import checks
+from moegen import admission, checks
 from moegen.errors import CapacityError, HandleError, InputError
 from moegen.kernels.ht import FORMATS, LAYOUTS
 from moegen.kernels.ll import MAX_TOKENS_PER_RANK, QUANTIZED
@@ -22,6 +22,7 @@ _GIVEN_SCALES = {torch.float32: "e4m3", torch.int32: "e4m3ue8m0"}
 """Dtype of the scales of given FP8 tokens -> how they travel."""
 
 MAX_BIASES = 2
+MAX_ROWS = 2**31 - 1
 MODES = ("capacity", "exact")
 
 
@@ -45,7 +46,7 @@ def problem(
     checks.one_of("dtype", dtype, (torch.bfloat16, torch.float8_e4m3fn))
     checks.one_of("quantize", quantize, (None, *QUANTIZED))
     checks.one_of("scale_dtype", scale_dtype, tuple(_GIVEN_SCALES))
-    checks.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
+    max_tokens_per_rank = checks.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
     word = "bf16" if quantize is None else QUANTIZED[quantize]
     if dtype == torch.float8_e4m3fn:
         if quantize is not None:
@@ -76,12 +77,11 @@ def borrowed(owner: RowCalls, exact: bool, *made: object) -> None:
         )
 
 
-def launch(num_sms: int | None, timeout: float | None) -> None:
-    """How a call is launched and waits; most say nothing of it."""
-    if num_sms is not None:
-        checks.in_range("num_sms", num_sms, 1, checks.MAX_SMS)
+def launch(num_sms: int | None, timeout: float | None) -> int | None:
+    """How a call is launched and waits; most say nothing of it. Thread blocks, as Python's own integer."""
     if timeout is not None:
         checks.seconds("timeout", timeout)
+    return checks.num_sms(num_sms)
 
 
 def fitting(
@@ -123,7 +123,7 @@ def given_tokens(owner: RowCalls, x: torch.Tensor | Given) -> tuple[torch.Tensor
     data, scales = x
     data = checks.tokens(owner, data)
     words = owner.selection.dispatch.scale_words
-    checks.require_tensor(owner, "scales", scales, (owner.scale_dtype,))
+    scales = checks.require_tensor(owner, "scales", scales, (owner.scale_dtype,))
     checks.require_shape("scales", scales, (data.shape[0], words))
     return data, scales.contiguous()
 
@@ -155,12 +155,14 @@ def handle(owner: RowCalls, given: RowsHandle) -> None:
         raise HandleError("this handle comes from another object; give it to that one")
 
 
-def handle_memory(owner: RowCalls, memory: torch.Tensor, words: int) -> None:
-    fits = memory.dtype == torch.int32 and memory.device == owner.device and memory.shape == (words,)
-    if not fits or not memory.is_contiguous() or memory.data_ptr() % 8 != 0:
+def handle_memory(owner: RowCalls, memory: torch.Tensor, words: int) -> torch.Tensor:
+    """As kernels read it: where it lies, or a copy."""
+    if memory.dtype != torch.int32 or memory.device != owner.device or memory.shape != (words,):
         raise HandleError(
-            f"a handle of this object has {words} words int32 on {owner.device}; this is another's memory"
+            f"a handle of this object has {words} words int32 on {owner.device}; this is another's memory: "
+            f"{memory.dtype} {list(memory.shape)} on {memory.device}"
         )
+    return checks.readable(admission.read("the memory of the handle", memory))
 
 
 def exact(owner: RowCalls, max_rows: int | None, *outs: torch.Tensor | None) -> None:
@@ -174,7 +176,7 @@ def exact(owner: RowCalls, max_rows: int | None, *outs: torch.Tensor | None) -> 
 def room(owner: RowCalls, max_rows: int | None, capacity: int, out: torch.Tensor | None) -> int:
     """Rows of the result."""
     if max_rows is not None:
-        checks.in_range("max_rows", max_rows, 0, 2**31 - 1)
+        max_rows = checks.in_range("max_rows", max_rows, 0, MAX_ROWS)
         if out is not None and out.shape[0] != max_rows:
             raise InputError(f"out has {out.shape[0]} rows and max_rows is {max_rows}; give one of them")
         return max_rows
@@ -184,19 +186,31 @@ def room(owner: RowCalls, max_rows: int | None, capacity: int, out: torch.Tensor
 def rows_out(owner: RowCalls, out: torch.Tensor | None, scales: torch.Tensor | None, rows: int) -> None:
     memory = owner.row_memory
     if out is not None:
-        checks.require_tensor(owner, "out", out, (memory.dtype,))
+        checks.require_output(owner, "out", out, (memory.dtype,))
         checks.require_shape("out", out, (rows, owner.problem.hidden))
         checks.require_writable("out", out)
     if scales is not None:
         words = owner.selection.dispatch.scale_words
         if words == 0:
             raise InputError("this object sends tokens as they are: there are no scales")
-        checks.require_tensor(owner, "out_scales", scales, (memory.scales_dtype,))
+        checks.require_output(owner, "out_scales", scales, (memory.scales_dtype,))
         checks.require_shape("out_scales", scales, (rows, words))
+        admission.require_apart_within("out_scales", scales)
+
+
+def lie_elsewhere(owner: RowCalls, buffer: torch.Tensor, data: torch.Tensor, scales: torch.Tensor | None) -> None:
+    """Tokens of a dispatch that returns views of its receive buffer, where others write during the next one."""
+    first, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
+    for name, tensor in (("x", data), ("scales", scales)):
+        if tensor is not None and first <= tensor.data_ptr() < end:
+            raise InputError(
+                f"{name} lies in this object's receive buffer, as rows that an earlier dispatch has lent do; other "
+                f"ranks write there during this call: give a clone of {name}"
+            )
 
 
 def outputs(owner: RowCalls, y: torch.Tensor, rows: int) -> torch.Tensor:
-    checks.require_tensor(owner, "y", y, (torch.bfloat16,))
+    y = checks.require_tensor(owner, "y", y, (torch.bfloat16,))
     checks.require_shape("y", y, (rows, owner.problem.hidden))
     return checks.readable(y)
 
@@ -205,14 +219,14 @@ def weights(owner: RowCalls, given: torch.Tensor | None, handle: RowsHandle) -> 
     """One for each row that came and each of its selections."""
     if given is None:
         return None
-    checks.require_tensor(owner, "topk_weights", given, (torch.float32,))
+    given = checks.require_tensor(owner, "topk_weights", given, (torch.float32,))
     if owner.problem.layout == "token":
         checks.require_shape("topk_weights", given, (handle.rows, owner.problem.num_topk))
         return given.contiguous()
     checks.require_shape("topk_weights", given, (handle.rows,))
     slots = handle.numbers.part("row_slots").view(-1, owner.problem.num_topk)
     if handle.rows == 0:
-        return torch.zeros(slots.shape, device=owner.device)
+        return torch.zeros(slots.shape, dtype=torch.float32, device=owner.device)
     at = slots.clamp(0, handle.rows - 1)  # rows that nothing came for have no slots: what stands there is not read
     return given[at].masked_fill_(slots < 0, 0)
 
@@ -221,14 +235,28 @@ def biases(owner: RowCalls, given: torch.Tensor | Sequence[torch.Tensor], shape:
     several = [given] if isinstance(given, torch.Tensor) else list(given)
     if len(several) > MAX_BIASES:
         raise InputError(f"at most {MAX_BIASES} biases; got {len(several)}")
+    several = [checks.require_tensor(owner, "bias", bias, (torch.bfloat16,)) for bias in several]
     for bias in several:
-        checks.require_tensor(owner, "bias", bias, (torch.bfloat16,))
         checks.require_shape("bias", bias, shape)
     return [checks.readable(bias) for bias in several]
 
 
 def combined_out(owner: RowCalls, out: torch.Tensor | None, shape: tuple[int, ...]) -> None:
     if out is not None:
-        checks.require_tensor(owner, "out", out, (torch.bfloat16,))
+        checks.require_output(owner, "out", out, (torch.bfloat16,))
         checks.require_shape("out", out, shape)
         checks.require_writable("out", out)
+
+
+def combined_apart(
+    out: torch.Tensor,
+    buffer: torch.Tensor,
+    y: torch.Tensor,
+    weights: torch.Tensor | None,
+    biases: Sequence[torch.Tensor],
+    given: RowsHandle,
+) -> None:
+    """What a combine writes. Element for element over a bias it may: each is read just before it is written."""
+    others = [("bias", bias) for bias in biases if not admission.is_same(bias, out)]
+    inputs = [("y", y), ("topk_weights", weights), *others, ("the memory of the handle", given.memory)]
+    admission.apart([("out", out)], inputs, [admission.span("this object's receive buffer", buffer)])

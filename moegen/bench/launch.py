@@ -122,7 +122,7 @@ def _run_rank(measure: Measure[Config], config: Config, rank: int, local_rank: i
 def _prepared(world: RankWorld, measure: Measure[Config], config: Config) -> Json:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-        torch.zeros(1, device=world.device).add_(1)  # makes the GPU's context current in this thread
+        torch.zeros(1, dtype=torch.int32, device=world.device).add_(1)  # makes the GPU's context current in this thread
         torch.cuda.current_stream(world.device).synchronize()
     with torch.no_grad():
         return measure(world, config)

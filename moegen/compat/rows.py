@@ -11,10 +11,12 @@ import torch
 from moegen import checks
 from moegen.errors import CapacityError, InputError
 from moegen.high_throughput import HighThroughput
+from moegen.kernels.integers import settle_integers
 from moegen.kernels.problem import Problem
 from moegen.rows import DispatchedRows, Given, Layout, RowsHandle
 from moegen.runtime.kernel import load
 from moegen.runtime.layout import LayoutOp
+from moegen.runtime.ownership import ProcessBound
 from moegen.runtime.streams import CommStream
 from moegen.runtime.worlds import RankWorld, as_rank_world
 from moegen.select import layout_spec
@@ -39,6 +41,9 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
     scale_dtype: torch.dtype = torch.float32
 
+    def __post_init__(self) -> None:
+        settle_integers(self, InputError)
+
     def of(self, x: Tensor | Given) -> Shape:
         """The same routing for such tokens."""
         data, scales = x if isinstance(x, tuple) else (x, None)
@@ -48,7 +53,7 @@ class Shape:
         return replace(self, hidden=data.shape[1], dtype=data.dtype, scale_dtype=scale_dtype)
 
 
-class Counts:
+class Counts(ProcessBound):
     """One rank's `layout` for a number of experts and of selections; made by this rank alone."""
 
     def __init__(self, world: RankWorld, num_topk: int, num_experts: int) -> None:
@@ -66,7 +71,7 @@ class Counts:
         return layout
 
 
-class RowLayers:
+class RowLayers(ProcessBound):
     """One HighThroughput per Shape; made, on all ranks together, when a shape is first seen.
 
     An object that becomes too small is replaced by a larger one. The old one lives on until `destroy()`, because
@@ -94,7 +99,7 @@ class RowLayers:
         return self._world
 
     def counts(self, num_topk: int, num_experts: int) -> Counts:
-        key = (num_topk, num_experts)
+        key = (num_topk, checks.integer("num_experts", num_experts))
         if key not in self._counts:
             self._counts[key] = Counts(self.world, *key)
         return self._counts[key]

@@ -23,7 +23,7 @@ from pathlib import Path
 from moegen import env, leftovers
 from moegen.codegen.files import host_files, host_headers
 from moegen.codegen.render import Source
-from moegen.compile import failure
+from moegen.compile import elf, failure
 from moegen.compile.recipe import Compiled, Recipe, reachable
 from moegen.compile.target import Target
 from moegen.errors import CompileError, UnsupportedPlatformError
@@ -90,7 +90,8 @@ def compile(recipe: Recipe) -> Compiled:
     """The shared library of a kernel or of the runtime.
 
     Raises:
-        CompileError: the compiler refused it, or did not end within LONGEST_SECONDS; `folder` reproduces it.
+        CompileError: the compiler refused it, did not end within LONGEST_SECONDS, or its output is not sound;
+            `folder` reproduces it.
     """
     started = time.perf_counter()
     with leftovers.folder("cxx") as folder:
@@ -98,12 +99,23 @@ def compile(recipe: Recipe) -> Compiled:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
         ok, text = _build(recipe, folder)
-        if not ok:
-            raise _failed(recipe, text)
-        content = (folder / "kernel.so").read_bytes()
+        content = _output(folder) if ok else b""
+    if ok:  # or so the compiler says
+        symbol = "moegen" if recipe.stem == RUNTIME else "moegen_launch"
+        defect = elf.defect(content, symbol, machine=elf.machine_of(Path("/proc/self/exe")), shared=True)
+        ok, text = not defect, f"{text}\n{defect}"
+    if not ok:
+        raise _failed(recipe, text)
     seconds = time.perf_counter() - started
     log.info("event=compiled stem=%s target=host seconds=%.3f bytes=%d", recipe.stem, seconds, len(content))
     return Compiled(content, seconds)
+
+
+def _output(folder: Path) -> bytes:
+    try:
+        return (folder / "kernel.so").read_bytes()
+    except OSError:
+        return b""
 
 
 def _files(recipe: Recipe) -> dict[str, bytes]:
@@ -138,9 +150,13 @@ def _run(command: list[str], folder: Path) -> tuple[bool, str]:
     environment = {**os.environ, "LC_ALL": "C"}
     output = subprocess.PIPE
     # A group of its own, because what a compiler starts does the work, and has to end with it.
-    with subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
-    ) as process:
+    try:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    except OSError as error:
+        return False, f"{command[0]} does not start: {error}"
+    with process:
         try:
             parts = process.communicate(timeout=LONGEST_SECONDS)
         except subprocess.TimeoutExpired:

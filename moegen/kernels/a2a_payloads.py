@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moegen.errors import SpecError
+from moegen.kernels.integers import as_int
 from moegen.kernels.spec import PARSED
 
 
@@ -16,6 +17,12 @@ class RowBytes:
     """The widths of a token's payloads, in order."""
 
     widths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        widths = tuple(map(as_int, self.widths))
+        if None in widths:
+            raise SpecError(f"bytes per token must be integers; got {self.widths}")
+        object.__setattr__(self, "widths", widths)
 
     def __str__(self) -> str:
         return "x".join(map(str, self.widths))

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moegen.errors import InputError
+from moegen.kernels.integers import settle_integers
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -38,6 +41,9 @@ class Problem:
     wire: str = "auto"
     copy: str = "auto"
     warp_groups: str | None = None
+
+    def __post_init__(self) -> None:
+        settle_integers(self, InputError)
 
     @property
     def every_rank(self) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast
 
 from moegen.errors import SpecError
+from moegen.kernels.integers import settle_integers
 
 SCHEMA = 2
 """Number of the naming scheme and of the kernels' parameter structs; caches and packs carry it."""
@@ -33,6 +34,9 @@ class WarpGroups:
 
     groups: int
     warps: int
+
+    def __post_init__(self) -> None:
+        settle_integers(self, SpecError, "warp groups: ")
 
     def __str__(self) -> str:
         return f"{self.groups}x{self.warps}"
@@ -76,6 +80,7 @@ class Spec:
             Spec.registry[(family, op)] = cls
 
     def __post_init__(self) -> None:
+        settle_integers(self, SpecError, f"{self.family}_{self.op}: ")
         for f in fields(self):
             allowed = f.metadata["one_of"]
             value = getattr(self, f.name)

@@ -13,6 +13,7 @@ import torch
 
 from moegen.kernels.coll import MAX_HEADER_BYTES, chunk_planes, header_bytes, part_bytes
 from moegen.payloads import ExchangedRows
+from moegen.runtime.ownership import lasting
 from moegen.runtime.streams import read_by_host
 
 
@@ -58,6 +59,7 @@ class Chunks:
             ]
         return tuple([view.detach() for view in views])
 
+    @lasting()
     def _view(self, dtype: torch.dtype, columns: int, place: int) -> torch.Tensor:
         width = columns * dtype.itemsize
         plane = self.came.view(self._ranks, self.size)[:, place : place + self._slots * width]

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from moegen.admission import Span
 from moegen.errors import SlotError
 
 Hook = Callable[[], None]
@@ -20,6 +21,8 @@ class OpenHalf:
     arguments: tuple[int, ...]
     kept: tuple[object, ...]
     done: bool = False
+    holds: tuple[Span, ...] = ()
+    """Memory that the second half reads or writes: until then no other call may be given it to write into."""
 
 
 class OpenHalves:
@@ -29,6 +32,7 @@ class OpenHalves:
         self._slots = slots
         self._busy: dict[str, list[bool]] = {"dispatch": [False] * slots, "combine": [False] * slots}
         self._dispatches: set[tuple[int, ...]] = set()
+        self._open: list[OpenHalf] = []
 
     def free_slot(self, op: str) -> int:
         busy = self._busy[op]
@@ -41,6 +45,7 @@ class OpenHalves:
 
     def open(self, half: OpenHalf) -> OpenHalf:
         self._busy[half.op][half.slot] = True
+        self._open.append(half)
         if half.op == "dispatch":
             self._dispatches.add(half.arguments)
         return half
@@ -55,7 +60,13 @@ class OpenHalves:
         """The second half is launched."""
         self._busy[half.op][half.slot] = False
         self._dispatches.discard(half.arguments)
-        half.kept = ()
+        self._open.remove(half)
+        half.kept = half.holds = ()
+
+    @property
+    def held(self) -> Sequence[Span]:
+        """What the open ones hold."""
+        return [span for half in self._open for span in half.holds] if self._open else ()
 
     def is_unfinished(self, address: int) -> bool:
         """Whether a dispatch that was given this address is open."""

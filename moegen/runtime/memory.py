@@ -51,7 +51,7 @@ class SymmetricMemory:
         while a stream captures, which CUDA refuses.
         """
         self.release()
-        self.local = torch.empty(0, dtype=torch.uint8)
+        self.local = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class SharedFile:
@@ -280,6 +280,6 @@ class HostWords:
     """
 
     def __init__(self, count: int, *, pinned: bool) -> None:
-        self._tensor = torch.zeros(count, dtype=torch.int32, pin_memory=pinned)
+        self._tensor = torch.zeros(count, dtype=torch.int32, device="cpu", pin_memory=pinned)
         self.address = self._tensor.data_ptr()
         self.words = (ctypes.c_uint32 * count).from_address(self.address)

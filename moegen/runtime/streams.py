@@ -101,7 +101,7 @@ class Event:
 
 
 class CommStream:
-    """The stream of asynchronous calls, made when it is first used. `with` it, or `behind()` it."""
+    """The stream of asynchronous calls, made when it is first used."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -142,16 +142,3 @@ class CommStream:
             record(self.device, inputs)
             result = call()
         return result, Event(self, results(result))
-
-    def __enter__(self) -> CommStream:
-        """Calls go to this stream, behind what is on the current one now."""
-        stream = self.stream
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            self._context: Any = torch.cuda.stream(stream)
-            self._context.__enter__()
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        if self._stream is not None:
-            self._context.__exit__(*failure)

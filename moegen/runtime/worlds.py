@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import threading
@@ -15,8 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from moegen.errors import CapacityError, InputError, UnsupportedPlatformError
+from moegen.kernels.integers import as_int
 from moegen.runtime.group_exchange import exchange_in_group
 from moegen.runtime.memory import SymmetricMemory, raise_first, share_between_gpus, share_between_processes
+from moegen.runtime.ownership import ProcessBound
 from moegen.runtime.streams import wait_for_stream
 from moegen.runtime.tensor_exchange import TensorExchange
 from moegen.runtime.thread_gather import OtherRankFailedError, ThreadGather
@@ -38,7 +39,7 @@ MAX_CONNECTIONS = 32
 share a queue, and kernels that wait for each other in one queue wait for ever."""
 
 
-class RankWorld(ABC):
+class RankWorld(ProcessBound, ABC):
     """One rank's end of a world.
 
     Attributes:
@@ -59,7 +60,8 @@ class RankWorld(ABC):
 
     def within(self, timeout: float) -> Self:
         """The same end of the same world, with another timeout."""
-        other = copy.copy(self)
+        other = object.__new__(type(self))  # no copy: worlds refuse to be copied
+        other.__dict__.update(self.__dict__)
         other.timeout = timeout
         return other
 
@@ -108,12 +110,17 @@ class RankWorld(ABC):
         """Returns when every rank has called it."""
         self.exchange(None, "nothing: a barrier")
 
+    @property
+    def group(self) -> object:
+        """The same object for every world of the same ranks: what they share for good hangs on it."""
+        return self
+
 
 _READY_BYTES, _READY_SMALL_BYTES, _READY_SMALL_BLOCKS = 64 << 20, 1 << 20, 16
 """Per virtual rank on a GPU; torch keeps blocks of up to a MiB apart."""
 
 
-class LocalWorld:
+class LocalWorld(ProcessBound):
     """`num_ranks` virtual ranks in one process, each a thread (and a stream, on a GPU): for tests, demos, debugging.
 
     Args:
@@ -127,9 +134,10 @@ class LocalWorld:
 
     def __init__(self, num_ranks: int, device: str | torch.device = "cpu") -> None:
         self.device = _without_cpu_index(torch.device(device))
-        self.size = num_ranks
-        if num_ranks < 1:
-            raise InputError(f"a world has at least one rank; got {num_ranks}")
+        number = as_int(num_ranks)
+        if number is None or number < 1:
+            raise InputError(f"num_ranks is an integer, 1 or more; got {num_ranks!r}")
+        self.size = num_ranks = number
         if self.device.type == "cuda":
             self.device = _cuda_device_for_many_streams(self.device, num_ranks)
         self._gather = ThreadGather(num_ranks)
@@ -187,6 +195,10 @@ class LocalRank(RankWorld):
             with self.stream_context():
                 _keep_memory_ready(world.device)
 
+    @property
+    def group(self) -> object:
+        return self._world.ranks[self.rank]
+
     def stream_context(self) -> Any:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
@@ -208,7 +220,7 @@ class LocalRank(RankWorld):
         self.barrier()
 
     def allocate(self, size: int) -> SymmetricMemory:
-        failed, local = "", torch.empty(0, dtype=torch.uint8)
+        failed, local = "", torch.empty(0, dtype=torch.uint8, device="cpu")
         try:
             local = torch.zeros(size, dtype=torch.uint8, device=self.device)
         except RuntimeError:
@@ -252,6 +264,10 @@ class GroupWorld(RankWorld):
             gpus = self.exchange(str(torch.cuda.get_device_properties(self.device).uuid), "the names of GPUs")
             self.ranks_per_device = gpus.count(gpus[self.rank])
         self.description = f"{self.size} processes on {self.device.type}"
+
+    @property
+    def group(self) -> object:
+        return self._group
 
     def exchange(self, value: Any, what: str = "values", more_seconds: float = 0.0) -> list[Any]:
         return exchange_in_group(self._group, value, what, self.patience(more_seconds))

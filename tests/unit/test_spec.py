@@ -8,14 +8,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moegen.codegen.catalog import MAX_CATALOG, catalog
 from moegen.codegen.render import render
 from moegen.compile import nvrtc
 from moegen.compile.target import Target
-from moegen.errors import SpecError
+from moegen.errors import InputError, SpecError
 from moegen.kernels.a2a_payloads import RowBytes
+from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec, WarpGroups
 
 SPECS = catalog()
@@ -136,3 +138,27 @@ def test_a_kernel_first_waits_for_the_launch_before(spec: Spec) -> None:
     body = re.search(r'extern "C" __global__ [^{]*\{\s*(\S+)', render(spec).text)
     assert body is not None
     assert body[1] == "await_launch_before();"
+
+
+@pytest.mark.parametrize("spec", SAMPLES, ids=lambda spec: spec.stem)
+def test_numbers_are_integers(spec: Spec) -> None:
+    """8.0 and True equal 8 and 1: caches would find one Spec's text under the other's key."""
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if isinstance(value, int):
+            for wrong in (float(value), str(value), value == 1, None):
+                with pytest.raises(SpecError, match=f"{field.name} must be an integer"):
+                    dataclasses.replace(spec, **{field.name: wrong})
+            same = dataclasses.replace(spec, **{field.name: np.int64(value)})
+            assert same == spec and type(getattr(same, field.name)) is int
+
+
+def test_parts_of_specs_are_integers() -> None:
+    for wrong in (2.0, True, "2"):
+        with pytest.raises(SpecError, match="must be an integer"):
+            WarpGroups(wrong, 2)  # type: ignore[arg-type]
+        with pytest.raises(SpecError, match="integers"):
+            RowBytes((16, wrong))  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="num_experts must be an integer"):
+            Problem(1, wrong, 2, 64, 8)  # type: ignore[arg-type]
+    assert str(RowBytes((np.int32(16), 8))) == "16x8" and type(WarpGroups(np.int32(1), 2).groups) is int

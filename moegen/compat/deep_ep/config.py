@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moegen.errors import InputError
+from moegen.kernels.integers import settle_integers
+
 _MAX_TOPK = 128
 _MAX_SCALES = 128
 _ALIGNMENT = 128
@@ -33,6 +36,9 @@ class Config:
     num_max_nvl_chunked_recv_tokens: int = 256
     num_max_rdma_chunked_send_tokens: int = 6
     num_max_rdma_chunked_recv_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        settle_integers(self, InputError)
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes of DeepEP's NVLink buffer, by its formula (csrc/config.hpp)."""

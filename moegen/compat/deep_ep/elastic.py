@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from moegen import checks
 from moegen.compat.deep_ep import elastic_sizes
 from moegen.compat.deep_ep.elastic_handle import EPHandle
 from moegen.compat.deep_ep.elastic_missing import NotThere
@@ -19,12 +20,13 @@ from moegen.errors import CapacityError, HandleError, InputError
 from moegen.high_throughput import HighThroughput
 from moegen.rows import DispatchedRows, Given
 from moegen.runtime.kernel import HOST_NUM_SMS
+from moegen.runtime.ownership import Exclusive, exclusive
 
 Tensor = torch.Tensor
 Tokens = Tensor | Given
 
 
-class ElasticBuffer(NotThere):
+class ElasticBuffer(Exclusive, NotThere):
     """DeepEP V2's communication buffer for expert parallelism. moegen allocates what the shapes of the calls need, when
     a shape is first seen; that first call is collective and compiles. The order of rows is always deterministic.
 
@@ -65,6 +67,9 @@ class ElasticBuffer(NotThere):
         num_gpu_timeout_secs: int = 100,
         explicitly_destroy: bool = False,
     ) -> None:
+        num_max_tokens_per_rank = checks.integer("num_max_tokens_per_rank", num_max_tokens_per_rank)
+        hidden, num_topk = checks.integer("hidden", hidden), checks.integer("num_topk", num_topk)
+        num_bytes = None if num_bytes is None else checks.integer("num_bytes", num_bytes)
         self.group = group
         self.rank_idx, self.num_ranks = rank_and_size(group)
         if num_bytes is None and num_max_tokens_per_rank > 0 and hidden > 0:
@@ -84,12 +89,14 @@ class ElasticBuffer(NotThere):
         self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx
         self._row_layers: dict[torch.device, RowLayers] = {}
 
+    @exclusive
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
         for rows in self._row_layers.values():
             rows.destroy()
         self._row_layers.clear()
 
+    @exclusive
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
         """Waits, always on the host, for what is queued on this rank's device, and then for all ranks to be here."""
         rows = self._rows(usual_device(self.group))
@@ -159,6 +166,7 @@ class ElasticBuffer(NotThere):
         """0: there are no queue pairs here."""
         return 0
 
+    @exclusive
     def dispatch(
         self,
         x: Tokens,
@@ -238,15 +246,18 @@ class ElasticBuffer(NotThere):
             return _tokens(received), handle.recv_topk_idx, weights, handle, event
         if topk_idx is None or num_experts is None:
             raise InputError("dispatch takes topk_idx and num_experts, or the handle of an earlier dispatch")
+        num_experts = checks.integer("num_experts", num_experts)
         if topk_idx.dim() != 2 or num_experts % self.num_ranks != 0:
             raise InputError(
                 f"topk_idx is [tokens, topk] and num_experts a multiple of the {self.num_ranks} ranks; got "
                 f"{list(topk_idx.shape)} and {num_experts}"
             )
-        most = self.num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank
+        most = self.num_max_tokens_per_rank
+        if num_max_tokens_per_rank is not None:
+            most = checks.integer("num_max_tokens_per_rank", num_max_tokens_per_rank)
         if not 0 <= len(parts[0]) <= most:
             raise CapacityError(f"{len(parts[0])} tokens; give num_max_tokens_per_rank, now {most}, on all ranks")
-        alignment = 1 if expert_alignment is None else expert_alignment
+        alignment = 1 if expert_alignment is None else checks.integer("expert_alignment", expert_alignment)
         topk = topk_idx.shape[1]
         layout = ("packed", alignment) if do_expand else ("token", 1)
         shape = Shape(0, topk, num_experts, *layout).of(x)
@@ -273,6 +284,7 @@ class ElasticBuffer(NotThere):
         weights = None if topk_weights is None else received.topk_weights
         return _tokens(received), received.topk_idx, weights, made, event
 
+    @exclusive
     def combine(
         self,
         x: Tensor,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moegen import checks
 from moegen.compat.deep_ep.config import Config
 from moegen.compat.deep_ep.normal_handle import NormalHandle
 from moegen.compat.deep_ep.streams import Streams
@@ -17,6 +18,7 @@ from moegen.compat.low_latency import Layers
 from moegen.compat.rows import RowLayers, Shape, rounded_up
 from moegen.errors import HandleError, InputError
 from moegen.rows import DispatchedRows, Given, Layout
+from moegen.runtime.ownership import Exclusive, exclusive
 
 Tensor = torch.Tensor
 Tokens = Tensor | Given
@@ -24,7 +26,7 @@ NODE_RANKS = 8
 """Ranks of one of DeepEP's nodes."""
 
 
-class NormalMode:
+class NormalMode(Exclusive):
     """The part of `Buffer` that sends many tokens.
 
     Results are those of DeepEP: rows by source rank and then by the source's token, plain sums. Where ranks do not
@@ -63,6 +65,7 @@ class NormalMode:
         """The stream of asynchronous calls; None on a CPU, where a call is over when it returns."""
         return self._rows(self._layers.device).comm.stream
 
+    @exclusive
     def get_dispatch_layout(
         self,
         topk_idx: Tensor,
@@ -89,7 +92,7 @@ class NormalMode:
         """
         if topk_idx.dim() != 2:
             raise InputError(f"topk_idx is [tokens, topk]; got {list(topk_idx.shape)}")
-        self._check_experts(num_experts)
+        num_experts = self._check_experts(num_experts)
         rows = self._rows(topk_idx.device)
         call = partial(rows.counts(topk_idx.shape[1], num_experts), topk_idx)
         streams = _streams(previous_event, async_finish, allocate_on_comm_stream)
@@ -100,6 +103,7 @@ class NormalMode:
             per_node = nodes.sum(dim=0, dtype=torch.int32)
         return layout.tokens_per_rank, per_node, layout.tokens_per_expert, layout.token_in_rank, event
 
+    @exclusive
     def dispatch(
         self,
         x: Tokens,
@@ -166,10 +170,11 @@ class NormalMode:
             )
         if (topk_idx is None) != (topk_weights is None):
             raise InputError("topk_idx and topk_weights are given together, or neither is")
+        num_experts = self._check_experts(num_tokens_per_expert.numel())
+        expert_alignment = checks.in_range("expert_alignment", expert_alignment, 1, 2**31 - 1)
+        num_worst_tokens = checks.in_range("num_worst_tokens", num_worst_tokens, 0, 2**31 - 1)
         if num_worst_tokens > 0 and topk_idx is None:
             raise InputError("num_worst_tokens needs topk_idx: rows that nothing came for are marked there")
-        num_experts = num_tokens_per_expert.numel()
-        self._check_experts(num_experts)
         if is_token_in_rank.shape != (len(parts[0]), self.group_size):
             got = list(is_token_in_rank.shape)
             raise InputError(f"is_token_in_rank is [{len(parts[0])}, {self.group_size}]; got {got}")
@@ -212,13 +217,14 @@ class NormalMode:
     def _an_expert_of_each_rank(self, is_token_in_rank: Tensor, shape: Shape) -> Tensor:
         """Ids that route as is_token_in_rank says: int64 [T, ranks]."""
         share = shape.num_experts // self.group_size
-        first = torch.arange(0, shape.num_experts, share, device=is_token_in_rank.device)
+        first = torch.arange(0, shape.num_experts, share, dtype=torch.int64, device=is_token_in_rank.device)
         return torch.where(is_token_in_rank, first, -1)
 
     def _again(self, rows: RowLayers, x: Tokens, handle: NormalHandle, num_sms: int) -> DispatchedRows:
         layer, received = rows.for_handle(handle.shape.of(x), handle.received)
         return layer.dispatch(x, handle=received, num_sms=num_sms, timeout=self.timeout)
 
+    @exclusive
     def combine(
         self,
         x: Tensor,
@@ -297,9 +303,11 @@ class NormalMode:
     ) -> Any:
         raise NotImplementedError(_ONE_MACHINE.format("internode_combine", "combine"))
 
-    def _check_experts(self, num_experts: int) -> None:
-        if num_experts % self.group_size != 0:
-            raise InputError(f"num_experts is a multiple of the {self.group_size} ranks; got {num_experts}")
+    def _check_experts(self, num_experts: int) -> int:
+        number = checks.integer("num_experts", num_experts)
+        if number % self.group_size != 0:
+            raise InputError(f"num_experts is a multiple of the {self.group_size} ranks; got {number}")
+        return number
 
 
 _ONE_MACHINE = "moegen.compat.deep_ep has no Buffer.{}: ranks map each other's memory; call {}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from moegen.errors import InputError
+from moegen.kernels.integers import as_int
 
 Tensor = torch.Tensor
 
@@ -29,25 +30,37 @@ def one_of_the_backends(backend: str) -> None:
         raise CallError(f"backend is 'trtllm' or 'cake' (both mean moegen's kernels here); got {backend!r}")
 
 
-def positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+def positive(name: str, value: object) -> int:
+    """The value as Python's own integer."""
+    number = as_int(value)
+    if number is None or number <= 0:
         raise CallError(f"{name} is an integer, 1 or more; got {value!r}")
+    return number
 
 
-def ranks(ep_rank: int, ep_size: int) -> None:
-    positive("ep_size", ep_size)
-    if not 0 <= ep_rank < ep_size:
-        raise CallError(f"ep_rank is 0..{ep_size - 1}; got {ep_rank}")
+def at_least_zero(name: str, value: object) -> int:
+    number = as_int(value)
+    if number is None or number < 0:
+        raise CallError(f"{name} is an integer, 0 or more; got {value!r}")
+    return number
 
 
-def runtime_max(value: int, max_num_tokens: int) -> None:
+def ranks(ep_rank: object, ep_size: object) -> tuple[int, int]:
+    rank, size = as_int(ep_rank), positive("ep_size", ep_size)
+    if rank is None or not 0 <= rank < size:
+        raise CallError(f"ep_rank is 0..{size - 1}; got {ep_rank!r}")
+    return rank, size
+
+
+def runtime_max(value: int, max_num_tokens: int) -> int:
     """The slots per source of one call."""
-    positive("runtime_max_tokens_per_rank", value)
+    value = positive("runtime_max_tokens_per_rank", value)
     if value > max_num_tokens:
         raise CallError(
             f"runtime_max_tokens_per_rank exceeds max_num_tokens: {value} > {max_num_tokens}; make the workspace with "
             f"max_num_tokens={value} or dispatch in parts"
         )
+    return value
 
 
 def routing(ids: Tensor, top_k: int, slots: int) -> None:
@@ -81,11 +94,15 @@ def expert_id_payload(index: int | None, invalid_id: int | None, given: Sequence
         return None
     if index is None:
         raise CallError("expert_id_payload_index required when invalid_token_expert_id is set: which payload has ids?")
-    if not 0 <= index < len(given):
-        raise CallError(f"expert_id_payload_index is 0..{len(given) - 1}, one of the payloads; got {index}")
+    number, invalid = as_int(index), as_int(invalid_id)
+    if number is None or not 0 <= number < len(given):
+        raise CallError(f"expert_id_payload_index is 0..{len(given) - 1}, one of the payloads; got {index!r}")
+    if invalid is None:
+        raise CallError(f"invalid_token_expert_id is an integer; got {invalid_id!r}")
+    index = number
     if given[index].dtype != torch.int32:
         raise CallError(f"payload {index} holds expert ids and is int32; got {given[index].dtype}")
-    return index, invalid_id
+    return index, invalid
 
 
 def eplb_stats(stats: Tensor | None, experts: int) -> Tensor | None:
@@ -111,7 +128,7 @@ def rank_mask(active: Iterable[int], ep_size: int) -> Tensor:
         if not 0 <= int(rank) < ep_size:
             raise CallError(f"active ranks are 0..{ep_size - 1}; got {int(rank)}")
         bits |= 1 << int(rank)
-    return torch.tensor([bits], dtype=torch.uint64)
+    return torch.tensor([bits], dtype=torch.uint64, device="cpu")
 
 
 def mask_bits(mask: Tensor | None, enabled: bool, ep_rank: int, ep_size: int) -> int | None:

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from moegen.compat.flashinfer.checks import CallError
 from moegen.compat.flashinfer.communicators import as_world
 from moegen.errors import DestroyedError
+from moegen.kernels.integers import settle_integers
 from moegen.one_sided import OneSided
 from moegen.payloads import PayloadsHandle
+from moegen.runtime.ownership import ProcessBound
 from moegen.runtime.worlds import RankWorld
 
 Tensor = torch.Tensor
@@ -25,6 +28,9 @@ class Routed:
     num_experts: int
     top_k: int
 
+    def __post_init__(self) -> None:
+        settle_integers(self, CallError)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -33,13 +39,16 @@ class Rows:
     hidden: int
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        settle_integers(self, CallError)
+
     @property
     def size(self) -> int:
         """Bytes."""
         return self.hidden * self.dtype.itemsize
 
 
-class PayloadLayers:
+class PayloadLayers(ProcessBound):
     """Objects by routing and length of combine's rows; made, on all ranks together, when they are first needed. One
     that becomes too small is replaced by a larger one and lives on until `destroy()`: a graph may hold its calls.
     """

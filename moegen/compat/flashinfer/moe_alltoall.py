@@ -12,11 +12,12 @@ from moegen.compat.flashinfer import checks, communicators, mnnvl, sizes, tables
 from moegen.compat.flashinfer.checks import CallError
 from moegen.compat.flashinfer.layers import Routed
 from moegen.compat.flashinfer.workspace import Sent, Workspace
+from moegen.runtime.ownership import Exclusive, exclusive
 
 Tensor = torch.Tensor
 
 
-class MoeAlltoAll:
+class MoeAlltoAll(Exclusive):
     """Dispatch and combine of one MoE layer. Objects of the same sizes and ranks share a workspace, which lives until
     `destroy` or `_reset_workspace`. Making one allocates nothing: the first dispatch does, which is collective and
     compiles; so does the first combine of a length or dtype of rows.
@@ -61,9 +62,11 @@ class MoeAlltoAll:
         backend: str = "trtllm",
     ) -> None:
         checks.one_of_the_backends(backend)
-        for name, value in (("max_num_tokens", max_num_tokens), ("top_k", top_k), ("num_experts", num_experts)):
-            checks.positive(name, value)
-        self.ep_size, self.ep_rank = mapping.moe_ep_size, mapping.moe_ep_rank
+        max_num_tokens, top_k = checks.positive("max_num_tokens", max_num_tokens), checks.positive("top_k", top_k)
+        num_experts = checks.positive("num_experts", num_experts)
+        eplb_stats_num_experts = checks.at_least_zero("eplb_stats_num_experts", eplb_stats_num_experts)
+        hidden_size = None if hidden_size is None else checks.positive("hidden_size", hidden_size)
+        self.ep_rank, self.ep_size = checks.ranks(mapping.moe_ep_rank, mapping.moe_ep_size)
         self.max_num_tokens, self.top_k, self.num_experts = max_num_tokens, top_k, num_experts
         self.eplb_stats_num_experts, self.enable_eplb = eplb_stats_num_experts, eplb_stats_num_experts > 0
         self.enable_rank_mask = enable_rank_mask
@@ -73,6 +76,7 @@ class MoeAlltoAll:
             workspace_size_per_rank = sizes.model_bytes(
                 self.ep_size, top_k, max_num_tokens, hidden_size, 0, eplb_stats_num_experts
             )
+        workspace_size_per_rank = checks.positive("workspace_size_per_rank", workspace_size_per_rank)
         self.workspace_size_per_rank = workspace_size_per_rank
         if mnnvl_config is not None:
             mnnvl.MnnvlMemory.set_comm_from_config(mapping, mnnvl_config)
@@ -81,7 +85,7 @@ class MoeAlltoAll:
         self._key = (*shape, communicators.identity(communicator))
         self._hidden = hidden_size
         self._behind = self._shared_workspace(communicator)
-        self.metainfo = torch.tensor(self._behind.offsets, dtype=torch.int64)
+        self.metainfo = torch.tensor(self._behind.offsets, dtype=torch.int64, device="cpu")
         self._phase = "idle"
         self._sent: Sent | None = None
 
@@ -124,6 +128,7 @@ class MoeAlltoAll:
         """int32 [ep_size, eplb_stats_num_experts] of the last dispatch, until its combine."""
         return None if self._sent is None else self._sent.received.stats
 
+    @exclusive
     def dispatch(
         self,
         token_selected_experts: Tensor,
@@ -169,6 +174,7 @@ class MoeAlltoAll:
         self._sent, self._phase = sent, "dispatched"
         return list(sent.received.payloads)
 
+    @exclusive
     def combine(
         self,
         payload: Tensor,
@@ -206,6 +212,7 @@ class MoeAlltoAll:
         self._sent, self._phase = None, "idle"
         return combined
 
+    @exclusive
     def get_combine_payload_tensor_in_workspace(
         self, runtime_max_tokens_per_rank: int, hidden_size: int, dtype: torch.dtype
     ) -> Tensor:
@@ -219,6 +226,7 @@ class MoeAlltoAll:
         self._check_slots(sent, runtime_max_tokens_per_rank)
         return self._behind.combine_rows(sent, runtime_max_tokens_per_rank, hidden_size, dtype)
 
+    @exclusive
     def destroy(self) -> None:
         """Not FlashInfer's: gives the memory of the workspace back, also for objects that share it. Not collective."""
         if self._WORKSPACE_CACHE.get(self._key) is self._behind:

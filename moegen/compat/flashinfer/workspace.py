@@ -14,6 +14,7 @@ from moegen.compat.flashinfer import checks, communicators, sizes
 from moegen.compat.flashinfer.checks import CallError
 from moegen.compat.flashinfer.layers import PayloadLayers, Routed, Rows
 from moegen.payloads import DispatchedPayloads
+from moegen.runtime.ownership import Exclusive, exclusive, lasting
 
 Tensor = torch.Tensor
 
@@ -37,7 +38,7 @@ class Sent:
         return self.ids.shape[0]
 
 
-class Workspace:
+class Workspace(Exclusive):
     """One rank's.
 
     Args:
@@ -50,7 +51,8 @@ class Workspace:
     def __init__(
         self, communicator: Any, ep_rank: int, ep_size: int, size_per_rank: int, tensor: Tensor | None = None
     ) -> None:
-        checks.ranks(ep_rank, ep_size)
+        ep_rank, ep_size = checks.ranks(ep_rank, ep_size)
+        size_per_rank = checks.positive("the size of a workspace row", size_per_rank)
         have = communicators.rank_and_size(communicator, ep_size)
         if have != (ep_rank, ep_size):
             raise CallError(
@@ -72,19 +74,21 @@ class Workspace:
 
     def lay_out(self, max_num_tokens: int, eplb_stats_num_experts: int = 0) -> Tensor:
         """Says for how many tokens it is; returns the metainfo tensor, int64 on the CPU."""
-        checks.positive("max_num_tokens", max_num_tokens)
+        max_num_tokens = checks.positive("max_num_tokens", max_num_tokens)
+        eplb_stats_num_experts = checks.at_least_zero("eplb_stats_num_experts", eplb_stats_num_experts)
         self.max_num_tokens, self.eplb_stats_num_experts = max_num_tokens, eplb_stats_num_experts
         self.offsets = sizes.offsets(self.ep_size, max_num_tokens, eplb_stats_num_experts)
         checks.room(self.offsets[-1], self.size_per_rank, "its counters", _REMEDY)
         self.last = None
-        return torch.tensor(self.offsets, dtype=torch.int64)
+        return torch.tensor(self.offsets, dtype=torch.int64, device="cpu")
 
     @property
     def tensor(self) -> Tensor:
         """uint8 [ep_size, size_per_rank], made when it is first read. All rows are this rank's own memory."""
         if self._tensor is None:
-            row = torch.zeros(self.size_per_rank, dtype=torch.uint8, device=self._device())
-            self._keep(row.expand(self.ep_size, -1))
+            with lasting():
+                row = torch.zeros(self.size_per_rank, dtype=torch.uint8, device=self._device())
+                self._keep(row.expand(self.ep_size, -1))
         assert self._tensor is not None
         return self._tensor
 
@@ -93,6 +97,7 @@ class Workspace:
         """uint8 [size_per_rank]."""
         return self.tensor[self.ep_rank]
 
+    @exclusive
     def dispatch(
         self,
         routed: Routed,
@@ -115,7 +120,7 @@ class Workspace:
         Raises:
             CallError: arguments that do not fit; nothing was launched.
         """
-        checks.runtime_max(slots, self.max_num_tokens)
+        slots = checks.runtime_max(slots, self.max_num_tokens)
         checks.routing(ids, routed.top_k, slots)
         checks.payloads(payloads, ids)
         per_token = sum(payload.shape[1] * payload.element_size() for payload in payloads)
@@ -128,6 +133,7 @@ class Workspace:
         self.last = Sent(received, routed, ids, slots, offset, options.get("active_ranks"))
         return self.last
 
+    @exclusive
     def combine(
         self,
         sent: Sent,
@@ -156,6 +162,8 @@ class Workspace:
         layer, handle = self.layers.for_combine(sent.routed, sent.received.handle, rows)
         return layer.combine(payload, handle, out_dtype=dtype, out=output, **options)
 
+    @exclusive
+    @lasting()
     def combine_rows(self, sent: Sent, slots: int, hidden: int, dtype: torch.dtype) -> Tensor:
         """[ep_size, slots, hidden]: rows for combine. If nobody has read the tensor they have memory of their own,
         always the same: the rest of a row would lie idle.
@@ -171,6 +179,7 @@ class Workspace:
             room = self._combine_rows
         return room[:length].view(dtype).view(self.ep_size, slots, hidden)
 
+    @exclusive
     def destroy(self) -> None:
         """Gives the objects' memory back. Not collective."""
         self.layers.destroy()
