@@ -127,7 +127,9 @@ class KernelFaultError(MoegenError, RuntimeError):
 
 
 class LaunchError(MoegenError, RuntimeError):
-    """The CUDA driver refused a launch. The other ranks may have launched: the object is unusable until `destroy()`."""
+    """The CUDA driver refused a launch, or a call was interrupted (Ctrl-C). The other ranks may have launched: the
+    object is unusable until `destroy()`.
+    """
 
 
 class InvalidRoutingError(MoegenError, RuntimeError):

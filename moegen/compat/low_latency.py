@@ -41,7 +41,12 @@ class Layers(ProcessBound):
         group: a torch process group, or a rank_world.
         masked: whether ranks may be missing.
         path: of the objects.
+
+    Attributes:
+        timeout: seconds that ranks wait for each other where the next object is made.
     """
+
+    timeout = 30.0
 
     def __init__(self, group: Any, *, masked: bool = False, path: str = "auto") -> None:
         self._group = group
@@ -94,6 +99,7 @@ class Layers(ProcessBound):
             slots=1 if self._path == "collective" else IN_FLIGHT,
             active_ranks=self.active_on(device) if self._masked else False,
             device=device,
+            timeout=self.timeout,
         )
 
     @property

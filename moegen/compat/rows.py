@@ -80,7 +80,12 @@ class RowLayers(ProcessBound):
 
     Args:
         group: a torch process group, or a rank_world.
+
+    Attributes:
+        timeout: seconds that ranks wait for each other where the next object is made, and between hosts.
     """
+
+    timeout = 30.0
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self._group = group
@@ -95,7 +100,8 @@ class RowLayers(ProcessBound):
     def world(self) -> RankWorld:
         """Made when it is first needed: on GPUs that is collective."""
         if self._world is None:
-            self._world = as_rank_world(self._group, self._device)
+            self._world = as_rank_world(self._group, self._device, self.timeout)
+        self._world.timeout = self.timeout
         return self._world
 
     def counts(self, num_topk: int, num_experts: int) -> Counts:
@@ -168,6 +174,7 @@ class RowLayers(ProcessBound):
             alignment=shape.alignment,
             dtype=shape.dtype,
             scale_dtype=shape.scale_dtype,
+            timeout=self.timeout,
         )
         self._newest[shape] = layer
         self._all.append(layer)

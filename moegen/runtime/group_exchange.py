@@ -92,16 +92,15 @@ class GroupExchange:
         if now < self._next_look:
             return
         self._next_look = now + _LOOK_SECONDS
+        self._raise_if_given_up()  # first: whoever gives up may end for that, and is not the cause
         self._learn_names()
         ended = gone(self._names)
         if ended:
             raise MissingRanksError(self._rank, ended)
-        self._raise_if_given_up()
 
     def _raise_if_given_up(self) -> None:
         if self._ask(self._store.check, [f"{self._prefix}/given_up"]):
-            why = self._ask(self._store.get, f"{self._prefix}/given_up").decode()
-            raise WorldError(f"{why}. {MissingRanksError.ADVICE}")
+            raise pickle.loads(self._ask(self._store.get, f"{self._prefix}/given_up"))
 
     def missing_after_failure(self, what: str, waited: float) -> MissingRanksError | None:
         """Of something else that all ranks do together, and that all of them see fail: those are missing whose
@@ -122,10 +121,14 @@ class GroupExchange:
         """No exchange can be made any more, and the other ranks are told so."""
         if self._broken is not None:
             return
-        text = str(why) if isinstance(why, WorldError) else f"rank {self._rank} stopped waiting: {type(why).__name__}"
-        self._broken = why if isinstance(why, WorldError) else WorldError(f"{text}. {MissingRanksError.ADVICE}")
+        if isinstance(why, WorldError):
+            self._broken = copy.copy(why)  # without the frames that its traceback holds
+        else:
+            self._broken = WorldError(
+                f"rank {self._rank} stopped waiting ({type(why).__name__}). {MissingRanksError.ADVICE}"
+            )
         with suppress(RuntimeError):
-            self._store.set(f"{self._prefix}/given_up", text.partition(f". {MissingRanksError.ADVICE}")[0])
+            self._store.set(f"{self._prefix}/given_up", pickle.dumps(self._broken))
 
     def _have_come(self, word: str, missing: list[int]) -> bool:
         """Takes those out of `missing` that have."""
@@ -201,6 +204,8 @@ def exchange_of(group: Any) -> GroupExchange | None:
                 store = dist.distributed_c10d._get_process_group_store(group)
                 made = GroupExchange(store, dist.get_rank(group), dist.get_world_size(group)) if store else None
             except (KeyError, AttributeError, WorldError) as error:
+                if isinstance(error.__cause__, dist.DistNetworkError):  # there is one, and nobody behind it
+                    raise
                 log.info("a process group has no store that answers (%s): exchanges cannot name missing ranks", error)
             _of_groups[group] = made
         return _of_groups[group]

@@ -113,10 +113,10 @@ def make_shared_file(size: int) -> SharedFile:
         CapacityError: neither has `size` bytes.
     """
     leftovers.sweep_once()
-    tried = []
-    for name, where in (("/dev/shm", lambda: leftovers.SHARED), ("the temporary folder", _temporary_folder)):
-        try:
-            fd = _nameless(where())
+    tried: list[str] = []
+    for name in (str(leftovers.SHARED), "the temporary folder"):
+        try:  # also to find the latter, which is to write to it
+            fd = _nameless(leftovers.SHARED if not tried else Path(tempfile.gettempdir()))
             try:
                 os.posix_fallocate(fd, 0, size)
             except BaseException:
@@ -126,10 +126,6 @@ def make_shared_file(size: int) -> SharedFile:
         except OSError as error:
             tried.append(f"{name}: {error.strerror or error}")
     raise CapacityError(f"no room for {size:,} bytes of memory shared between ranks ({'; '.join(tried)})")
-
-
-def _temporary_folder() -> Path:
-    return Path(tempfile.gettempdir())
 
 
 def _nameless(folder: Path) -> int:

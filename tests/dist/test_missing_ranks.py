@@ -42,18 +42,20 @@ def nothing_is_left() -> bool:
 
 
 def come_late(rank: int, device: str) -> tuple[Any, ...]:
-    worlds.LEAST_SECONDS = 0.3
+    least, worlds.LEAST_SECONDS = worlds.LEAST_SECONDS, 1.0
     group = new_group()
+    torch.distributed.barrier()
     if rank == LATE:
-        time.sleep(1.0)
+        time.sleep(2.0)
     answers: list[Any] = []
     for _ in range(2):
         begin = time.monotonic()
         try:
-            make_layer(SHAPE, device, group=group, timeout=0.3)
+            make_layer(SHAPE, device, group=group, timeout=1.0)
         except WorldError as error:
             missing = error.missing if isinstance(error, MissingRanksError) else ()
-            answers.append((missing, "waited 0.3 s for rank 1" in str(error), time.monotonic() - begin < 1.0))
+            answers.append((missing, "waited 1 s for rank 1 to" in str(error), time.monotonic() - begin < 10))
+    worlds.LEAST_SECONDS = least
     with make_layer(SHAPE, device, group=new_group()) as layer:
         answers.append(round_trips(layer, SHAPE, 1))
     return tuple(answers)
@@ -62,8 +64,7 @@ def come_late(rank: int, device: str) -> tuple[Any, ...]:
 def test_a_late_rank_is_named_on_every_rank(group: Processes) -> None:
     """Also by itself, and in every later attempt; a new group works."""
     for rank, (first, again, then) in enumerate(group.call(come_late)):
-        assert rank == LATE or first[0] == (LATE,)
-        assert first[1:] == again[1:] == (True, True)
+        assert first == again == ((LATE,), True, True), rank
         assert then == "ok"
 
 

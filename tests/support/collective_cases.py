@@ -12,6 +12,7 @@ import torch
 
 import moegen
 from moegen import errors
+from moegen.runtime.streams import CommStream
 from moegen.tuning import exchange as exchange_rule
 
 EXPERTS, TOPK, HIDDEN, MOST = 21, 4, 128, 23
@@ -114,6 +115,23 @@ def test_auto_is_exact_where_padding_is_dear(device: str) -> None:
         moegen.LocalWorld(2, device).run(work, True)
 
 
+def test_virtual_ranks_exchange_on_the_current_stream(device: str) -> None:
+    """Which is not the rank's own where calls are asynchronous."""
+
+    def work(world: Any) -> None:
+        with CommStream(world.device):
+            given = torch.zeros(world.size * 1024, dtype=torch.uint8, device=world.device)
+            came = torch.empty_like(given)
+            for step in range(1, 9):
+                if device == "cuda":
+                    torch.cuda._sleep(1_000_000 * (1 + world.rank))
+                given.fill_(step)
+                world.all_to_all(came, given)
+                assert came.eq(step).all()
+
+    moegen.LocalWorld(3, device).run(work)
+
+
 def test_exact_sends_what_is_needed(device: str) -> None:
     """Of each exchange, the bytes that leave a rank."""
 
@@ -121,18 +139,18 @@ def test_exact_sends_what_is_needed(device: str) -> None:
         with make(world, device, "collective", exchange="exact") as layer:
             ids, payloads = inputs(world.rank, world.size, 1, device)
             given: list[list[int]] = []
-            exchange = world.all_to_all
+            exchange = layer.world.all_to_all
 
             def counting(output: torch.Tensor, rows: torch.Tensor, sizes: Any = None) -> None:
                 given.append([] if sizes is None else sizes[1])
                 exchange(output, rows, sizes)
 
-            world.all_to_all = counting
+            layer.world.all_to_all = counting
             try:
                 received = layer.dispatch(ids, payloads)
                 layer.combine(outputs(received, world.rank), received.handle)
             finally:
-                del world.all_to_all
+                del layer.world.all_to_all
             handle = received.handle.exchanged
             assert handle is not None and list(handle.came) == received.counts.tolist()
             widths = [part.shape[1] * part.element_size() for part in payloads]

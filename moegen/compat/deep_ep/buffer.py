@@ -153,6 +153,7 @@ class Buffer(NormalMode):
         """
         self._check_stats("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
         quantize = _quantize(use_fp8, round_scale, use_ue8m0)
+        self._layers.timeout = self.timeout
         layer = self._layers.get(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, quantize)
         answer = layer.dispatch(
             x,

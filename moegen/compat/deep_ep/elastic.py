@@ -329,6 +329,7 @@ class ElasticBuffer(Exclusive, NotThere):
         """The objects for tensors that are there."""
         if device not in self._row_layers:
             self._row_layers[device] = RowLayers(self.group, device)
+        self._row_layers[device].timeout = self.timeout
         return self._row_layers[device]
 
 

@@ -54,6 +54,7 @@ class NormalMode(Exclusive):
         """The objects for tensors that are there."""
         if device not in self._row_layers:
             self._row_layers[device] = RowLayers(self.group, device)
+        self._row_layers[device].timeout = self.timeout
         return self._row_layers[device]
 
     def _destroy_rows(self) -> None:

@@ -112,6 +112,7 @@ class Buffer(Exclusive):
         timeout = self._seconds(timeout_us)
         settle = self._health.of_call(active_ranks, x.device)
         quantize = "fp8" if use_fp8 else None
+        self._layers.timeout = timeout
         layer = self._layers.get(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, quantize)
         answer = layer.dispatch(x, topk_idx, timeout=timeout, **self._mode(async_finish, return_recv_hook))
         received, event, hook = self._finished(answer, async_finish, return_recv_hook, settle)

@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +89,34 @@ def runtime_sources() -> list[Path]:
     return sorted((TEMPLATES / "host").glob("*.cpp"))
 
 
+class Begun:
+    """One block, which may run on.
+
+    Attributes:
+        status: what the last call returned.
+    """
+
+    def __init__(self, runtime: ctypes.CDLL, entry: Any, block: int, out: np.ndarray, wait_ms: int) -> None:
+        self._runtime, self._running, self._error = runtime, ctypes.c_void_p(), ctypes.create_string_buffer(4000)
+        self._params = Params(out.ctypes.data, None, None, 0, 0)
+        params, running = ctypes.addressof(self._params), ctypes.addressof(self._running)
+        self._request = Request(params, 1, block, 2048, wait_ms, 0, running)
+        entry.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+        self.status = entry(ctypes.addressof(self._request), self._error, len(self._error))
+
+    @property
+    def runs(self) -> bool:
+        return bool(self._running)
+
+    def wait(self, wait_ms: int) -> str:
+        """Goes on waiting; gives the text of the error."""
+        self.status = self._runtime.moegen_host_wait(self._running, wait_ms, self._error, len(self._error))
+        return self._error.value.decode()
+
+    def stop(self) -> None:
+        self._runtime.moegen_host_stop(self._running)
+
+
 class Kernels:
     """The kernels of one library, by name."""
 
@@ -117,6 +146,10 @@ class Kernels:
         error = ctypes.create_string_buffer(4000)
         if entry(ctypes.addressof(request), error, len(error)):
             raise LaunchError(error.value.decode())
+
+    def begin(self, kernel: str, block: int, out: np.ndarray, wait_ms: int) -> Begun:
+        """A launch whose call may return before its end."""
+        return Begun(self._runtime, self._library[f"{kernel}_launch"], block, out, wait_ms)
 
     def error(self, kernel: str, grid: int = 1, block: int = 32, **arguments: object) -> str:
         """The text of a launch that has to fail."""

@@ -119,3 +119,23 @@ def test_limits(kernels: Kernels, grid: int, block: int, shared: int, text: str)
 
 def test_size_of_the_parameters(kernels: Kernels) -> None:
     assert kernels.params_bytes("thread_ids") == 32
+
+
+def test_a_launch_that_runs_on_is_waited_for_again(kernels: Kernels) -> None:
+    out = words(32)
+    begun = kernels.begin("poll_by_vote", 32, out, wait_ms=5)
+    assert (begun.status, begun.runs) == (2, True)
+    begun.wait(5)
+    assert (begun.status, begun.runs) == (2, True)
+    out[:] = 1
+    assert begun.wait(5000) == ""
+    assert (begun.status, begun.runs) == (0, False)
+    done = kernels.begin("poll_by_vote", 32, out, wait_ms=5000)
+    assert (done.status, done.runs) == (0, False)
+
+
+def test_a_launch_is_stopped_where_its_threads_wait(kernels: Kernels) -> None:
+    begun = kernels.begin("poll_by_vote", 32, words(32), wait_ms=5)
+    begun.stop()
+    assert begun.wait(5000) == "stopped by its caller"
+    assert (begun.status, begun.runs) == (1, False)
