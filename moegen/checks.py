@@ -215,13 +215,13 @@ def outputs(
     others = (("total_counts", totals), ("waited_ns", waited))
     inputs = (*inputs, ("active_ranks", owner._active))
     if not isinstance(out, Dispatched):
-        admission.apart((("out", out), *others), inputs, held)
+        admission.apart((("out", out), *others), inputs, taken=held)
         return [tensor for tensor in (out, totals, waited) if tensor is not None]
     if not out.spans:
         out.spans.extend(admission.apart(zip(_RESULTS, out.allocations, strict=True), ()))
     if held:
-        admission.apart(zip(_RESULTS, out.allocations, strict=True), (), held)
-    admission.apart(others, inputs, (*out.spans, *held))
+        admission.apart(zip(_RESULTS, out.allocations, strict=True), (), taken=held)
+    admission.apart(others, inputs, out.spans, held)
     return [tensor for tensor in (*out.allocations, totals, waited) if tensor is not None]
 
 

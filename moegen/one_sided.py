@@ -307,7 +307,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         if to.given:
             receive_buffer = admission.span("this object's receive buffer", ops.memory.local)
             inputs = (("y", y), ("output_scale", to.output_scale), ("the memory of the handle", handle.memory))
-            admission.apart(to.given, inputs, (receive_buffer,))
+            admission.apart(to.given, inputs, taken=(receive_buffer,))
         active = payload_checks.active(self, active_ranks)
         if timeout is not None:
             checks.seconds("timeout", timeout)

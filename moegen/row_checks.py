@@ -258,4 +258,4 @@ def combined_apart(
     """What a combine writes. Element for element over a bias it may: each is read just before it is written."""
     others = [("bias", bias) for bias in biases if not admission.is_same(bias, out)]
     inputs = [("y", y), ("topk_weights", weights), *others, ("the memory of the handle", given.memory)]
-    admission.apart([("out", out)], inputs, [admission.span("this object's receive buffer", buffer)])
+    admission.apart([("out", out)], inputs, taken=[admission.span("this object's receive buffer", buffer)])
