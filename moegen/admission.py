@@ -73,6 +73,17 @@ def refuse_lazy(name: str) -> NoReturn:
     raise InputError(f"{name} is a negated or conjugated view and cannot be written to; give the tensor it views")
 
 
+def require_kept(name: str, tensor: torch.Tensor) -> None:
+    """Of memory that an earlier call has seen.
+
+    Raises:
+        InputError: it was freed since.
+    """
+    there = tensor.untyped_storage().nbytes()
+    if there < tensor.nbytes:
+        _require_memory(name, tensor, there)
+
+
 def operand(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """What an operator of torch may be given: what `read` takes, also while it requires grad, and what torch puts in
     its place while it traces.

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 MAX_SMS = 1024
 """Thread blocks per launch that a caller may ask for."""
 
+HANDLE_MEMORY = "the memory of the handle"
 _ROW_ALIGNMENT = 16
 _DTYPES = {torch.bfloat16: "bf16"}
 MAX_SLOTS = 16
@@ -277,6 +278,8 @@ def waiting(
     owner: ExpertParallel, timeout: float | None, waited_ns: torch.Tensor | None, renormalize: bool = False
 ) -> None:
     """How a call waits; most say nothing of it."""
+    if owner._active is not None:
+        admission.require_kept("active_ranks", owner._active)
     if timeout is not None:
         seconds("timeout", timeout)
     if (waited_ns is not None or renormalize) and not owner.problem.masked:
@@ -298,6 +301,7 @@ def handle(owner: ExpertParallel, given: Handle) -> None:
             "a later dispatch wrote its results over those of this handle, which were given to it as out; take the "
             "handle of what that dispatch returned, or give each dispatch results of its own"
         )
+    admission.require_kept(HANDLE_MEMORY, given.memory)
 
 
 def require_tensor(owner: Placed, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:

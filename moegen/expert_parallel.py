@@ -371,7 +371,7 @@ class ExpertParallel(ActiveMembership, Staged):
         checks.waiting(self, timeout, waited_ns, renormalize)
         written: Sequence[torch.Tensor] = ()
         if not (out is waited_ns is None):
-            inputs = (("y", y), ("topk_weights", topk_weights), ("the memory of the handle", handle.memory))
+            inputs = (("y", y), ("topk_weights", topk_weights), (checks.HANDLE_MEMORY, handle.memory))
             written = checks.outputs(self, out, None, waited_ns, inputs)
         if out is None:
             out = torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -306,7 +306,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         )  # fmt: skip
         if to.given:
             receive_buffer = admission.span("this object's receive buffer", ops.memory.local)
-            inputs = (("y", y), ("output_scale", to.output_scale), ("the memory of the handle", handle.memory))
+            inputs = (("y", y), ("output_scale", to.output_scale), (checks.HANDLE_MEMORY, handle.memory))
             admission.apart(to.given, inputs, taken=(receive_buffer,))
         active = payload_checks.active(self, active_ranks)
         if timeout is not None:

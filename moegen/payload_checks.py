@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moegen import checks
+from moegen import admission, checks
 from moegen.errors import CapacityError, HandleError, InputError, MissingKernelError
 from moegen.kernels.a2a import MAX_PAYLOADS, MAX_STATS, ROW_DTYPES
 from moegen.kernels.a2a_results import OUT_DTYPES
@@ -198,6 +198,7 @@ def handle(owner: OneSided, given: PayloadsHandle) -> None:
             if gone
             else "this handle comes from another OneSided; give it to that one's combine"
         )
+    admission.require_kept(checks.HANDLE_MEMORY, given.memory)
 
 
 def outputs(owner: OneSided, y: torch.Tensor, slots: int) -> torch.Tensor:
