@@ -72,6 +72,12 @@ def seconds(name: str, value: float) -> None:
         raise InputError(f"{name} is a number of seconds in 1e-6..1e9; got {value!r}")
 
 
+def seconds_of_call(timeout: float | None) -> None:
+    """In place of the object's; most calls say nothing of it."""
+    if timeout is not None:
+        seconds("timeout", timeout)
+
+
 def problem(
     num_ranks: int,
     *,
@@ -212,6 +218,8 @@ def outputs(
     """What a call was given to write into, which shares no memory with what it reads, nor with what calls need whose
     hooks are open.
     """
+    if out is None and totals is None and waited is None:
+        return ()
     held = owner._alive().held
     others = (("total_counts", totals), ("waited_ns", waited))
     inputs = (*inputs, ("active_ranks", owner._active))

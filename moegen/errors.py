@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 class MoegenError(Exception):
@@ -52,8 +53,73 @@ class WorldError(MoegenError, RuntimeError):
     """Ranks do not agree, or peers' memory cannot be mapped."""
 
 
+@dataclass(eq=False)
+class MissingRanksError(WorldError, TimeoutError):
+    """Ranks did not come to what all ranks do together between their hosts, in time or because they have ended. The
+    group, and the objects of it that exchange through torch.distributed, are unusable from then on.
+
+    Attributes:
+        rank: the rank that waited.
+        missing: those that it waited for.
+        what: what was to be exchanged; "" if it does not matter.
+        timeout: seconds that it waited; None: the processes of those ranks are known to have ended.
+    """
+
+    rank: int
+    missing: tuple[int, ...]
+    what: str = ""
+    timeout: float | None = None
+
+    ADVICE: ClassVar[str] = "This group cannot be used any more: make a new one, and new objects"
+
+    def __str__(self) -> str:
+        who = f"rank{'s' if len(self.missing) > 1 else ''} {', '.join(map(str, self.missing))}"
+        what = f" to exchange {self.what}" if self.what else ""
+        if self.timeout is None:
+            return f"rank {self.rank} cannot go on: the process of {who} has ended. {self.ADVICE}"
+        return (
+            f"rank {self.rank} waited {self.timeout:g} s for {who}{what}: all ranks make the same objects and the same "
+            f"calls, in the same order. {self.ADVICE}"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.rank, self.missing, self.what, self.timeout)
+
+
+@dataclass(eq=False)
+class DifferentCallError(WorldError):
+    """Ranks gave different arguments to the same call, where all must give equal ones. The other rank's data was left
+    out; the object that raised it is unusable until `destroy()`.
+
+    Attributes:
+        op: stem of the kernel that compared them.
+        rank: the rank that reports.
+        peer: the rank whose arguments differ.
+        arguments: those that differ, with both values.
+    """
+
+    op: str
+    rank: int
+    peer: int
+    arguments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} and rank {self.peer} gave different arguments to the same call, and all ranks must give "
+            f"equal ones: {', '.join(self.arguments)}. Data of rank {self.peer} in {self.op} was left out. This object "
+            "cannot be used any more: call destroy() on all ranks and make new ones."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.op, self.rank, self.peer, self.arguments)
+
+
 class DestroyedError(MoegenError, RuntimeError):
     """A call on an object after its `destroy()`."""
+
+
+class BusyError(MoegenError, RuntimeError):
+    """A call on an object while another thread was inside one; nothing was launched, and the object is as it was."""
 
 
 class KernelFaultError(MoegenError, RuntimeError):
@@ -94,6 +160,12 @@ class CompileError(MoegenError, RuntimeError):
         return type(self), (self.stem, self.target, self.options, self.log, self.folder)
 
 
+class LeftOutError(MoegenError, RuntimeError):
+    """The other ranks have left this one out, because they take it for dead. Raised once, by the next call, which was
+    not launched: make it again, and all calls that the others make, to be taken back.
+    """
+
+
 @dataclass(eq=False)
 class PeerTimeoutError(MoegenError, TimeoutError):
     """A wait for a peer ran out of time; the object that raised it is unusable until `destroy()`.
@@ -124,8 +196,9 @@ class PeerTimeoutError(MoegenError, TimeoutError):
         row = f", row {self.index}" if self.index >= 0 else ""
         return (
             f"rank {self.rank} waited {self.timeout:g} s for {self.phase} of rank {self.peer}{row} in {self.op} "
-            f"(epoch {self.epoch}: expected {self.expected:#x}, saw {self.seen:#x}). Is rank {self.peer} alive and "
-            f"making the same calls? This object cannot be used any more: call destroy() and make a new one."
+            f"(epoch {self.epoch}: expected {self.expected:#x}, saw {self.seen:#x}). Is rank {self.peer} alive, and do "
+            "all ranks make the same calls in the same order, with equal arguments where they must be equal? This "
+            "object cannot be used any more: call destroy() and make a new one."
         )
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -18,6 +17,7 @@ from moegen.runtime.collective_experts import CollectiveExperts
 from moegen.runtime.halves import Hook
 from moegen.runtime.low_latency import FIRST_EPOCH, LowLatency
 from moegen.runtime.membership import ActiveMembership
+from moegen.runtime.ownership import exclusive, lasting
 from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.staged import Staged
 from moegen.runtime.streams import CommStream, Event, current_stream
@@ -29,12 +29,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 class ExpertParallel(ActiveMembership, Staged):
     """Expert-parallel dispatch and combine for one shape of MoE layer. Making one is collective.
 
+    One thread at a time uses an object: while a call is being made, any other thread's raises BusyError.
     All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an
     order that is the same on all ranks, or a `num_sms` that leaves room for both: a launch may take the whole device.
 
@@ -62,9 +61,10 @@ class ExpertParallel(ActiveMembership, Staged):
         warp_groups: teams and warps per team of a block, e.g. "2x16"; None: from that table.
         num_sms: thread blocks per launch at most; None: from that table, or as many as are useful.
         timeout: seconds that a call may wait for one thing from another rank before it fails with PeerTimeoutError.
-        active_ranks: True: a rank that does not come in time is no error: it is marked in `active_ranks`, and its part
-            of the results is missing. Or the int32 [ranks] tensor on the device to keep that in, which several objects
-            may share.
+        active_ranks: True: a rank that shows no sign of life for twice the timeout (a rank that waits for another one
+            does) is no error: it is marked in `active_ranks` on all ranks, and its part of the results is missing. If
+            it lives, its next call raises LeftOutError. Or the int32 [ranks] tensor on the device to keep that in,
+            which several objects may share.
         device: where a process group's tensors are; None: the current GPU, else the CPU.
 
     All arguments but `num_sms`, `device` and the content of `active_ranks` must be equal on all ranks.
@@ -77,6 +77,7 @@ class ExpertParallel(ActiveMembership, Staged):
         CompileError: a kernel does not compile.
     """
 
+    @lasting()
     def __init__(
         self,
         group_or_world: Any = None,
@@ -108,7 +109,7 @@ class ExpertParallel(ActiveMembership, Staged):
         num_sms = checks.num_sms(num_sms)
         checks.seconds("timeout", timeout)
         admission.require_real_tensors()
-        self.world: RankWorld = as_rank_world(group_or_world, device)
+        self.world: RankWorld = as_rank_world(group_or_world, device, timeout)
         self.problem = checks.problem(
             self.world.size,
             num_experts=num_experts,
@@ -181,6 +182,7 @@ class ExpertParallel(ActiveMembership, Staged):
         **options: Unpack[DispatchOptions],
     ) -> tuple[Dispatched, Event]: ...
 
+    @exclusive
     def dispatch(
         self,
         x: torch.Tensor,
@@ -223,20 +225,21 @@ class ExpertParallel(ActiveMembership, Staged):
             InputError: an argument does not fit; nothing was launched.
             SlotError: more hooks are open than there are slots; nothing was launched.
             PeerTimeoutError: this or an earlier call waited for a rank in vain.
+            LeftOutError: the other ranks have left this one out; once. This call was not launched: make it again.
             InvalidRoutingError: an earlier call on a GPU met an id that names no expert (on the CPU ids are checked
                 before anything is launched). This call was not launched: make it again, the other ranks wait for it.
             LaunchError: the driver refused the launch.
             DestroyedError: after `destroy()`.
+            BusyError: another thread is inside a call of this object; nothing was launched.
         """
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
             numbers = {"num_tokens": num_tokens, "total_counts": total_counts, "waited_ns": waited_ns}
-            given = out if isinstance(out, torch.Tensor) else None
             call = partial(self.dispatch, x, topk_idx, topk_weights, out=out, timeout=timeout, **numbers)
-            parts = (x, topk_idx, topk_weights, given, *numbers.values())
+            parts = (x, topk_idx, topk_weights, out if isinstance(out, torch.Tensor) else None, *numbers.values())
             return self._comm_stream.run(None, parts, call, lambda received: received.allocations)
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         admission.require_real_tensors()
         self._check_hook(return_recv_hook)
         x = checks.tokens(self, x)
@@ -251,10 +254,8 @@ class ExpertParallel(ActiveMembership, Staged):
         else:
             checks.out(self, out, ops.received.tokens_shape, ops.received.dtype)
             received = ops.received.allocate(self, x.shape[0], current_stream(self.device), out)
-        written: Sequence[torch.Tensor] = ()
-        if not (out is total_counts is waited_ns is None):
-            inputs = (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights), ("num_tokens", num_tokens))
-            written = checks.outputs(self, out, total_counts, waited_ns, inputs)
+        inputs = (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights), ("num_tokens", num_tokens))
+        written = checks.outputs(self, out, total_counts, waited_ns, inputs)
         arguments = (x, topk_idx, topk_weights, num_tokens, received, total_counts, return_recv_hook)
         hook = self._launch(ops.dispatch, *arguments, timeout, waited_ns)
         admission.note_writes(written)
@@ -264,6 +265,7 @@ class ExpertParallel(ActiveMembership, Staged):
             return received
         return received, self._hook(hook, (*received.allocations, total_counts, waited_ns))
 
+    @exclusive
     def allocate(
         self,
         *,
@@ -316,6 +318,7 @@ class ExpertParallel(ActiveMembership, Staged):
         **options: Unpack[CombineOptions],
     ) -> tuple[torch.Tensor, Event]: ...
 
+    @exclusive
     def combine(
         self,
         y: torch.Tensor,
@@ -350,7 +353,7 @@ class ExpertParallel(ActiveMembership, Staged):
 
         Raises:
             HandleError: the handle is another object's.
-            InputError, SlotError, PeerTimeoutError, DestroyedError: as `dispatch`.
+            InputError, SlotError, PeerTimeoutError, DestroyedError, BusyError: as `dispatch`.
         """
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
@@ -358,7 +361,7 @@ class ExpertParallel(ActiveMembership, Staged):
             call = partial(self.combine, y, handle, topk_weights, **how)
             return self._comm_stream.run(None, (y, topk_weights, out, waited_ns), call, lambda combined: (combined,))
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         admission.require_real_tensors()
         self._check_hook(return_recv_hook)
         checks.handle(self, handle)
@@ -369,10 +372,8 @@ class ExpertParallel(ActiveMembership, Staged):
         shape = (handle.num_tokens, self.problem.hidden)
         checks.out(self, out, shape, self.dtype)
         checks.waiting(self, timeout, waited_ns, renormalize)
-        written: Sequence[torch.Tensor] = ()
-        if not (out is waited_ns is None):
-            inputs = (("y", y), ("topk_weights", topk_weights), (checks.HANDLE_MEMORY, handle.memory))
-            written = checks.outputs(self, out, None, waited_ns, inputs)
+        inputs = (("y", y), ("topk_weights", topk_weights), (checks.HANDLE_MEMORY, handle.memory))
+        written = checks.outputs(self, out, None, waited_ns, inputs)
         if out is None:
             out = torch.empty(shape, dtype=self.dtype, device=self.device)
         arguments = (y, handle, topk_weights, out, return_recv_hook)
@@ -380,11 +381,12 @@ class ExpertParallel(ActiveMembership, Staged):
         admission.note_writes(written)
         return out if hook is None else (out, self._hook(hook, (out, waited_ns), handle.memory))
 
+    @exclusive
     def warmup(self) -> None:
         """Runs each kernel once with zero tokens, so that the first real call pays for nothing. Collective."""
         x = torch.empty(0, self.problem.hidden, dtype=self.dtype, device=self.device)
         ids = torch.empty(0, self.problem.num_topk, dtype=torch.int64, device=self.device)
-        weights = torch.empty(0, self.problem.num_topk, device=self.device)
+        weights = torch.empty(0, self.problem.num_topk, dtype=torch.float32, device=self.device)
         received = self.dispatch(x, ids)
         y = torch.empty(received.tokens.shape, dtype=self.dtype, device=self.device)
         self.combine(y, received.handle)

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import ClassVar, TypedDict
 
 import torch
 
 from moegen.admission import Span
+from moegen.runtime.ownership import ProcessBound
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class NumbersLayout:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Handle:
+class Handle(ProcessBound):
     """What combine needs to know of its dispatch. Opaque; owns its memory and pins no buffer, so any number may live.
 
     Attributes:
@@ -38,6 +39,9 @@ class Handle:
         replaced: whether its memory holds the results of a later dispatch.
     """
 
+    _noun: ClassVar[str] = "handle"
+    _belongs_to: ClassVar[str] = "its process and its ExpertParallel"
+
     owner: object
     num_tokens: int
     memory: torch.Tensor
@@ -47,9 +51,6 @@ class Handle:
 
     def __repr__(self) -> str:
         return f"Handle(num_tokens={self.num_tokens})"
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a moegen handle belongs to its process and its ExpertParallel; it cannot be pickled or copied")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -87,7 +88,8 @@ class Dispatched:
         """int32 [local experts], on the device: rows of each expert."""
         if self.given.counts is not None:
             return self.given.counts
-        return self.handle.memory.as_strided((self.layout.local_experts,), (1,), self.layout.counts)
+        memory = self.handle.memory
+        return memory.as_strided((self.layout.local_experts,), (1,), memory.storage_offset() + self.layout.counts)
 
     @property
     def ranges(self) -> torch.Tensor:
@@ -98,7 +100,9 @@ class Dispatched:
         if self.given.ranges is not None:
             return self.given.ranges
         experts, ranks = self.layout.local_experts, self.layout.ranks
-        return self.handle.memory.as_strided((experts, ranks, 2), (2 * ranks, 2, 1), self.layout.ranges)
+        memory = self.handle.memory
+        start = memory.storage_offset() + self.layout.ranges
+        return memory.as_strided((experts, ranks, 2), (2 * ranks, 2, 1), start)
 
     @property
     def row_tokens(self) -> torch.Tensor:
@@ -106,7 +110,8 @@ class Dispatched:
         if self.given.row_tokens is not None:
             return self.given.row_tokens
         experts, rows = self.layout.local_experts, self.layout.rows
-        return self.handle.memory.as_strided((experts, rows), (rows, 1), self.layout.row_tokens)
+        memory = self.handle.memory
+        return memory.as_strided((experts, rows), (rows, 1), memory.storage_offset() + self.layout.row_tokens)
 
     @property
     def allocations(self) -> tuple[torch.Tensor | None, ...]:

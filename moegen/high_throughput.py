@@ -28,6 +28,7 @@ from moegen.runtime.agreement import load_on_all_ranks, raise_on_all_ranks
 from moegen.runtime.collective_rows import CollectiveRows
 from moegen.runtime.high_throughput import HighThroughputOps
 from moegen.runtime.low_latency import FIRST_EPOCH
+from moegen.runtime.ownership import exclusive, lasting
 from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.staged import Staged
 from moegen.runtime.streams import CommStream, Event
@@ -54,6 +55,7 @@ def _name(made_for: object) -> int:
 class HighThroughput(RowCalls, Staged):
     """Expert-parallel dispatch and combine of many tokens, for one shape of MoE layer. Making one is collective.
 
+    One thread at a time uses an object: while a call is being made, any other thread's raises BusyError.
     All ranks make the same calls in the same order. Calls that may overlap on a GPU (two streams, two objects) need an
     order that is the same on all ranks, or a `num_sms` that leaves room for both.
 
@@ -96,6 +98,7 @@ class HighThroughput(RowCalls, Staged):
         CompileError: a kernel does not compile.
     """
 
+    @lasting()
     def __init__(
         self,
         group_or_world: Any = None,
@@ -126,7 +129,7 @@ class HighThroughput(RowCalls, Staged):
         checks.seconds("timeout", timeout)
         checks.one_of("path", path, ("auto", *PATHS))
         admission.require_real_tensors()
-        self.world = as_rank_world(group_or_world, device)
+        self.world = as_rank_world(group_or_world, device, timeout)
         self.problem = row_checks.problem(
             self.world.size,
             num_experts=num_experts,
@@ -167,6 +170,7 @@ class HighThroughput(RowCalls, Staged):
             return CollectiveRows(*made, self.selection, self.kernels, **how)
         return HighThroughputOps(*made, self.selection, self.kernels, timeout=timeout, **how)
 
+    @exclusive
     def layout(self, topk_idx: torch.Tensor) -> Layout:
         """Counts where this rank's tokens go. Only this rank calls it; nothing is sent.
 
@@ -174,10 +178,10 @@ class HighThroughput(RowCalls, Staged):
             topk_idx: [T, topk] as for `dispatch`; T may exceed the capacity.
 
         Raises:
-            InputError, InvalidRoutingError, LaunchError, DestroyedError: as `dispatch`.
+            InputError, InvalidRoutingError, LaunchError, DestroyedError, BusyError: as `dispatch`.
         """
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         admission.require_real_tensors()
         ids = checks.topk_idx(self, topk_idx, topk_idx.shape[0], None)
         return self._launch(ops.layout, ids)
@@ -205,6 +209,7 @@ class HighThroughput(RowCalls, Staged):
         **options: Unpack[RowDispatchOptions],
     ) -> tuple[DispatchedRows, Event]: ...
 
+    @exclusive
     def dispatch(
         self,
         x: torch.Tensor | Given,
@@ -251,6 +256,7 @@ class HighThroughput(RowCalls, Staged):
                 too many. Or more rows came to an earlier call than fitted.
             LaunchError: the driver refused the launch.
             DestroyedError: after `destroy()`.
+            BusyError: another thread is inside a call of this object; nothing was launched.
         """
         if async_finish:
             call = partial(self._dispatch, x, topk_idx, topk_weights, **options)
@@ -284,6 +290,7 @@ class HighThroughput(RowCalls, Staged):
         **options: Unpack[RowCombineOptions],
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], Event]: ...
 
+    @exclusive
     def combine(
         self,
         y: torch.Tensor,
@@ -321,7 +328,7 @@ class HighThroughput(RowCalls, Staged):
 
         Raises:
             HandleError: the handle is another object's.
-            InputError, PeerTimeoutError, DestroyedError: as `dispatch`.
+            InputError, PeerTimeoutError, DestroyedError, BusyError: as `dispatch`.
         """
         if async_finish:
             call = partial(self._combine, y, handle, topk_weights, **options)
@@ -331,6 +338,7 @@ class HighThroughput(RowCalls, Staged):
             previous_event.wait()
         return self._combine(y, handle, topk_weights, **options)
 
+    @exclusive
     def warmup(self) -> None:
         """Runs each kernel once with zero tokens, so that the first real call pays for nothing. Collective."""
         tokens = torch.empty(0, self.problem.hidden, dtype=self.dtype, device=self.device)

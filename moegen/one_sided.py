@@ -22,6 +22,7 @@ from moegen.runtime.collective import CollectiveOps
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.membership import Membership
 from moegen.runtime.one_sided import OneSidedOps
+from moegen.runtime.ownership import exclusive, lasting
 from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.staged import Staged
 from moegen.runtime.streams import current_stream, record
@@ -39,7 +40,8 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
 
     Dispatch pushes one copy of a token's payloads, of whatever dtypes and widths, to every rank that holds one of its
     experts, into a buffer by source rank; combine pushes one row per (token, rank) back, and the token's owner adds
-    them up. Ranks may have no tokens. The protocol is in docs/design.md.
+    them up. Ranks may have no tokens. The protocol is in docs/design.md. One thread at a time uses an object: while a
+    call is being made, any other thread's raises BusyError.
 
     Args:
         group_or_world: a torch process group, a rank world (`LocalWorld(...).run`), or None for the default group.
@@ -76,6 +78,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         CompileError: a kernel does not compile.
     """
 
+    @lasting()
     def __init__(
         self,
         group_or_world: Any = None,
@@ -101,7 +104,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         num_sms = checks.num_sms(num_sms)
         checks.seconds("timeout", timeout)
         admission.require_real_tensors()
-        self.world = as_rank_world(group_or_world, device)
+        self.world = as_rank_world(group_or_world, device, timeout)
         self.device = self.world.device
         checks.one_of("path", path, ("auto", *PATHS))
         checks.one_of("exchange", exchange, EXCHANGES)
@@ -156,6 +159,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             return CollectiveOps(self.world, self.problem, **sizes, **how, may_be_exact=self._may_be_exact)
         return OneSidedOps(self.world, self.problem, **sizes, expert_rows=expert_rows, **how)
 
+    @exclusive
     def dispatch(
         self,
         topk_idx: Tensor,
@@ -195,9 +199,10 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             MissingKernelError: the first dispatch of this set of payloads, while a stream captures.
             LaunchError: the driver refused the launch.
             DestroyedError: after `destroy()`.
+            BusyError: another thread is inside a call of this object; nothing was launched.
         """
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         admission.require_real_tensors()
         slots = payload_checks.slots(self, max_tokens)
         moved = payload_checks.payloads(self, payloads, slots)
@@ -207,8 +212,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         stats = payload_checks.stats(self, stats)
         payload_checks.lie_elsewhere(ops.shown, moved, topk_idx, num_tokens, stats)
         active = payload_checks.active(self, active_ranks)
-        if timeout is not None:
-            checks.seconds("timeout", timeout)
+        checks.seconds_of_call(timeout)
         widths = tuple(part.shape[1] * part.element_size() for part in moved)
         exact = payload_checks.exact(self, self._rule.is_exact(slots, sum(widths) + self.combine_bytes))
         spec = self._ready((widths, exact), active, exact, partial(dispatch_spec, self.problem, widths))
@@ -252,6 +256,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         timeout: float | None = None,
     ) -> Quantised: ...
 
+    @exclusive
     def combine(
         self,
         y: Tensor,
@@ -291,10 +296,10 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
 
         Raises:
             HandleError: the handle is another object's, or of one that was destroyed.
-            InputError, PeerTimeoutError, MissingKernelError, LaunchError, DestroyedError: as `dispatch`.
+            InputError, PeerTimeoutError, MissingKernelError, LaunchError, DestroyedError, BusyError: as `dispatch`.
         """
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         admission.require_real_tensors()
         payload_checks.handle(self, handle)
         y = payload_checks.outputs(self, y, handle.max_tokens)
@@ -304,13 +309,9 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             self, y.dtype, handle.num_tokens, out_dtype=out_dtype, out=out, quantize=quantize,
             output_scale=output_scale, scale_layout=scale_layout,
         )  # fmt: skip
-        if to.given:
-            receive_buffer = admission.span("this object's receive buffer", ops.memory.local)
-            inputs = (("y", y), ("output_scale", to.output_scale), (checks.HANDLE_MEMORY, handle.memory))
-            admission.apart(to.given, inputs, taken=(receive_buffer,))
+        payload_checks.combined_apart(to.given, ops.memory.local, y, to.output_scale, handle)
         active = payload_checks.active(self, active_ranks)
-        if timeout is not None:
-            checks.seconds("timeout", timeout)
+        checks.seconds_of_call(timeout)
         word = payload_checks.WORDS[y.dtype]
         pulls, exact = ops.holds(y), handle.exchanged is not None
         choose = partial(combine_spec, self.problem, word, to.word, pulls=pulls)
@@ -318,8 +319,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         if handle.stream != current_stream(self.device):  # the handle may be dropped before this stream has read it
             record(self.device, (handle.memory,))
         self._launch(ops.combine, spec, y, to.addresses, handle, active, timeout)
-        if to.given:
-            admission.note_writes([tensor for _, tensor in to.given])
+        admission.note_writes([tensor for _, tensor in to.given])
         return to.made
 
     @property
@@ -327,6 +327,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         """The kernels that are loaded so far."""
         return self._alive().specs
 
+    @exclusive
     def expert_rows(self, max_tokens: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for combine's `y`, which the other ranks read where it lies; an object made with `expert_rows` has it.
         What was given to a combine may be overwritten behind the next dispatch that all ranks take part in.
@@ -346,6 +347,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         payload_checks.expert_rows(self, self._expert_rows, dtype)
         return ops.expert_rows(slots, self.problem.hidden, self.dtype if dtype is None else dtype)
 
+    @exclusive
     def warmup(self) -> None:
         """One dispatch and combine of zero tokens, with a payload of at most 16 bytes per token. Collective.
 

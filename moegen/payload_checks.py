@@ -212,6 +212,19 @@ def outputs(owner: OneSided, y: torch.Tensor, slots: int) -> torch.Tensor:
     return checks.readable(y)
 
 
+def combined_apart(
+    outputs: Sequence[admission.Named],
+    buffer: torch.Tensor,
+    y: torch.Tensor,
+    scale: torch.Tensor | None,
+    given: PayloadsHandle,
+) -> None:
+    """What a combine was given to write into."""
+    if outputs:
+        inputs = (("y", y), ("output_scale", scale), (checks.HANDLE_MEMORY, given.memory))
+        admission.apart(outputs, inputs, taken=(admission.span("this object's receive buffer", buffer),))
+
+
 def expert_rows(owner: OneSided, has_them: bool, dtype: torch.dtype | None) -> None:
     if not has_them:
         raise InputError("this object has no room for experts' rows; make it with expert_rows=True")

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
+
+from moegen.runtime.ownership import ProcessBound
 
 
 class ExchangedRows(NamedTuple):
@@ -22,7 +24,7 @@ class ExchangedRows(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class PayloadsHandle:
+class PayloadsHandle(ProcessBound):
     """A routing, for combine. Opaque; owns its memory and pins no buffer, so any number may live.
 
     Attributes:
@@ -35,6 +37,9 @@ class PayloadsHandle:
         exchanged: what the host knows of an exact dispatch, whose combine is exact, too; else None.
     """
 
+    _noun: ClassVar[str] = "handle"
+    _belongs_to: ClassVar[str] = "its process and its OneSided"
+
     owner: object
     num_tokens: int
     max_tokens: int
@@ -45,9 +50,6 @@ class PayloadsHandle:
 
     def __repr__(self) -> str:
         return f"PayloadsHandle(num_tokens={self.num_tokens}, max_tokens={self.max_tokens})"
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a moegen handle belongs to its process and its object; it cannot be pickled or copied")
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -59,7 +59,7 @@ def quantise(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, hidden = x.shape
     groups = x.float().reshape(tokens, hidden // FP8_GROUP, FP8_GROUP)
     amax = groups.abs().amax(dim=2).clamp(min=SMALLEST_AMAX)
-    scales = amax * torch.tensor(1 / FP8_LARGEST, dtype=torch.float32)
+    scales = amax * torch.tensor(1 / FP8_LARGEST, dtype=torch.float32, device="cpu")
     factors = torch.full_like(amax, FP8_LARGEST) / amax  # torch divides a plain number by way of a reciprocal
     if kind != "fp8":
         bits = scales.view(torch.int32)
@@ -92,18 +92,18 @@ def dispatch(
     results = []
     for rank, experts in enumerate(expert_ranges(num_experts, num_ranks)):
         absent = () if missing is None else missing[rank]
-        tokens = torch.zeros(len(experts), num_ranks * max_tokens, hidden, dtype=x[0].dtype)
-        ranges = torch.zeros(len(experts), num_ranks, 2, dtype=torch.int32)
+        tokens = torch.zeros(len(experts), num_ranks * max_tokens, hidden, dtype=x[0].dtype, device="cpu")
+        ranges = torch.zeros(len(experts), num_ranks, 2, dtype=torch.int32, device="cpu")
         sources: list[list[tuple[int, int]]] = [[] for _ in experts]
         for local, expert in enumerate(experts):
             for source in range(num_ranks):
                 selects = (topk_idx[source].cpu() == expert).any(dim=1)
                 selected = [] if source in absent else selects.nonzero().flatten().tolist()
                 first = len(sources[local])
-                ranges[local, source] = torch.tensor([len(selected), first])
+                ranges[local, source] = torch.tensor([len(selected), first], dtype=torch.int32, device="cpu")
                 tokens[local, first : first + len(selected)] = x[source].cpu()[selected]
                 sources[local] += [(source, token) for token in selected]
-        counts = torch.tensor([len(rows) for rows in sources], dtype=torch.int32)
+        counts = torch.tensor([len(rows) for rows in sources], dtype=torch.int32, device="cpu")
         results.append(Expected(tokens, counts, ranges, sources))
     return results
 
@@ -167,19 +167,21 @@ def combine(
         num_tokens, num_topk = ids.shape
         hidden = outputs[0].shape[2]
         given = topk_weights[owner]
-        weights = torch.ones(num_tokens, num_topk) if given is None else given.cpu()
+        weights = torch.ones(num_tokens, num_topk, dtype=torch.float32, device="cpu") if given is None else given.cpu()
         absent = () if missing is None else missing[owner]
-        weight_sums = torch.zeros(2, num_tokens, 1, dtype=torch.float64)
-        complete = torch.ones(num_tokens, 1, dtype=torch.bool)
-        partials = torch.zeros(num_ranks, num_tokens, hidden, dtype=torch.float64)
-        magnitude = torch.zeros(num_tokens, hidden, dtype=torch.float64)
+        weight_sums = torch.zeros(2, num_tokens, 1, dtype=torch.float64, device="cpu")
+        complete = torch.ones(num_tokens, 1, dtype=torch.bool, device="cpu")
+        partials = torch.zeros(num_ranks, num_tokens, hidden, dtype=torch.float64, device="cpu")
+        magnitude = torch.zeros(num_tokens, hidden, dtype=torch.float64, device="cpu")
         for token in range(num_tokens):
             for k in range(num_topk):
                 expert = int(ids[token, k])
                 if expert < 0:
                     continue
                 rank = next(r for r, experts in enumerate(ranges) if expert in experts)
-                weight_sums[:, token] += weights[token, k].double() * torch.tensor([[1], [rank not in absent]])
+                weight_sums[:, token] += weights[token, k].double() * torch.tensor(
+                    [[1], [rank not in absent]], dtype=torch.float64, device="cpu"
+                )
                 if rank in absent:
                     complete[token] = False
                     continue

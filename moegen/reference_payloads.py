@@ -68,7 +68,7 @@ def dispatch_payloads(
     gathered = None if stats is None else torch.stack([stats[r].cpu() * active[r] for r in ranks])
     results = []
     for rank, experts in enumerate(expert_ranges(num_experts, len(ids))):
-        tokens = torch.full((len(ids), max_tokens), -1, dtype=torch.int64)
+        tokens = torch.full((len(ids), max_tokens), -1, dtype=torch.int64, device="cpu")
         for source, selected in enumerate(ids):
             coming = ((selected >= experts.start) & (selected < experts.stop)).any(dim=1).nonzero().flatten()
             if len(coming) > max_tokens:
@@ -97,7 +97,7 @@ def _counted(ids: torch.Tensor, num_tokens: Sequence[int] | None, rank: int, act
 def _plane(of_sources: Sequence[torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     """[ranks, max_tokens, columns]: one payload's rows, each in its slot."""
     first = of_sources[0]
-    plane = torch.zeros(*tokens.shape, first.shape[1], dtype=first.dtype)
+    plane = torch.zeros(*tokens.shape, first.shape[1], dtype=first.dtype, device="cpu")
     for source, rows in enumerate(of_sources):
         used = tokens[source] >= 0
         plane[source, used] = rows[tokens[source, used]]
@@ -158,7 +158,7 @@ def combine_payloads(
     rows = [part.detach().cpu() for part in y]
     results = []
     for owner, tokens in enumerate(num_tokens):
-        exact = torch.zeros(tokens, rows[0].shape[2], dtype=torch.float64)
+        exact = torch.zeros(tokens, rows[0].shape[2], dtype=torch.float64, device="cpu")
         magnitude, rounded = torch.zeros_like(exact), exact.float()
         for rank, part in enumerate(rows):
             if not (_is_active(active_ranks, rank) and _is_active(active_ranks, owner)):

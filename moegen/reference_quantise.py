@@ -59,8 +59,8 @@ def quantise_nvfp4(x: torch.Tensor, output_scale: float = 1.0) -> tuple[torch.Te
         uint8 [T, hidden / 2], two elements in a byte, the first in its low half; float8_e4m3fn [T, hidden / 16].
     """
     groups, amax, finite = _grouped(x, NVFP4_GROUP)
-    factor = torch.tensor(output_scale, dtype=torch.float32)
-    wanted = factor * (amax * torch.tensor(1 / LARGEST_E2M1, dtype=torch.float32))
+    factor = torch.tensor(output_scale, dtype=torch.float32, device="cpu")
+    wanted = factor * (amax * torch.tensor(1 / LARGEST_E2M1, dtype=torch.float32, device="cpu"))
     scales = wanted.clamp(max=LARGEST_E4M3).to(torch.float8_e4m3fn)
     scales = torch.where(finite, scales.view(torch.uint8), _E4M3_NAN).to(torch.uint8).view(torch.float8_e4m3fn)
     divisor = scales.float()
@@ -79,7 +79,7 @@ def dequantise_mxfp8(data: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def dequantise_nvfp4(data: torch.Tensor, scales: torch.Tensor, output_scale: float = 1.0) -> torch.Tensor:
     """float64 [T, hidden]: what the numbers stand for."""
     codes = torch.stack((data & 15, data >> 4), dim=-1).reshape(*scales.shape, NVFP4_GROUP).long()
-    values = torch.tensor(E2M1, dtype=torch.float64)[codes & 7] * torch.where(codes >= 8, -1.0, 1.0)
+    values = torch.tensor(E2M1, dtype=torch.float64, device="cpu")[codes & 7] * torch.where(codes >= 8, -1.0, 1.0)
     return (values * scales.double()[..., None] / output_scale).reshape(len(data), 2 * data.shape[1])
 
 
@@ -89,7 +89,7 @@ def in_tiles(scales: torch.Tensor) -> torch.Tensor:
     m + 96 in 16 consecutive bytes, 4 groups each.
     """
     tokens, groups = scales.shape
-    padded = torch.zeros(-(-tokens // 128) * 128, -(-groups // 4) * 4, dtype=torch.uint8)
+    padded = torch.zeros(-(-tokens // 128) * 128, -(-groups // 4) * 4, dtype=torch.uint8, device="cpu")
     padded[:tokens, :groups] = scales.view(torch.uint8)
     tiles = padded.reshape(len(padded) // 128, 4, 32, padded.shape[1] // 4, 4)  # tile, fourth, token, tile, group
     return tiles.permute(0, 3, 2, 1, 4).reshape(padded.shape).view(scales.dtype)
@@ -106,7 +106,7 @@ def _grouped(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, t
 def _e2m1(values: torch.Tensor) -> torch.Tensor:
     """uint8: sign and three bits. A tie goes to the even ones of E2M1: down at 0.25, 1.25, 2.5 and 5."""
     magnitude = values.abs()[..., None]
-    code = (magnitude > torch.tensor((0.25, 1.25, 2.5, 5.0))).sum(dim=-1)
-    code += (magnitude >= torch.tensor((0.75, 1.75, 3.5))).sum(dim=-1)
+    code = (magnitude > torch.tensor((0.25, 1.25, 2.5, 5.0), dtype=torch.float32, device="cpu")).sum(dim=-1)
+    code += (magnitude >= torch.tensor((0.75, 1.75, 3.5), dtype=torch.float32, device="cpu")).sum(dim=-1)
     code = torch.where(values.isnan(), len(E2M1) - 1, code)
     return (code + 8 * (values < 0).int()).to(torch.uint8)

@@ -65,27 +65,28 @@ def dispatch_rows(
     """
     ids = [given.cpu().long() for given in topk_idx]
     given = [
-        torch.ones(part.shape) if some is None else some.cpu() for part, some in zip(ids, topk_weights, strict=True)
+        torch.ones(part.shape, dtype=torch.float32, device="cpu") if some is None else some.cpu()
+        for part, some in zip(ids, topk_weights, strict=True)
     ]
     results = []
     for experts in expert_ranges(num_experts, len(x)):
         coming = [((part >= experts.start) & (part < experts.stop)).any(dim=1).nonzero().flatten() for part in ids]
-        numbers = torch.tensor([0, *(len(tokens) for tokens in coming)])
+        numbers = torch.tensor([0, *(len(tokens) for tokens in coming)], dtype=torch.int64, device="cpu")
         selected = _gathered(ids, coming) - experts.start
         local = torch.where((selected >= 0) & (selected < len(experts)), selected, -1)
-        selects = (local[:, :, None] == torch.arange(len(experts))).any(dim=1)
+        selects = (local[:, :, None] == torch.arange(len(experts), dtype=torch.int64, device="cpu")).any(dim=1)
         weights = torch.where(local < 0, 0.0, _gathered(given, coming))
         counts = selects.sum(dim=0)
         if layout == "token":
             expert_starts = None
-            rows, number = torch.arange(len(local))[:, None], len(local)
-            terms, row_weights = torch.ones(len(local), 1), weights
+            rows, number = torch.arange(len(local), dtype=torch.int64, device="cpu")[:, None], len(local)
+            terms, row_weights = torch.ones(len(local), 1, dtype=torch.float32, device="cpu"), weights
         else:
             begins = ((counts + alignment - 1) // alignment * alignment).cumsum(0)
-            expert_starts = torch.cat((torch.zeros(1, dtype=torch.int64), begins))
+            expert_starts = torch.cat((torch.zeros(1, dtype=torch.int64, device="cpu"), begins))
             slots = expert_starts[:-1] + selects.cumsum(dim=0) - 1
             rows, number = torch.where(local < 0, -1, slots.gather(1, local.clamp(min=0))), int(expert_starts[-1])
-            terms, row_weights = weights, torch.zeros(number)
+            terms, row_weights = weights, torch.zeros(number, dtype=torch.float32, device="cpu")
             for k in range(local.shape[1]):  # in this order, in fp32
                 to, of = rows[:, k][local[:, k] >= 0], weights[:, k][local[:, k] >= 0]
                 row_weights[to] = row_weights[to] + of
@@ -113,7 +114,7 @@ def _gathered(parts: Sequence[torch.Tensor], coming: Sequence[torch.Tensor]) -> 
 
 def _spread(arrivals: torch.Tensor, rows: torch.Tensor, number: int) -> torch.Tensor:
     """[number, ...]: each arrival at each of its rows."""
-    out = torch.zeros(number, *arrivals.shape[1:], dtype=arrivals.dtype)
+    out = torch.zeros(number, *arrivals.shape[1:], dtype=arrivals.dtype, device="cpu")
     for of_term in rows.T:
         out[of_term[of_term >= 0]] = arrivals[of_term >= 0]
     return out
@@ -147,7 +148,7 @@ def combine_rows(
     outputs = [part.detach().cpu().double() for part in y]
     results = []
     for owner, tokens in enumerate(num_tokens):
-        exact = torch.zeros(tokens, outputs[0].shape[1], dtype=torch.float64)
+        exact = torch.zeros(tokens, outputs[0].shape[1], dtype=torch.float64, device="cpu")
         rounded, magnitude = torch.zeros_like(exact), torch.zeros_like(exact)
         for rank, rows in enumerate(expected):
             of_owner = slice(*rows.source_starts[owner : owner + 2].tolist())
@@ -182,7 +183,7 @@ def sum_weights(
     """
     results = []
     for owner, tokens in enumerate(num_tokens):
-        exact = torch.zeros(tokens, given[0].shape[1], dtype=torch.float64)
+        exact = torch.zeros(tokens, given[0].shape[1], dtype=torch.float64, device="cpu")
         magnitude = torch.zeros_like(exact)
         for weights, rows in zip(given, expected, strict=True):
             first, end = rows.source_starts[owner : owner + 2].tolist()

@@ -59,7 +59,7 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
         timeout: float | None = None,
     ) -> DispatchedRows:
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         admission.require_real_tensors()
         exact = row_checks.mode(self, mode) == "exact" and handle is None
         row_checks.borrowed(self, exact, max_rows, out, out_scales, zero_unused, scales_by_column)
@@ -117,7 +117,7 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
         rows layout `packed` has, and how many each expert gets; torch lets go of the GIL.
         """
         words = (numbers.first_rows[-1:], numbers.first_slots[-1:], numbers.counts, numbers.source_counts.flatten())
-        arrivals, slots, *told = torch.cat(words).tolist()
+        arrivals, slots, *told = self._launch(self._read, torch.cat(words))
         self._raise_by(self._alive().raise_unplanned)  # nothing else: the other ranks make the second launch too
         counts, told = told[: len(self.local_experts)], told[len(self.local_experts) :]
         sources = [told[first : first + 1 + self.num_ranks] for first in range(0, len(told), 1 + self.num_ranks)]
@@ -152,10 +152,14 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
     def handle_of(self, memory: Tensor, num_tokens: int, rows: int) -> RowsHandle:
         """The handle again, from its own `memory`, `num_tokens` and `rows`: for what can pass tensors and numbers only.
 
+        Args:
+            memory: any tensor with those numbers. One that is strided or not aligned to 16 bytes, as slices of larger
+                tensors may be, is copied.
+
         Raises:
             HandleError: the memory is not of a handle of this object.
         """
-        row_checks.handle_memory(self, memory, self.row_memory.words)
+        memory = row_checks.handle_memory(self, memory, self.row_memory.words)
         num_tokens = checks.in_range("num_tokens", num_tokens, 0, self.problem.max_tokens)
         rows = checks.in_range("rows", rows, 0, row_checks.MAX_ROWS)
         numbers = self.row_memory.numbers(memory)
@@ -185,7 +189,7 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
         timeout: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         admission.require_real_tensors()
         row_checks.handle(self, handle)
         y = row_checks.outputs(self, y, handle.rows)

@@ -156,13 +156,14 @@ def handle(owner: RowCalls, given: RowsHandle) -> None:
     admission.require_kept(checks.HANDLE_MEMORY, given.memory)
 
 
-def handle_memory(owner: RowCalls, memory: torch.Tensor, words: int) -> None:
-    fits = memory.dtype == torch.int32 and memory.device == owner.device and memory.shape == (words,)
-    if not fits or not memory.is_contiguous() or memory.data_ptr() % 8 != 0:
+def handle_memory(owner: RowCalls, memory: torch.Tensor, words: int) -> torch.Tensor:
+    """As kernels read it: where it lies, or a copy."""
+    if memory.dtype != torch.int32 or memory.device != owner.device or memory.shape != (words,):
         raise HandleError(
-            f"a handle of this object has {words} words int32 on {owner.device}; this is another's memory"
+            f"a handle of this object has {words} words int32 on {owner.device}; this is another's memory: "
+            f"{memory.dtype} {list(memory.shape)} on {memory.device}"
         )
-    admission.read(checks.HANDLE_MEMORY, memory)
+    return checks.readable(admission.read(checks.HANDLE_MEMORY, memory))
 
 
 def exact(owner: RowCalls, max_rows: int | None, *outs: torch.Tensor | None) -> None:
@@ -226,7 +227,7 @@ def weights(owner: RowCalls, given: torch.Tensor | None, handle: RowsHandle) -> 
     checks.require_shape("topk_weights", given, (handle.rows,))
     slots = handle.numbers.part("row_slots").view(-1, owner.problem.num_topk)
     if handle.rows == 0:
-        return torch.zeros(slots.shape, device=owner.device)
+        return torch.zeros(slots.shape, dtype=torch.float32, device=owner.device)
     at = slots.clamp(0, handle.rows - 1)  # rows that nothing came for have no slots: what stands there is not read
     return given[at].masked_fill_(slots < 0, 0)
 

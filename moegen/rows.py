@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from typing import Any, ClassVar, TypedDict, cast
 
 import torch
+
+from moegen.runtime.ownership import ProcessBound
 
 Given = tuple[torch.Tensor, torch.Tensor]
 """FP8 tokens and their scales."""
@@ -29,7 +31,7 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class RowsHandle:
+class RowsHandle(ProcessBound):
     """A routing, for combine and for further dispatches by it. Opaque; owns its memory and pins no buffer, so any
     number may live.
 
@@ -45,6 +47,9 @@ class RowsHandle:
         host_arrivals: how many (token, rank) rows came, in mode "exact"; else None.
     """
 
+    _noun: ClassVar[str] = "handle"
+    _belongs_to: ClassVar[str] = "its process and its HighThroughput"
+
     owner: object
     num_tokens: int
     rows: int
@@ -57,9 +62,6 @@ class RowsHandle:
 
     def __repr__(self) -> str:
         return f"RowsHandle(num_tokens={self.num_tokens}, rows={self.rows})"
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a moegen handle belongs to its process and its object; it cannot be pickled or copied")
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -31,12 +31,13 @@ struct Params {
     const int32_t* tokens_sent;    // one number: the tokens of that dispatch
     const int32_t* counts;         // [ranks]: rows from each source
     Control* control;              // this op's epoch
-    const Control* other_control;  // the other op's
     uint32_t* aborted;             // this object's abort word
     Failure* failure;              // where the host reads what went wrong
     uint64_t active;               // bit r: rank r takes part
-    uint64_t presence_offset;      // [rank] u64: the last dispatch that it has done with, its last combine
+    uint64_t presence_offset;      // [rank] u64: the last dispatch that it has done with
     uint64_t timeout_ns;           // how long one wait may take
+    const Control* other_control;  // dispatch's
+    uint64_t calls_offset;         // [half][rank] u64: call word and epoch of the combine that it has begun
     uint64_t rows_offset;          // [source][slots, hidden]: what the experts of each rank made
     Blocks senders;                // blocks that send
     Blocks receivers;              // blocks that receive; the same one if there is only one
@@ -44,9 +45,10 @@ struct Params {
     uint32_t tokens;               // tokens of this rank
     uint32_t slots;                // rows that a source may send to a rank in this call
     uint32_t max_tokens;           // the same in any call
+    uint32_t call;                 // call word
 };
 
-static_assert(sizeof(Params) == 168);
+static_assert(sizeof(Params) == 184);
 
 __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
@@ -59,14 +61,24 @@ __device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
 
 __device__ __forceinline__ uint32_t teams_of(Blocks blocks) { return blocks.blocks * kTeams; }
 
+using Watch = CallWatch;
+
+// Double buffering of staging and of call words.
+__device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
+
+// Where `from` publishes to `rank` that it begins a combine: call word and epoch.
+__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + half_of(epoch) * kRanks + from;
+}
+
 __device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
+    const uint32_t epoch = p.control->epoch;
+    return Watch{{p.aborted, p.failure, p.timeout_ns, p.rank, epoch}, call_at(p, epoch, p.rank, 0), p.call};
 }
 
 __device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
 
-// The word by which `from` tells `rank` how far it is: the last dispatch whose rows it has done with, in the upper
-// half, and the last combine that it has begun.
+// Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.
 __device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.presence_offset) + from;
 }
@@ -74,28 +86,25 @@ __device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank,
 // Whatever the user read before this launch, it has read. The last threads tell, because the first ones have a share of
 // the tokens.
 __device__ __forceinline__ void tell_presence(const Params& p, const Watch& watch) {
-    const uint64_t word = uint64_t(epoch_before(p.other_control->epoch)) << 32 | watch.epoch;
+    const uint64_t done = epoch_before(p.other_control->epoch);
 #pragma unroll 1
-    for (uint32_t peer = kBlockThreads - 1 - threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if (is_active(p, peer)) store_release_sys(presence_at(p, peer, p.rank), word);
+    for (uint32_t at = kBlockThreads - 1 - threadIdx.x; at < 2 * kRanks; at += kBlockThreads) {
+        const uint32_t peer = at % kRanks;
+        uint64_t* to = at < kRanks ? presence_at(p, peer, p.rank) : call_at(p, watch.epoch, peer, p.rank);
+        if (is_active(p, peer)) store_release_sys(to, at < kRanks ? done : with_call(watch.call, watch.epoch));
     }
 }
 
-// How far a rank has come: `needed`, if that far; one that waits for nothing of this rank may be ahead.
-__device__ __forceinline__ uint32_t progress_at(const uint64_t* word, uint32_t needed) {
-    const uint32_t seen = uint32_t(load_acquire_sys(word));
-    return int32_t(seen - needed) >= 0 ? needed : seen;
-}
-
-// Whether every rank has come as far as `needed`, which is waited for. `thread` of `threads` look at the ranks in turn.
-__device__ __forceinline__ bool await_presence(const Params& p, const Watch& watch, Phase phase, uint32_t needed,
-                                               uint32_t thread, uint32_t threads) {
+// Waits until every rank has begun this combine with the same call word; `thread` of `threads` poll the ranks in turn.
+// A rank begins the next combine only when all have begun this one, so its word stays until then.
+__device__ __forceinline__ bool await_calls(const Params& p, const Watch& watch, uint32_t thread, uint32_t threads) {
     bool came = true;
 #pragma unroll 1
     for (uint32_t peer = thread; peer < kRanks; peer += threads) {
         if (!is_active(p, peer)) continue;
-        const uint64_t* word = presence_at(p, p.rank, peer);
-        came &= wait_for(watch, Awaited{phase, peer, -1}, needed, [=] { return progress_at(word, needed); });
+        const uint64_t* word = watch.calls + peer;
+        came &= wait_for(watch, Awaited{kPresence, peer, -1}, with_call(watch.call, watch.epoch),
+                         [=] { return load_acquire_sys(word); });
     }
     return came;
 }
@@ -183,6 +192,11 @@ __device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const S
     }
 }
 
+// Users may overwrite the handle's memory: values from it are clamped before they index anything.
+__device__ __forceinline__ uint32_t slot_in_bounds(const Params& p, int32_t slot) {
+    return min(uint32_t(slot), p.slots - 1);
+}
+
 // A row that `rank` has made of this rank's token, in the symmetric memory of that rank.
 __device__ __forceinline__ const uint4* row_at(const Params& p, uint32_t rank, uint32_t slot) {
     return reinterpret_cast<const uint4*>(p.peers[rank] + p.rows_offset) +
@@ -201,7 +215,7 @@ __device__ __forceinline__ Sums sums_of(const Params& p, uint64_t ranks, const i
         for (uint32_t row = 0; row < kRowsAhead; ++row) {
             if (rest == 0) break;
             const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
-            const uint32_t slot = uint32_t(*slots++);
+            const uint32_t slot = slot_in_bounds(p, *slots++);
             rest &= rest - 1;
             if (!is_active(p, rank)) continue;
             parts[row] = load_part(row_at(p, rank, slot), first);
@@ -235,6 +249,6 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_combin
     if (tells && sound) tell_presence(p, watch);
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     // A rank that has begun this has made all its rows.
-    const bool came = await_presence(p, watch, kPresence, watch.epoch, threadIdx.x, kBlockThreads);
+    const bool came = await_calls(p, watch, threadIdx.x, kBlockThreads);
     if (open_epoch(p, watch, sound && came)) add_tokens(p, tokens);
 }

@@ -32,12 +32,13 @@ struct Params {
     const int32_t* tokens_sent;    // one number: the tokens of that dispatch
     const int32_t* counts;         // [ranks]: rows from each source
     Control* control;              // this op's epoch
-    const Control* other_control;  // the other op's
     uint32_t* aborted;             // this object's abort word
     Failure* failure;              // where the host reads what went wrong
     uint64_t active;               // bit r: rank r takes part
-    uint64_t presence_offset;      // [rank] u64: the last dispatch that it has done with, its last combine
+    uint64_t presence_offset;      // [rank] u64: the last dispatch that it has done with
     uint64_t timeout_ns;           // how long one wait may take
+    const Control* other_control;  // dispatch's
+    uint64_t calls_offset;         // [half][rank] u64: call word and epoch of the combine that it has begun
     uint64_t rows_offset;          // [half][rank][max_tokens] rows
     uint64_t half_bytes;           // of a half: room for the longest rows, whatever this kernel's
     uint64_t tags_offset;          // [half][rank][max_tokens] u32: epoch of the row there
@@ -47,9 +48,10 @@ struct Params {
     uint32_t tokens;               // tokens of this rank
     uint32_t slots;                // rows that a source may send to a rank in this call
     uint32_t max_tokens;           // the same in any call
+    uint32_t call;                 // call word
 };
 
-static_assert(sizeof(Params) == 224);
+static_assert(sizeof(Params) == 240);
 
 __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
@@ -70,17 +72,24 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
     return sum < kRanks ? sum : sum - kRanks;
 }
 
+using Watch = CallWatch;
+
+// Double buffering of staging and of call words.
+__device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
+
+// Where `from` publishes to `rank` that it begins a combine: call word and epoch.
+__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + half_of(epoch) * kRanks + from;
+}
+
 __device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
+    const uint32_t epoch = p.control->epoch;
+    return Watch{{p.aborted, p.failure, p.timeout_ns, p.rank, epoch}, call_at(p, epoch, p.rank, 0), p.call};
 }
 
 __device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
 
-// Halves of staging take turns.
-__device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
-
-// The word by which `from` tells `rank` how far it is: the last dispatch whose rows it has done with, in the upper
-// half, and the last combine that it has begun.
+// Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.
 __device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.presence_offset) + from;
 }
@@ -88,28 +97,25 @@ __device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank,
 // Whatever the user read before this launch, it has read. The last threads tell, because the first ones have a share of
 // the tokens.
 __device__ __forceinline__ void tell_presence(const Params& p, const Watch& watch) {
-    const uint64_t word = uint64_t(epoch_before(p.other_control->epoch)) << 32 | watch.epoch;
+    const uint64_t done = epoch_before(p.other_control->epoch);
 #pragma unroll 1
-    for (uint32_t peer = kBlockThreads - 1 - threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if (is_active(p, peer)) store_release_sys(presence_at(p, peer, p.rank), word);
+    for (uint32_t at = kBlockThreads - 1 - threadIdx.x; at < 2 * kRanks; at += kBlockThreads) {
+        const uint32_t peer = at % kRanks;
+        uint64_t* to = at < kRanks ? presence_at(p, peer, p.rank) : call_at(p, watch.epoch, peer, p.rank);
+        if (is_active(p, peer)) store_release_sys(to, at < kRanks ? done : with_call(watch.call, watch.epoch));
     }
 }
 
-// How far a rank has come: `needed`, if that far; one that waits for nothing of this rank may be ahead.
-__device__ __forceinline__ uint32_t progress_at(const uint64_t* word, uint32_t needed) {
-    const uint32_t seen = uint32_t(load_acquire_sys(word));
-    return int32_t(seen - needed) >= 0 ? needed : seen;
-}
-
-// Whether every rank has come as far as `needed`, which is waited for. `thread` of `threads` look at the ranks in turn.
-__device__ __forceinline__ bool await_presence(const Params& p, const Watch& watch, Phase phase, uint32_t needed,
-                                               uint32_t thread, uint32_t threads) {
+// Waits until every rank has begun this combine with the same call word; `thread` of `threads` poll the ranks in turn.
+// A rank begins the next combine only when all have begun this one, so its word stays until then.
+__device__ __forceinline__ bool await_calls(const Params& p, const Watch& watch, uint32_t thread, uint32_t threads) {
     bool came = true;
 #pragma unroll 1
     for (uint32_t peer = thread; peer < kRanks; peer += threads) {
         if (!is_active(p, peer)) continue;
-        const uint64_t* word = presence_at(p, p.rank, peer);
-        came &= wait_for(watch, Awaited{phase, peer, -1}, needed, [=] { return progress_at(word, needed); });
+        const uint64_t* word = watch.calls + peer;
+        came &= wait_for(watch, Awaited{kPresence, peer, -1}, with_call(watch.call, watch.epoch),
+                         [=] { return load_acquire_sys(word); });
     }
     return came;
 }
@@ -288,6 +294,11 @@ __device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const S
     }
 }
 
+// Users may overwrite the handle's memory: values from it are clamped before they index anything.
+__device__ __forceinline__ uint32_t slot_in_bounds(const Params& p, int32_t slot) {
+    return min(uint32_t(slot), p.slots - 1);
+}
+
 // A team waits for the rows of all these ranks. If one does not come, the host is told, and the sum means nothing.
 __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, uint64_t ranks, const int32_t* slots) {
     uint32_t index = 0;
@@ -295,7 +306,7 @@ __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, 
     for (uint64_t rest = ranks; rest != 0; rest &= rest - 1, ++index) {
         const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
         if (rank == p.rank || !is_active(p, rank) || index % kTeamThreads != team_thread()) continue;
-        const uint32_t slot = uint32_t(slots[index]);
+        const uint32_t slot = slot_in_bounds(p, slots[index]);
         const uint32_t* tag = tag_at(p, watch, p.rank, rank, slot);
         const Awaited what{kPartial, rank, int32_t(slot)};
         wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(tag); });
@@ -308,7 +319,7 @@ __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, u
                                           uint8_t* out) {
     const bool has_own = (ranks >> p.rank & 1) != 0;
     const int32_t own_slot = has_own ? slots[__popcll(ranks & ((uint64_t(1) << p.rank) - 1))] : 0;
-    const uint4* own_row = reinterpret_cast<const uint4*>(y_at(p, p.rank, uint32_t(own_slot)));
+    const uint4* own_row = reinterpret_cast<const uint4*>(y_at(p, p.rank, slot_in_bounds(p, own_slot)));
     Part own = has_own ? load_part(own_row, 0) : Part{};
     await_rows(p, watch, ranks, slots);
 #pragma unroll 1
@@ -322,7 +333,8 @@ __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, u
             const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
             if (!is_active(p, rank)) continue;
             const Part part = next;
-            next = rank == p.rank ? own : load_part(record_at(p, watch, p.rank, rank, uint32_t(slots[index])), first);
+            const uint32_t slot = slot_in_bounds(p, slots[index]);
+            next = rank == p.rank ? own : load_part(record_at(p, watch, p.rank, rank, slot), first);
             add(sums, part);
         }
         add(sums, next);
@@ -350,5 +362,5 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_combin
     if (!open_epoch(p, watch, sound)) return;
     if (is_one_of(p.senders)) return_rows(p, watch, turns);
     if (is_one_of(p.receivers)) add_tokens(p, watch, tokens);
-    if (tells) await_presence(p, watch, kPresence, watch.epoch, threadIdx.x, kBlockThreads);
+    if (tells) await_calls(p, watch, threadIdx.x, kBlockThreads);
 }

@@ -24,38 +24,38 @@ struct Blocks {
 };
 
 struct Params {
-    uint8_t* peers[8];             // symmetric memory of each rank, as mapped here
-    const uint8_t* payloads[3];    // [tokens, width] of each
-    uint64_t planes[3];            // of each payload: [source][slots, width] in symmetric memory
-    const void* topk_idx;          // [tokens, topk] int32 or int64
-    const int32_t* num_tokens;     // one number: tokens of this call; null: `tokens`
-    uint64_t* token_ranks;         // [tokens]: bit r: rank r holds an expert of this token
-    int32_t* token_slots;          // [tokens, destinations]: its slot with each of them
-    int32_t* tokens_sent;          // one number: the tokens of this call
-    int32_t* counts;               // [ranks]: rows from each source
-    const int32_t* stats;          // [stats words] of this rank, or null
-    int32_t* gathered;             // [ranks, stats words]
-    int32_t* unused_ids;           // [ranks, slots, id words]: filled behind a source's rows; or null
-    Control* control;              // this op's epoch
-    const Control* other_control;  // the other op's
-    uint32_t* aborted;             // this object's abort word
-    Failure* failure;              // where the host reads what went wrong
-    uint64_t active;               // bit r: rank r takes part
-    uint64_t presence_offset;      // [rank] u64: the last dispatch that it has done with, its last combine
-    uint64_t timeout_ns;           // how long one wait may take
-    uint64_t counts_offset;        // [half][source] pieces
-    uint64_t stats_offset;         // [half][source][stats pieces]
-    uint64_t flags_offset;         // [source][256] u32: the last epoch whose rows it has sent
-    Blocks senders;                // blocks that send
-    Blocks receivers;              // blocks that receive; the same one if there is only one
-    uint32_t rank;                 // this rank
-    uint32_t tokens;               // tokens of this rank
-    uint32_t slots;                // rows that a source may send to a rank in this call
-    uint32_t max_tokens;           // the same in any call
-    uint32_t stats_words;          // statistics of a rank
-    uint32_t id_words;             // of a row of unused_ids
-    int32_t unused_id;             // what it is filled with
-    uint32_t wide_ids;             // 1: topk_idx is int64
+    uint8_t* peers[8];           // symmetric memory of each rank, as mapped here
+    const uint8_t* payloads[3];  // [tokens, width] of each
+    uint64_t planes[3];          // of each payload: [source][slots, width] in symmetric memory
+    const void* topk_idx;        // [tokens, topk] int32 or int64
+    const int32_t* num_tokens;   // one number: tokens of this call; null: `tokens`
+    uint64_t* token_ranks;       // [tokens]: bit r: rank r holds an expert of this token
+    int32_t* token_slots;        // [tokens, destinations]: its slot with each of them
+    int32_t* tokens_sent;        // one number: the tokens of this call
+    int32_t* counts;             // [ranks]: rows from each source
+    const int32_t* stats;        // [stats words] of this rank, or null
+    int32_t* gathered;           // [ranks, stats words]
+    int32_t* unused_ids;         // [ranks, slots, id words]: filled behind a source's rows; or null
+    Control* control;            // this op's epoch
+    uint32_t* aborted;           // this object's abort word
+    Failure* failure;            // where the host reads what went wrong
+    uint64_t active;             // bit r: rank r takes part
+    uint64_t presence_offset;    // [rank] u64: the last dispatch that it has done with
+    uint64_t timeout_ns;         // how long one wait may take
+    uint64_t call;               // call word, whose lowest bits are zero
+    uint64_t counts_offset;      // [half][source] pieces
+    uint64_t stats_offset;       // [half][source][stats pieces]
+    uint64_t flags_offset;       // [source][256] u32: the last epoch whose rows it has sent
+    Blocks senders;              // blocks that send
+    Blocks receivers;            // blocks that receive; the same one if there is only one
+    uint32_t rank;               // this rank
+    uint32_t tokens;             // tokens of this rank
+    uint32_t slots;              // rows that a source may send to a rank in this call
+    uint32_t max_tokens;         // the same in any call
+    uint32_t stats_words;        // statistics of a rank
+    uint32_t id_words;           // of a row of unused_ids
+    int32_t unused_id;           // what it is filled with
+    uint32_t wide_ids;           // 1: topk_idx is int64
 };
 
 static_assert(sizeof(Params) == 312);
@@ -64,14 +64,15 @@ __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThread
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
 
+using Watch = PlainWatch;
+
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
 
 __device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
 
-// The word by which `from` tells `rank` how far it is: the last dispatch whose rows it has done with, in the upper
-// half, and the last combine that it has begun.
+// Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.
 __device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.presence_offset) + from;
 }
@@ -79,16 +80,15 @@ __device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank,
 // Whatever the user read before this launch, it has read. The last threads tell, because the first ones have a share of
 // the tokens.
 __device__ __forceinline__ void tell_presence(const Params& p, const Watch& watch) {
-    const uint64_t word = uint64_t(epoch_before(watch.epoch)) << 32 | epoch_before(p.other_control->epoch);
 #pragma unroll 1
     for (uint32_t peer = kBlockThreads - 1 - threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if (is_active(p, peer)) store_release_sys(presence_at(p, peer, p.rank), word);
+        if (is_active(p, peer)) store_release_sys(presence_at(p, peer, p.rank), epoch_before(watch.epoch));
     }
 }
 
 // How far a rank has come: `needed`, if that far; one that waits for nothing of this rank may be ahead.
 __device__ __forceinline__ uint32_t progress_at(const uint64_t* word, uint32_t needed) {
-    const uint32_t seen = uint32_t(load_acquire_sys(word) >> 32);
+    const uint32_t seen = uint32_t(load_acquire_sys(word));
     return int32_t(seen - needed) >= 0 ? needed : seen;
 }
 
@@ -365,7 +365,10 @@ __device__ __forceinline__ void tell_rows_are_sent(const Params& p, const Watch&
     }
 }
 
-// What a source tells first, 16 bytes: its rows for this rank, blocks that send them, 0, the epoch.
+// First packet of a source, 16 bytes at a fixed place: its rows for this rank; the number of sending blocks in the
+// lowest bits of the call word; the call word's upper half; the epoch.
+constexpr uint32_t kBlocksMask = (1u << 9) - 1;
+
 __device__ __forceinline__ uint4* counts_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
     return reinterpret_cast<uint4*>(p.peers[rank] + p.counts_offset) + (watch.epoch & 1) * kRanks + source;
 }
@@ -388,22 +391,30 @@ __device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch,
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
         if (!is_active(p, rank)) continue;
-        const uint4 piece = make_uint4(sum_of_warps(all, rank), blocks_with_a_share(p, tokens), 0, watch.epoch);
+        const uint32_t blocks = uint32_t(p.call) | blocks_with_a_share(p, tokens);
+        const uint4 piece = make_uint4(sum_of_warps(all, rank), blocks, uint32_t(p.call >> 32), watch.epoch);
         store_whole_relaxed_sys(counts_at(p, watch, rank, p.rank), piece);
     }
 }
 
-// A rank that takes no part sends nothing.
+// A rank that takes no part sends nothing. Rows of a rank whose call word differs lie at other places, perhaps over
+// those of other ranks: the whole call fails.
 __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch, Arrivals& arrivals) {
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
-        uint4 told = {};
+        uint4 first = {};
         if (!is_active(p, source) ||
-            !wait_for_whole(watch, Awaited{kCounts, source, -1}, counts_at(p, watch, p.rank, source), told)) {
-            told = {};
+            !wait_for_whole(watch, Awaited{kCounts, source, -1}, counts_at(p, watch, p.rank, source), first)) {
+            first = {};
+        } else {
+            const uint64_t call = uint64_t(first.z) << 32 | (first.y & ~kBlocksMask);
+            if (call != p.call) {
+                report_other_call(watch, Awaited{kCounts, source, -1}, p.call, call);
+                first = {};
+            }
         }
-        arrivals.rows[source] = min(told.x, p.slots);
-        arrivals.blocks[source] = min(told.y, uint32_t(256));
+        arrivals.rows[source] = min(first.x, p.slots);
+        arrivals.blocks[source] = min(first.y & kBlocksMask, uint32_t(256));
         p.counts[source] = int32_t(arrivals.rows[source]);
     }
     __syncthreads();

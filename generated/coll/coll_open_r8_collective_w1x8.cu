@@ -18,12 +18,14 @@ struct Params {
     const Control* control;      // the number of the call behind this one
     Failure* failure;            // where the host reads what went wrong
     uint64_t stride;             // bytes from a header to the next
+    uint64_t word;               // the call word
     uint32_t object;             // a number that all ranks' ends of this object share
     uint32_t slots;              // rows that a source may send to a rank in this call
     uint32_t stats_words;        // statistics of a rank
+    uint32_t rank;               // this rank
 };
 
-static_assert(sizeof(Params) == 80);
+static_assert(sizeof(Params) == 88);
 
 struct Header {
     uint32_t rows;
@@ -31,7 +33,8 @@ struct Header {
     uint32_t slots;   // rows that there is room for
     uint32_t object;
     uint32_t call;
-    uint32_t unused[8 - 5];
+    uint32_t word[2];  // the call word
+    uint32_t unused[8 - 7];
 };
 
 // Of one rank, in `headers` from all or for all.
@@ -39,16 +42,26 @@ __device__ __forceinline__ const Header* header_at(const Params& p, const uint8_
     return reinterpret_cast<const Header*>(headers + rank * p.stride);
 }
 
-// One block. A header of another call, another object, or of other sizes than this rank's is reported, and then nothing
-// is taken from that rank, nor sent to it: it sees the same.
+// Whether a header is of this call of this object, and of the same call word; else that is reported.
+__device__ __forceinline__ bool belongs_here(const Params& p, const Header& header, uint32_t source, uint32_t call) {
+    if (header.object != p.object || header.call != call) {
+        store_relaxed_sys(&p.failure->mismatched, source + 1);
+        return false;
+    }
+    const uint64_t word = uint64_t(header.word[1]) << 32 | header.word[0];
+    if (word == p.word) return true;
+    write_other_call(p.failure, p.rank, Awaited{0, source, -1}, call, p.word, word);
+    return false;
+}
+
+// One block. Nothing is taken from a rank whose header does not belong here, nor sent to it: it sees the same.
 extern "C" __global__ void __launch_bounds__(kBlockThreads) moegen_coll_open_r8_collective_w1x8(const __grid_constant__ Params p) {
     await_launch_before();
     const uint32_t call = epoch_before(p.control->epoch);
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
         const Header header = *header_at(p, p.headers, source);
-        const bool fits = header.object == p.object && header.call == call && header.slots == p.slots;
-        if (!fits) store_relaxed_sys(&p.failure->mismatched, source + 1);
+        const bool fits = belongs_here(p, header, source, call);
         const int32_t rows = fits ? int32_t(min(header.rows, p.slots)) : 0;
         p.counts[source] = rows;
         if (p.exchanged == nullptr) continue;

@@ -34,6 +34,7 @@ struct Params {
     Failure* failure;            // where the host reads what went wrong
     uint64_t active;             // all ones: every rank takes part
     uint64_t chunk_bytes;        // of one rank
+    uint64_t word;               // the call word
     Blocks senders;              // blocks that pack rows
     Blocks receivers;            // the block that writes headers
     uint32_t object;             // a number that all ranks' ends of this object share
@@ -46,7 +47,7 @@ struct Params {
     uint32_t wide_ids;           // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 184);
+static_assert(sizeof(Params) == 192);
 
 __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
@@ -328,7 +329,8 @@ struct Header {
     uint32_t slots;   // rows that there is room for
     uint32_t object;
     uint32_t call;
-    uint32_t unused[8 - 5];
+    uint32_t word[2];  // the call word
+    uint32_t unused[8 - 7];
 };
 
 __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
@@ -348,7 +350,8 @@ __device__ __forceinline__ void fill_unused_ids(const Params& p, uint32_t rank, 
 __device__ __forceinline__ void write_headers(const Params& p, uint32_t tokens, uint32_t call, const Counts& all) {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
-        *header_at(p, rank) = Header{sum_of_warps(all, rank), tokens, p.slots, p.object, call, {}};
+        *header_at(p, rank) = Header{
+            sum_of_warps(all, rank), tokens, p.slots, p.object, call, {uint32_t(p.word), uint32_t(p.word >> 32)}, {}};
     }
 #pragma unroll 1
     for (uint32_t rank = 0; rank < kRanks; ++rank) {

@@ -49,6 +49,11 @@ struct Params {
 
 static_assert(sizeof(Params) == 232);
 
+// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
+// they index anything.
+__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
+__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
+
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
 
 // Work is dealt to the warps of these blocks: a warp begins with its own number and goes on by the number of warps.
@@ -63,9 +68,12 @@ constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
 struct Header {
     uint32_t object;
     uint32_t call;
-    uint32_t unused[4 - 2];
+    uint32_t word;  // the call word
+    uint32_t unused[4 - 3];
 };
 
+// Of dispatch: the phase, which is equal on all ranks that make the same call.
+__device__ __forceinline__ uint32_t call_word(const Params&) { return 0; }
 __device__ __forceinline__ uint8_t* chunk_at(const Params& p, uint32_t rank) { return p.chunks + p.starts[rank]; }
 
 __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
@@ -77,12 +85,18 @@ __device__ __forceinline__ uint4* record_in_chunk(const Params& p, uint32_t rank
     return reinterpret_cast<uint4*>(chunk_at(p, rank) + p.records_offset) + uint64_t(row) * kRecordVectors;
 }
 
-// Whether what a rank has sent belongs to this call of this object. If not, the host is told, and it counts as nothing.
+// Whether a rank's chunk is of this call of this object, and of the same call word. Else that is reported, and the
+// chunk counts as empty.
 __device__ __forceinline__ bool belongs_here(const Params& p, uint32_t rank) {
     const Header header = *header_at(p, rank);
-    const bool belongs = header.object == p.object && header.call == epoch_before(p.control->epoch);
-    if (!belongs) store_relaxed_sys(&p.failure->mismatched, rank + 1);
-    return belongs;
+    const uint32_t call = epoch_before(p.control->epoch);
+    if (header.object != p.object || header.call != call) {
+        store_relaxed_sys(&p.failure->mismatched, rank + 1);
+        return false;
+    }
+    if (header.word == call_word(p)) return true;
+    write_other_call(p.failure, p.rank, Awaited{0, rank, -1}, call, call_word(p), header.word);
+    return false;
 }
 
 constexpr uint32_t kAhead = 7;  // vectors of a part that each lane has

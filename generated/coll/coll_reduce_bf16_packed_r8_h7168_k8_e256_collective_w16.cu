@@ -43,11 +43,18 @@ struct Params {
     Blocks receivers;             // all blocks
     uint32_t object;              // a number that all ranks' ends of this object share
     uint32_t rank;                // this rank
+    uint32_t max_tokens;          // capacity: tokens that a rank may send
     uint32_t tokens;              // rows of this rank's token tensor
     uint32_t rows;                // of `y`; more may have come to a dispatch that had no room for them
+    uint32_t word;                // the call word
 };
 
-static_assert(sizeof(Params) == 224);
+static_assert(sizeof(Params) == 232);
+
+// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
+// they index anything.
+__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
+__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
 
@@ -63,9 +70,11 @@ constexpr uint32_t kRecordVectors = 898;  // of a row and what travels with it
 struct Header {
     uint32_t object;
     uint32_t call;
-    uint32_t unused[4 - 2];
+    uint32_t word;  // the call word
+    uint32_t unused[4 - 3];
 };
 
+__device__ __forceinline__ uint32_t call_word(const Params& p) { return p.word; }
 __device__ __forceinline__ uint8_t* chunk_at(const Params& p, uint32_t rank) { return p.chunks + p.starts[rank]; }
 
 __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
@@ -77,19 +86,25 @@ __device__ __forceinline__ uint4* record_in_chunk(const Params& p, uint32_t rank
     return reinterpret_cast<uint4*>(chunk_at(p, rank) + p.records_offset) + uint64_t(row) * kRecordVectors;
 }
 
-// Whether what a rank has sent belongs to this call of this object. If not, the host is told, and it counts as nothing.
+// Whether a rank's chunk is of this call of this object, and of the same call word. Else that is reported, and the
+// chunk counts as empty.
 __device__ __forceinline__ bool belongs_here(const Params& p, uint32_t rank) {
     const Header header = *header_at(p, rank);
-    const bool belongs = header.object == p.object && header.call == epoch_before(p.control->epoch);
-    if (!belongs) store_relaxed_sys(&p.failure->mismatched, rank + 1);
-    return belongs;
+    const uint32_t call = epoch_before(p.control->epoch);
+    if (header.object != p.object || header.call != call) {
+        store_relaxed_sys(&p.failure->mismatched, rank + 1);
+        return false;
+    }
+    if (header.word == call_word(p)) return true;
+    write_other_call(p.failure, p.rank, Awaited{0, rank, -1}, call, call_word(p), header.word);
+    return false;
 }
 
 constexpr uint32_t kDestinations = kRanks < kTopk ? kRanks : kTopk;  // ranks that one token may reach
 
 __device__ __forceinline__ uint32_t row_with(const Params& p, uint32_t rank, uint32_t token) {
     const uint64_t lower_ranks = p.token_ranks[token] & ((uint64_t(1) << rank) - 1);
-    return uint32_t(p.sent_rows[uint64_t(token) * kDestinations + __popcll(lower_ranks)]);
+    return min(uint32_t(p.sent_rows[uint64_t(token) * kDestinations + __popcll(lower_ranks)]), p.max_tokens - 1);
 }
 
 __device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t token) {
@@ -299,7 +314,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, uint64_t ranks_her
     __shared__ Terms lists[kWarps];
     const uint64_t selected = p.token_ranks[token] & ranks_here;
     const uint64_t own = uint64_t(1) << p.rank;
-    const uint32_t own_row = (selected & own) != 0 ? own_row_of(p, token) : 0;
+    const uint32_t own_row = (selected & own) != 0 ? min(own_row_of(p, token), rows_at_most(p) - 1) : 0;
     const uint64_t ranks = selected;
     const uint32_t number = list_terms(p, token, ranks, own_row, lists[warp_id()]);
     store_sum(lists[warp_id()], number, reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors);

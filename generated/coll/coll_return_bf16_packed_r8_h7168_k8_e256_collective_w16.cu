@@ -36,10 +36,17 @@ struct Params {
     Blocks senders;             // all blocks
     uint32_t object;            // a number that all ranks' ends of this object share
     uint32_t rank;              // this rank
+    uint32_t max_tokens;        // capacity: tokens that a rank may send
     uint32_t rows;              // of `y`; more may have come to a dispatch that had no room for them
+    uint32_t word;              // the call word
 };
 
-static_assert(sizeof(Params) == 168);
+static_assert(sizeof(Params) == 176);
+
+// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
+// they index anything.
+__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
+__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
 
@@ -55,9 +62,11 @@ constexpr uint32_t kRecordVectors = 898;  // of a row and what travels with it
 struct Header {
     uint32_t object;
     uint32_t call;
-    uint32_t unused[4 - 2];
+    uint32_t word;  // the call word
+    uint32_t unused[4 - 3];
 };
 
+__device__ __forceinline__ uint32_t call_word(const Params& p) { return p.word; }
 __device__ __forceinline__ uint8_t* chunk_at(const Params& p, uint32_t rank) { return p.chunks + p.starts[rank]; }
 
 __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
@@ -73,7 +82,7 @@ __device__ __forceinline__ uint4* record_in_chunk(const Params& p, uint32_t rank
 __device__ __forceinline__ void write_headers(const Params& p, uint32_t call) {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
-        *header_at(p, rank) = Header{p.object, call, {}};
+        *header_at(p, rank) = Header{p.object, call, call_word(p), {}};
     }
 }
 
@@ -219,7 +228,7 @@ __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t ro
 }
 
 __device__ __forceinline__ void send_partial(const Params& p, uint32_t row, uint32_t owner) {
-    uint4* record = record_in_chunk(p, owner, row - uint32_t(p.first_rows[owner]));
+    uint4* record = record_in_chunk(p, owner, min(row - uint32_t(p.first_rows[owner]), p.max_tokens - 1));
     __shared__ Terms lists[kWarps];
     Terms& terms = lists[warp_id()];
     const uint32_t number = list_selections(p, row, terms, 0);
@@ -233,14 +242,14 @@ __device__ __forceinline__ void send_partial(const Params& p, uint32_t row, uint
 
 // All rows but this rank's own, which lie between those of the ranks before and behind it.
 __device__ __forceinline__ void send_partials(const Params& p) {
-    const uint32_t rows = uint32_t(p.first_rows[kRanks]);
+    const uint32_t rows = min(uint32_t(p.first_rows[kRanks]), rows_at_most(p));
     const uint32_t own_begin = uint32_t(p.first_rows[p.rank]);
-    const uint32_t own_rows = uint32_t(p.first_rows[p.rank + 1]) - own_begin;
+    const uint32_t own_rows = min(uint32_t(p.first_rows[p.rank + 1]) - own_begin, rows);
 #pragma unroll 1
     for (uint32_t turn = turn_of_warp(p.senders); turn < rows - own_rows; turn += warps_of(p.senders)) {
         const uint32_t row = turn < own_begin ? turn : turn + own_rows;
         uint32_t owner = 0;
-        while (row >= uint32_t(p.first_rows[owner + 1])) ++owner;
+        while (owner + 1 < kRanks && row >= uint32_t(p.first_rows[owner + 1])) ++owner;
         send_partial(p, row, owner);
     }
 }

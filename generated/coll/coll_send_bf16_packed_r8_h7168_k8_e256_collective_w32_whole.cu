@@ -37,12 +37,18 @@ struct Params {
     Blocks senders;             // all blocks
     uint32_t object;            // a number that all ranks' ends of this object share
     uint32_t rank;              // this rank
+    uint32_t max_tokens;        // capacity: tokens that a rank may send
     uint32_t tokens;            // rows of this rank's token tensor
     uint32_t tokens_wanted;     // tokens that this rank has and this object has no room for, or 0
     uint32_t wide_ids;          // 1: topk_idx is int64
 };
 
 static_assert(sizeof(Params) == 200);
+
+// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
+// they index anything.
+__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
+__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
 
@@ -58,9 +64,12 @@ constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
 struct Header {
     uint32_t object;
     uint32_t call;
-    uint32_t unused[4 - 2];
+    uint32_t word;  // the call word
+    uint32_t unused[4 - 3];
 };
 
+// Of dispatch: the phase, which is equal on all ranks that make the same call.
+__device__ __forceinline__ uint32_t call_word(const Params&) { return 0; }
 __device__ __forceinline__ uint8_t* chunk_at(const Params& p, uint32_t rank) { return p.chunks + p.starts[rank]; }
 
 __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
@@ -76,7 +85,7 @@ __device__ __forceinline__ uint4* record_in_chunk(const Params& p, uint32_t rank
 __device__ __forceinline__ void write_headers(const Params& p, uint32_t call) {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
-        *header_at(p, rank) = Header{p.object, call, {}};
+        *header_at(p, rank) = Header{p.object, call, call_word(p), {}};
     }
 }
 
@@ -84,7 +93,7 @@ constexpr uint32_t kDestinations = kRanks < kTopk ? kRanks : kTopk;  // ranks th
 
 __device__ __forceinline__ uint32_t row_with(const Params& p, uint32_t rank, uint32_t token) {
     const uint64_t lower_ranks = p.token_ranks[token] & ((uint64_t(1) << rank) - 1);
-    return uint32_t(p.sent_rows[uint64_t(token) * kDestinations + __popcll(lower_ranks)]);
+    return min(uint32_t(p.sent_rows[uint64_t(token) * kDestinations + __popcll(lower_ranks)]), p.max_tokens - 1);
 }
 
 __device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t token) {

@@ -43,8 +43,9 @@ struct Params {
     uint32_t* aborted;            // this object's abort word
     Failure* failure;             // where the host reads what went wrong
     uint64_t consumed_offset;     // [rank] u32: the last epoch that the peer has finished
+    uint64_t calls_offset;        // [rank] u64: call word and epoch of its launch
     uint64_t rows_offset;         // [source][max_tokens] records, each at its token's number
-    uint64_t tags_offset;         // [source][max_tokens] u32: epoch of the row there
+    uint64_t tags_offset;         // [source][max_tokens] u64: call word and epoch of the row there
     uint64_t timeout_ns;          // how long one wait may take
     Blocks senders;               // blocks that send
     Blocks receivers;             // blocks that plan and receive; the same one if there is only one
@@ -52,9 +53,15 @@ struct Params {
     uint32_t tokens;              // rows of this rank's token tensor
     uint32_t max_tokens;          // capacity: tokens that a rank may send
     uint32_t rows;                // of `y`; more may have come to a dispatch that had no room for them
+    uint32_t call;                // call word
 };
 
-static_assert(sizeof(Params) == 256);
+static_assert(sizeof(Params) == 272);
+
+// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
+// they index anything.
+__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
+__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
 
@@ -71,8 +78,26 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
     return sum < kRanks ? sum : sum - kRanks;
 }
 
+using Watch = CallWatch;
+
+// Where `from` publishes its call word to `rank`.
+__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t rank, uint32_t from) {
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + from;
+}
+
 __device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
+    return Watch{{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch}, call_at(p, p.rank, 0), p.call};
+}
+
+// By one block, once the epoch is open (all ranks have finished the one before, so none reads its word any more) and
+// ahead of any row. A peer that makes a different call then fails at once, where it would wait for rows until it times
+// out.
+__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch) {
+    if (blockIdx.x != 0) return;
+#pragma unroll 1
+    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
+        store_relaxed_sys(call_at(p, peer, p.rank), with_call(watch.call, watch.epoch));
+    }
 }
 
 // The last epoch that `from` has finished: a word in the symmetric memory of `rank`.
@@ -125,16 +150,17 @@ __device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint
     return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset) + place_of(p, source, token) * kRecordVectors;
 }
 
-__device__ __forceinline__ uint32_t* tag_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.tags_offset) + place_of(p, source, token);
+// A tag is the call word and the epoch of the row there.
+__device__ __forceinline__ uint64_t* tag_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_of(p, source, token);
 }
 
 // A warp's wait for the row of (source, token) here.
 __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch, Awaited what) {
     bool arrived = true;
     if (lane_id() == 0) {
-        const uint32_t* tag = tag_at(p, p.rank, what.peer, uint32_t(what.index));
-        arrived = wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(tag); });
+        const uint64_t* tag = tag_at(p, p.rank, what.peer, uint32_t(what.index));
+        arrived = wait_for(watch, what, with_call(watch.call, watch.epoch), [=] { return load_acquire_sys(tag); });
     }
     const bool verdict = __all_sync(kFullWarp, arrived) != 0;
     __syncwarp();  // lane 0 has acquired the row, and a vote orders nothing
@@ -275,7 +301,7 @@ __device__ __forceinline__ void copy_row(const uint4* from, uint4* to) {
 }
 
 __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch, uint32_t row, uint32_t owner) {
-    const uint32_t token = uint32_t(p.row_tokens[row]);
+    const uint32_t token = min(uint32_t(p.row_tokens[row]), p.max_tokens - 1);
     uint4* record = record_at(p, owner, p.rank, token);
     const bool exists = row < p.rows;  // one that dispatch had no room for is no part of `y`, and adds nothing
     if (exists) {
@@ -287,7 +313,7 @@ __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch
         weights_behind(record)[lane_id()] = exists ? p.y_weights[uint64_t(row) * kTopk + lane_id()] : 0.0f;
     }
     __syncwarp();
-    if (lane_id() == 0) store_release_sys(tag_at(p, owner, p.rank, token), watch.epoch);
+    if (lane_id() == 0) store_release_sys(tag_at(p, owner, p.rank, token), with_call(watch.call, watch.epoch));
 }
 
 constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
@@ -308,7 +334,8 @@ __device__ __forceinline__ uint32_t end_of_turns(const Params& p) {
     uint32_t most = 0;
 #pragma unroll 1
     for (uint32_t owner = lane_id(); owner < kRanks; owner += kWarpSize) {
-        const uint32_t rows = uint32_t(p.first_rows[owner + 1] - p.first_rows[owner]);
+        // Clamped: users may overwrite these numbers.
+        const uint32_t rows = min(uint32_t(p.first_rows[owner + 1] - p.first_rows[owner]), p.max_tokens);
         if (owner != p.rank) most = max(most, rows);
     }
     return kOthers * __reduce_max_sync(kFullWarp, most);
@@ -320,7 +347,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     for (uint32_t turn = turn_of_warp(p.senders); turn < end; turn += warps_of(p.senders)) {
         const uint32_t owner = owner_of_turn(p, turn);
         const uint32_t row = row_of_turn(p, owner, turn);
-        if (row < uint32_t(p.first_rows[owner + 1])) send_partial(p, watch, row, owner);
+        if (row < min(uint32_t(p.first_rows[owner + 1]), rows_at_most(p))) send_partial(p, watch, row, owner);
     }
 }
 
@@ -330,9 +357,9 @@ __device__ __forceinline__ bool wait_for_partials(const Params& p, const Watch& 
 #pragma unroll 1
     for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) {
         if ((ranks >> rank & 1) == 0) continue;
-        const uint32_t* tag = tag_at(p, p.rank, rank, token);
+        const uint64_t* tag = tag_at(p, p.rank, rank, token);
         const Awaited what{kPartial, rank, int32_t(token)};
-        arrived &= wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(tag); });
+        arrived &= wait_for(watch, what, with_call(watch.call, watch.epoch), [=] { return load_acquire_sys(tag); });
     }
     const bool verdict = __all_sync(kFullWarp, arrived) != 0;
     __syncwarp();  // the lanes have acquired a rank's row each, and a vote orders nothing
@@ -382,9 +409,9 @@ __device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, 
 
 __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch, uint32_t token) {
     __shared__ Terms lists[kWarps];
-    const uint64_t selected = p.token_ranks[token];
+    const uint64_t selected = existing_ranks(p.token_ranks[token]);
     const uint64_t own = uint64_t(1) << p.rank;
-    const uint32_t own_row = (selected & own) != 0 ? uint32_t(p.first_rows[p.rank] + p.own_rows[token]) : 0;
+    const uint32_t own_row = (selected & own) != 0 ? min(uint32_t(p.first_rows[p.rank] + p.own_rows[token]), rows_at_most(p) - 1) : 0;
     const uint64_t ranks = own_row < p.rows ? selected : selected & ~own;  // one too many is no part of `y`
     const uint32_t number = list_terms(p, token, ranks, own_row, lists[warp_id()]);
     if (!wait_for_partials(p, watch, token, ranks & ~own)) return;
@@ -403,6 +430,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_combine
     await_launch_before();
     const Watch watch = start_watch(p);
     if (open_epoch(p, watch)) {
+        publish_call(p, watch);
         if (is_one_of(p.senders)) send_partials(p, watch);
         if (is_one_of(p.receivers)) reduce_tokens(p, watch, min(uint32_t(*p.tokens_sent), p.tokens));
     }

@@ -51,8 +51,9 @@ struct Params {
     uint32_t* aborted;           // this object's abort word
     Failure* failure;            // where the host reads what went wrong
     uint64_t consumed_offset;    // [rank] u32: the last epoch that the peer has finished
+    uint64_t calls_offset;       // [rank] u64: call word and epoch of its launch
     uint64_t rows_offset;        // [source][max_tokens] records, each at its token's number
-    uint64_t tags_offset;        // [source][max_tokens] u32: epoch of the row there
+    uint64_t tags_offset;        // [source][max_tokens] u64: call word and epoch of the row there
     uint64_t timeout_ns;         // how long one wait may take
     uint64_t x_stride;           // bytes from one token of x to the next
     uint64_t counts_offset;      // [source][count pieces]
@@ -70,7 +71,12 @@ struct Params {
     uint32_t wide_ids;           // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 384);
+static_assert(sizeof(Params) == 392);
+
+// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
+// they index anything.
+__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
+__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
 
@@ -89,8 +95,27 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
 
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
 
+using Watch = CallWatch;
+
+// Where `from` publishes its call word to `rank`.
+__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t rank, uint32_t from) {
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + from;
+}
+
 __device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
+    constexpr uint32_t kCall = 2;  // by the phase, which is the same on all ranks
+    return Watch{{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch}, call_at(p, p.rank, 0), kCall};
+}
+
+// By one block, once the epoch is open (all ranks have finished the one before, so none reads its word any more) and
+// ahead of any row. A peer that makes a different call then fails at once, where it would wait for rows until it times
+// out.
+__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch) {
+    if (blockIdx.x != 0) return;
+#pragma unroll 1
+    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
+        store_relaxed_sys(call_at(p, peer, p.rank), with_call(watch.call, watch.epoch));
+    }
 }
 
 // The last epoch that `from` has finished: a word in the symmetric memory of `rank`.
@@ -143,16 +168,17 @@ __device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint
     return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset) + place_of(p, source, token) * kRecordVectors;
 }
 
-__device__ __forceinline__ uint32_t* tag_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.tags_offset) + place_of(p, source, token);
+// A tag is the call word and the epoch of the row there.
+__device__ __forceinline__ uint64_t* tag_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_of(p, source, token);
 }
 
 // A warp's wait for the row of (source, token) here.
 __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch, Awaited what) {
     bool arrived = true;
     if (lane_id() == 0) {
-        const uint32_t* tag = tag_at(p, p.rank, what.peer, uint32_t(what.index));
-        arrived = wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(tag); });
+        const uint64_t* tag = tag_at(p, p.rank, what.peer, uint32_t(what.index));
+        arrived = wait_for(watch, what, with_call(watch.call, watch.epoch), [=] { return load_acquire_sys(tag); });
     }
     const bool verdict = __all_sync(kFullWarp, arrived) != 0;
     __syncwarp();  // lane 0 has acquired the row, and a vote orders nothing
@@ -203,14 +229,15 @@ __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, ui
     __syncwarp();
 #pragma unroll 1
     for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) {
-        if ((ranks >> rank & 1) != 0) store_release_sys(tag_at(p, rank, p.rank, token), watch.epoch);
+        if ((ranks >> rank & 1) != 0)
+            store_release_sys(tag_at(p, rank, p.rank, token), with_call(watch.call, watch.epoch));
     }
 }
 
 __device__ __forceinline__ void send_rows(const Params& p, const Watch& watch, uint32_t tokens) {
 #pragma unroll 1
     for (uint32_t token = turn_of_warp(p.senders); token < tokens; token += warps_of(p.senders)) {
-        uint64_t ranks = p.token_ranks[token];
+        uint64_t ranks = existing_ranks(p.token_ranks[token]);
         if (!kOwnRowsAreStaged) ranks &= ~(uint64_t(1) << p.rank);
         if (ranks != 0) send_row(p, watch, token, ranks);
     }
@@ -222,13 +249,14 @@ struct Arrivals {
 };
 
 __device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t source) {
-    return arrivals.first_row[source + 1] - arrivals.first_row[source];
+    const uint32_t begin = arrivals.first_row[source];
+    return max(arrivals.first_row[source + 1], begin) - begin;
 }
 
 __device__ __forceinline__ void recall_counts(const Params& p, Arrivals& arrivals) {
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source <= kRanks; source += kBlockThreads) {
-        arrivals.first_row[source] = uint32_t(p.first_rows[source]);
+        arrivals.first_row[source] = min(uint32_t(p.first_rows[source]), rows_at_most(p));
     }
     __syncthreads();
 }
@@ -245,8 +273,8 @@ struct Arrival {
 // Where a row goes was planned before.
 __device__ __forceinline__ Arrival recall_entry(const Params& p, const Arrivals& arrivals, uint32_t source,
                                                 uint32_t index) {
-    const uint32_t row = arrivals.first_row[source] + index;
-    Arrival arrival{source, row, uint32_t(p.row_tokens[row]), -1, 0};
+    const uint32_t row = min(arrivals.first_row[source] + index, rows_at_most(p) - 1);
+    Arrival arrival{source, row, min(uint32_t(p.row_tokens[row]), p.max_tokens - 1), -1, 0};
     if (lane_id() < kTopk) {
         arrival.slot = p.row_slots[uint64_t(row) * kTopk + lane_id()];
         arrival.weight = p.row_weights[uint64_t(row) * kTopk + lane_id()];
@@ -282,6 +310,7 @@ __device__ __forceinline__ void place_row(const Params& p, const Watch& watch, c
     tell_selections(p, arrival);
     const uint4* from = record_at(p, p.rank, arrival.source, arrival.token);
     if (!kOwnRowsAreStaged && arrival.source == p.rank) {
+        if (arrival.token >= p.tokens) return;
         from = token_at(p, arrival.token);
     } else if (!wait_for_row(p, watch, Awaited{kRow, arrival.source, int32_t(arrival.token)})) {
         return;
@@ -322,6 +351,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_dispatc
     await_launch_before();
     const Watch watch = start_watch(p);
     if (open_epoch(p, watch)) {
+        publish_call(p, watch);
         const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
         if (is_one_of(p.senders)) send_rows(p, watch, tokens);
         if (is_one_of(p.receivers)) receive_rows(p, watch);

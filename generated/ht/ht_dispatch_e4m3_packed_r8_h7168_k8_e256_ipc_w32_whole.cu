@@ -51,8 +51,9 @@ struct Params {
     uint32_t* aborted;           // this object's abort word
     Failure* failure;            // where the host reads what went wrong
     uint64_t consumed_offset;    // [rank] u32: the last epoch that the peer has finished
+    uint64_t calls_offset;       // [rank] u64: call word and epoch of its launch
     uint64_t rows_offset;        // [source][max_tokens] records, each at its token's number
-    uint64_t tags_offset;        // [source][max_tokens] u32: epoch of the row there
+    uint64_t tags_offset;        // [source][max_tokens] u64: call word and epoch of the row there
     uint64_t timeout_ns;         // how long one wait may take
     uint64_t x_stride;           // bytes from one token of x to the next
     uint64_t counts_offset;      // [source][count pieces]
@@ -70,7 +71,12 @@ struct Params {
     uint32_t wide_ids;           // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 384);
+static_assert(sizeof(Params) == 392);
+
+// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
+// they index anything.
+__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
+__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 __device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
 
@@ -90,8 +96,27 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
 constexpr uint32_t kScaleWords = 56;  // of a row; they follow it
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
 
+using Watch = CallWatch;
+
+// Where `from` publishes its call word to `rank`.
+__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t rank, uint32_t from) {
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + from;
+}
+
 __device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
+    constexpr uint32_t kCall = 0;  // by the phase, which is the same on all ranks
+    return Watch{{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch}, call_at(p, p.rank, 0), kCall};
+}
+
+// By one block, once the epoch is open (all ranks have finished the one before, so none reads its word any more) and
+// ahead of any row. A peer that makes a different call then fails at once, where it would wait for rows until it times
+// out.
+__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch) {
+    if (blockIdx.x != 0) return;
+#pragma unroll 1
+    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
+        store_relaxed_sys(call_at(p, peer, p.rank), with_call(watch.call, watch.epoch));
+    }
 }
 
 // The last epoch that `from` has finished: a word in the symmetric memory of `rank`.
@@ -144,16 +169,17 @@ __device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint
     return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset) + place_of(p, source, token) * kRecordVectors;
 }
 
-__device__ __forceinline__ uint32_t* tag_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.tags_offset) + place_of(p, source, token);
+// A tag is the call word and the epoch of the row there.
+__device__ __forceinline__ uint64_t* tag_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_of(p, source, token);
 }
 
 // A warp's wait for the row of (source, token) here.
 __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch, Awaited what) {
     bool arrived = true;
     if (lane_id() == 0) {
-        const uint32_t* tag = tag_at(p, p.rank, what.peer, uint32_t(what.index));
-        arrived = wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(tag); });
+        const uint64_t* tag = tag_at(p, p.rank, what.peer, uint32_t(what.index));
+        arrived = wait_for(watch, what, with_call(watch.call, watch.epoch), [=] { return load_acquire_sys(tag); });
     }
     const bool verdict = __all_sync(kFullWarp, arrived) != 0;
     __syncwarp();  // lane 0 has acquired the row, and a vote orders nothing
@@ -194,9 +220,11 @@ __device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * 
 __device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
 
 constexpr uint32_t kPieceWords = 3;
-constexpr uint32_t kCountPieces = 14;  // see count_word
+constexpr uint32_t kCountPieces = 15;  // see count_word
 constexpr uint32_t kFirstSourceWord = 1 + kLocalExperts;
-constexpr uint32_t kSourceWords = 9;  // the source's tokens, its rows for each rank
+constexpr uint32_t kSourceWords = 9;             // the source's tokens, its rows for each rank
+constexpr uint32_t kCallWord = kFirstSourceWord + kSourceWords;  // the last one
+static_assert(kCallWord / kPieceWords == kCountPieces - 1);
 constexpr uint32_t kEntryPieces = 6;  // of a row: its token, a selection and a weight for each k
 constexpr uint32_t kEntryWords = kEntryPieces * kPieceWords;
 
@@ -393,7 +421,8 @@ __device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch,
         uint32_t words[kPieceWords];
 #pragma unroll
         for (uint32_t word = 0; word < kPieceWords; ++word) {
-            words[word] = count_word(p, chunk, tokens, rank, piece * kPieceWords + word);
+            const uint32_t at = piece * kPieceWords + word;
+            words[word] = at == kCallWord ? watch.call : count_word(p, chunk, tokens, rank, at);
         }
         store_whole_relaxed_sys(counts_at(p, rank, p.rank) + piece,
                                 make_uint4(words[0], words[1], words[2], watch.epoch));
@@ -467,7 +496,8 @@ __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, ui
     __syncwarp();
 #pragma unroll 1
     for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) {
-        if ((ranks >> rank & 1) != 0) store_release_sys(tag_at(p, rank, p.rank, token), watch.epoch);
+        if ((ranks >> rank & 1) != 0)
+            store_release_sys(tag_at(p, rank, p.rank, token), with_call(watch.call, watch.epoch));
     }
 }
 
@@ -484,28 +514,35 @@ __device__ __forceinline__ void send_rows(const Params& p, const Watch& watch, u
 struct Arrivals {
     uint32_t first_row[kRanks + 1];
     uint32_t slots[kRanks][kLocalExperts];  // rows that select each expert; in layout packed then the first of them
+    bool belong[kRanks];  // whether what a source has sent belongs to this call
 };
 
 __device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t source) {
     return arrivals.first_row[source + 1] - arrivals.first_row[source];
 }
 
-// One thread polls for each source; the other pieces are here then, or come at once. All receiving blocks wait for the
+// One thread polls for each source; the other pieces are here then, or come at once. It also compares
+// the call word; a source whose word differs has no rows. All receiving blocks wait for the
 // same words: if every thread of theirs polled, what is waited for could hardly be written.
 __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch, Arrivals& arrivals) {
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
         uint4 last;
-        wait_for_whole(watch, Awaited{kCounts, source, -1}, counts_at(p, p.rank, source) + kCountPieces - 1, last);
+        const Awaited what{kCounts, source, -1};
+        const bool came = wait_for_whole(watch, what, counts_at(p, p.rank, source) + kCountPieces - 1, last);
+        const uint32_t words[kPieceWords] = {last.x, last.y, last.z};
+        const uint32_t call = words[kCallWord % kPieceWords];
+        arrivals.belong[source] = came && call == watch.call;
+        if (came && call != watch.call) report_other_call(watch, what, watch.call, call);
     }
     __syncthreads();
 #pragma unroll 1
     for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
         const uint32_t source = index / kCountPieces;
         const uint32_t piece = index % kCountPieces;
-        uint4 whole;
-        const bool came =
-            wait_for_whole(watch, Awaited{kCounts, source, -1}, counts_at(p, p.rank, source) + piece, whole);
+        uint4 whole = {};
+        const bool came = arrivals.belong[source] && wait_for_whole(watch, Awaited{kCounts, source, -1},
+                                                                    counts_at(p, p.rank, source) + piece, whole);
         const uint32_t words[kPieceWords] = {whole.x, whole.y, whole.z};
 #pragma unroll
         for (uint32_t word = 0; word < kPieceWords; ++word) {
@@ -730,6 +767,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_dispatc
     await_launch_before();
     const Watch watch = start_watch(p);
     if (open_epoch(p, watch)) {
+        publish_call(p, watch);
         const uint32_t tokens = tokens_of_this_call(p);
         if (is_one_of(p.receivers)) plan_rows(p, watch, tokens);
         if (is_one_of(p.senders)) send_rows(p, watch, tokens);

@@ -49,6 +49,7 @@ struct Params {
     uint64_t consumed_offset;     // [rank] u32: the last epoch that the peer has read
     uint64_t rows_offset;         // [half][source][max_tokens] records, each at its token's number
     uint64_t tags_offset;         // [half][source][max_tokens] u64: epoch of the row there
+    uint64_t calls_offset;        // [half][rank] u64: call word and epoch of its launch
     uint64_t weights_offset;      // [half][source][max_tokens][weight pieces]
     uint64_t timeout_ns;          // how long one wait may take
     Blocks senders;               // blocks that send
@@ -56,10 +57,11 @@ struct Params {
     uint32_t rank;                // this rank
     uint32_t tokens;              // rows of this rank's token tensor
     uint32_t max_tokens;          // capacity: tokens that a rank may send
+    uint32_t call;                // call word: one bit
     uint32_t renormalize;         // 1: the weights of what was added make up for what is missing
 };
 
-static_assert(sizeof(Params) == 264);
+static_assert(sizeof(Params) == 280);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
@@ -88,12 +90,23 @@ constexpr uint32_t kRecordPieces = kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = 1;
 
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.active, global_timer_ns(), p.timeout_ns, p.rank, p.control->epoch};
-}
-
 // The half of the receive buffers that this epoch uses.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
+
+// Where `from` publishes its call word to `rank`.
+__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + half_of(epoch) * kRanks + from;
+}
+
+__device__ __forceinline__ Watch start_watch(const Params& p) {
+    const uint32_t epoch = p.control->epoch;
+    const uint64_t* calls = call_at(p, epoch, p.rank, 0);
+    return Watch{p.active, global_timer_ns(), p.timeout_ns, p.rank, epoch, p.failure, calls, p.call};
+}
+
+// The flag of a partial sum: its epoch, with the call word (one bit) added to the lowest bit. That bit is redundant: it
+// selects the half of the receive buffers.
+__device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.epoch ^ watch.call; }
 
 // The last block to get here moves on to the next epoch. A warp does this that has little else to do at the start.
 __device__ __forceinline__ void leave_epoch(const Params& p, const Watch& watch) {
@@ -113,6 +126,16 @@ __device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watc
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
         if (!is_active(watch, peer)) continue;
         store_release_sys(consumed_at(p, peer, p.rank), epoch_before(watch.epoch));
+    }
+}
+
+// By one block, once the epoch is open and ahead of any row. A peer that makes a different call then fails at once,
+// where it would wait for rows or weights until it times out.
+__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch, uint64_t opened) {
+#pragma unroll 1
+    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
+        if ((opened >> peer & 1) == 0) continue;
+        store_relaxed_sys(call_at(p, watch.epoch, peer, p.rank), with_call(watch.call, watch.epoch));
     }
 }
 
@@ -226,7 +249,7 @@ __device__ __forceinline__ uint4 to_vector(uint4 piece) {
 }
 
 __device__ __forceinline__ bool receive_piece(const uint4* from, const Watch& watch, Awaited what, uint4& piece) {
-    return wait_for_whole(watch, what, from, piece);
+    return wait_for_whole(watch, what, from, piece, mark_of(watch));
 }
 
 // Asks for all pieces of a thread.
@@ -255,7 +278,7 @@ __device__ __forceinline__ bool complete_row(const uint4* from, const Watch& wat
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         uint4& piece = row.vectors[step];
-        if (piece_at(step) < kRowPieces && piece.w != watch.epoch) {
+        if (piece_at(step) < kRowPieces && piece.w != mark_of(watch)) {
             came &= receive_piece(from + piece_at(step), watch, what, piece);
         }
         piece = to_vector(piece);
@@ -427,13 +450,13 @@ __device__ __forceinline__ void partial_sums(const Terms& terms, Row first, Sums
 
 // Sends what this rank adds up for one token, rounded once.
 __device__ __forceinline__ void send_partial(const Terms& terms, const Row& first, uint4* record,
-                                             [[maybe_unused]] uint32_t epoch) {
+                                             [[maybe_unused]] uint32_t mark) {
     Sums sums[kSteps] = {};
     partial_sums(terms, first, sums);
     Row row;
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) row.vectors[step] = rounded(sums[step]);
-    send_pieces(as_pieces(row, epoch), record);
+    send_pieces(as_pieces(row, mark), record);
 }
 
 constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
@@ -493,6 +516,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     open_epoch(p, watch, opened);
     __syncthreads();
     if (!opened) return;
+    if (blockIdx.x == p.senders.first) publish_call(p, watch, opened);
     const uint32_t end = end_of_turns(p);
     send_weights(p, watch, tokens, opened);
 #pragma unroll 1
@@ -506,7 +530,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
             continue;
         }
         const Row first = ask_for_term(listed, 0);
-        send_partial(listed, first, record_at(p, watch, row.source, p.rank, row.token), watch.epoch);
+        send_partial(listed, first, record_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
         team_sync();
     }
 }

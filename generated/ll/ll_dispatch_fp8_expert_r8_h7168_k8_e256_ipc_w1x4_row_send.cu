@@ -95,12 +95,14 @@ constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
+using Watch = PlainWatch;
 
 // The half of the receive buffers that this epoch uses.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
+
+__device__ __forceinline__ Watch start_watch(const Params& p) {
+    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
+}
 
 // What a receiver has read: the word of `from` in the symmetric memory of `rank`.
 __device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {

@@ -95,12 +95,14 @@ constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
+using Watch = PlainWatch;
 
 // The half of the receive buffers that this epoch uses.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
+
+__device__ __forceinline__ Watch start_watch(const Params& p) {
+    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
+}
 
 // The last block to get here moves on to the next epoch. A warp does this that has little else to do at the start.
 __device__ __forceinline__ void leave_epoch(const Params& p, const Watch& watch) {

@@ -34,8 +34,12 @@ class Inputs:
 
     def __init__(self, world: RankWorld, config: OneSidedConfig, tokens: int) -> None:
         self.tokens, self._ranks, self._device = tokens, config.ranks, world.device
-        generator = torch.Generator().manual_seed(config.seed)
-        self._table = torch.randn(TABLE_ROWS, config.hidden, generator=generator).bfloat16().to(world.device)
+        generator = torch.Generator(device="cpu").manual_seed(config.seed)
+        self._table = (
+            torch.randn(TABLE_ROWS, config.hidden, generator=generator, device="cpu", dtype=torch.float32)
+            .bfloat16()
+            .to(world.device)
+        )
         self.rotation = self._plan(config)
         self.x = [self.x_of(world.rank, index) for index in range(self.rotation.tokens)]
         self.y = [
@@ -45,12 +49,12 @@ class Inputs:
 
     def x_of(self, rank: int, index: int) -> torch.Tensor:
         """Any rank's tokens in the index-th buffer."""
-        token = torch.arange(self.tokens, device=self._device)
+        token = torch.arange(self.tokens, dtype=torch.int64, device=self._device)
         return self._table[(rank * 101 + token * 5 + index * 3) % TABLE_ROWS]
 
     def y_of(self, rank: int, source: int, index: int) -> torch.Tensor:
         """What a rank's experts make of a source's rows in the index-th buffer, by slot."""
-        slot = torch.arange(self.tokens, device=self._device)
+        slot = torch.arange(self.tokens, dtype=torch.int64, device=self._device)
         return self._table[(rank * 57 + source * 37 + slot * 5 + index * 3) % TABLE_ROWS]
 
     def _plan(self, config: OneSidedConfig) -> Rotation:

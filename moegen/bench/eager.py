@@ -25,7 +25,7 @@ def measure_eager(world: RankWorld, pair: CallableCase, combine: CallableCase, c
         `small_op_us`: the same of one `x.add_(1)` on a tensor of 16 numbers.
         `dispatch_in_small_ops`, `combine_in_small_ops`: the ratio.
     """
-    small = torch.zeros(16, device=world.device)
+    small = torch.zeros(16, dtype=torch.float32, device=world.device)
     small_op_us, _ = _loops(world, lambda: small.add_(1), calls)
     dispatch_us, _ = _loops(world, lambda: pair.dispatch(0), calls)
     combine_us, _ = _loops(world, lambda: combine.combine(0), calls)

@@ -39,8 +39,8 @@ class Inputs:
         self._all = [_tokens(rank, tokens + self.count, config, world.device) for rank in range(config.ranks)]
         self._scales = [_scales(rank, tokens + self.count, config, world.device) for rank in range(config.ranks)]
         self.x = [self._clone(self.x_of(world.rank, index)) for index in range(self.count)]
-        generator = torch.Generator().manual_seed(config.seed)
-        table = torch.randn(TABLE_ROWS, config.hidden, generator=generator)
+        generator = torch.Generator(device="cpu").manual_seed(config.seed)
+        table = torch.randn(TABLE_ROWS, config.hidden, generator=generator, device="cpu", dtype=torch.float32)
         self.table = table.bfloat16().to(world.device)
 
     def x_of(self, rank: int, index: int) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -173,7 +173,9 @@ class RowsCase:
     def _check_combined(self, index: int) -> None:
         """In columns drawn anew; ids of a token are distinct, so its rows are too."""
         rank, layer = self._layer.rank, self._layer
-        columns = torch.randperm(self._config.hidden)[:CHECKED_COLUMNS].to(layer.device)
+        columns = torch.randperm(self._config.hidden, dtype=torch.int64, device="cpu")[:CHECKED_COLUMNS].to(
+            layer.device
+        )
         table = self._inputs.table[:, columns].double()
         shape = (self._inputs.tokens, len(columns))
         exact = torch.zeros(shape, dtype=torch.float64, device=layer.device)
@@ -205,7 +207,7 @@ class RowsCase:
         return self._batch.own_weights[tokens].gather(1, at).double()
 
     def _outputs(self, rows: int, index: int) -> torch.Tensor:
-        every = torch.arange(rows, device=self._layer.device)
+        every = torch.arange(rows, dtype=torch.int64, device=self._layer.device)
         return self._inputs.table[self._inputs.table_rows(self._layer.rank, every, index)]
 
     def _require(self, holds: bool, what: str) -> None:
@@ -223,26 +225,30 @@ def expected_rows(ids: torch.Tensor, config: HighThroughputConfig, layout: str, 
     held = (ids >= experts.start) & (ids < experts.stop)
     if layout == "token":
         sources, tokens = held.any(dim=2).nonzero(as_tuple=True)
-        return Expected(sources, tokens, torch.arange(len(sources), device=ids.device), None)
+        return Expected(sources, tokens, torch.arange(len(sources), dtype=torch.int64, device=ids.device), None)
     sources, tokens, picks = held.nonzero(as_tuple=True)
     local, order = (ids[sources, tokens, picks] - experts.start).sort(stable=True)
     counts = local.bincount(minlength=len(experts))
     aligned = -(-counts // config.alignment) * config.alignment
     # A row's place among all, and by how much those of its expert are moved up.
     shift = (aligned - counts).cumsum(0) - (aligned - counts)
-    places = torch.arange(len(local), device=ids.device) + shift[local]
+    places = torch.arange(len(local), dtype=torch.int64, device=ids.device) + shift[local]
     return Expected(sources[order], tokens[order], places, local)
 
 
 def _tokens(rank: int, rows: int, config: HighThroughputConfig, device: torch.device) -> torch.Tensor:
     """Rows that all differ, the same on every rank: some drawn on the CPU, which is slow, and the others turned."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + rank)
-    drawn = torch.randn(TABLE_ROWS, config.hidden, generator=generator).bfloat16().to(device)
+    generator = torch.Generator(device="cpu").manual_seed(config.seed * 1_000_003 + rank)
+    drawn = (
+        torch.randn(TABLE_ROWS, config.hidden, generator=generator, device="cpu", dtype=torch.float32)
+        .bfloat16()
+        .to(device)
+    )
     turned = [drawn.roll(turn, dims=1) for turn in range(-(-rows // TABLE_ROWS))]
     return torch.cat(turned)[:rows]
 
 
 def _scales(rank: int, rows: int, config: HighThroughputConfig, device: torch.device) -> torch.Tensor:
     words = max(1, config.hidden // 128)
-    generator = torch.Generator().manual_seed(config.seed + rank)
-    return torch.rand(rows, words, generator=generator).to(device)
+    generator = torch.Generator(device="cpu").manual_seed(config.seed + rank)
+    return torch.rand(rows, words, generator=generator, device="cpu", dtype=torch.float32).to(device)

@@ -97,8 +97,10 @@ class Buffers:
         device, dtype = world.device, torch.bfloat16
         count, rows = self.rotation.tokens, self.rotation.rows
         self._tokens_of_all = [self._make_tokens(rank, tokens + count).to(device) for rank in range(config.ranks)]
-        generator = torch.Generator().manual_seed(config.seed)
-        self.table = torch.randn(TABLE_ROWS, config.hidden, generator=generator).to(dtype)
+        generator = torch.Generator(device="cpu").manual_seed(config.seed)
+        self.table = torch.randn(TABLE_ROWS, config.hidden, generator=generator, device="cpu", dtype=torch.float32).to(
+            dtype
+        )
         table = self.table.to(device)
         shape = (len(self._experts[world.rank]), self.expert_rows, config.hidden)
         self.x = [self.x_of(world.rank, index).clone() for index in range(count)]
@@ -114,13 +116,15 @@ class Buffers:
 
     def table_rows(self, rank: int, index: int) -> torch.Tensor:
         """Which row of the table each row of a rank's index-th expert output is: int64 [local experts, rows]."""
-        local = torch.arange(len(self._experts[rank])).unsqueeze(1)
-        row = torch.arange(self.expert_rows).unsqueeze(0)
+        local = torch.arange(len(self._experts[rank]), dtype=torch.int64, device="cpu").unsqueeze(1)
+        row = torch.arange(self.expert_rows, dtype=torch.int64, device="cpu").unsqueeze(0)
         return (rank * 101 + local * 37 + row * 5 + index * 3) % TABLE_ROWS
 
     def _make_tokens(self, rank: int, rows: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + rank)
-        return torch.randn(rows, self._config.hidden, generator=generator).to(torch.bfloat16)
+        generator = torch.Generator(device="cpu").manual_seed(self._config.seed * 1_000_003 + rank)
+        return torch.randn(rows, self._config.hidden, generator=generator, device="cpu", dtype=torch.float32).to(
+            torch.bfloat16
+        )
 
 
 @dataclass(frozen=True)
@@ -140,8 +144,11 @@ class Batch:
     @staticmethod
     def draw(world: RankWorld, config: LowLatencyConfig, tokens: int, routing: str, seed: int) -> Batch:
         ids = draw(routing, config.ranks, tokens, config.num_experts, config.num_topk, seed)
-        generator = torch.Generator().manual_seed(seed + 1)
-        weights = torch.rand(config.ranks, tokens, config.num_topk, generator=generator) + 0.1
+        generator = torch.Generator(device="cpu").manual_seed(seed + 1)
+        weights = (
+            torch.rand(config.ranks, tokens, config.num_topk, generator=generator, device="cpu", dtype=torch.float32)
+            + 0.1
+        )
         weights /= weights.sum(dim=2, keepdim=True)
         own = ids[world.rank].contiguous().to(world.device), weights[world.rank].contiguous().to(world.device)
         return Batch(ids, list(weights.unbind(0)), *own)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -14,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from moegen import env
+from moegen import env, leftovers
 from moegen.bench.failure import BenchError
 from moegen.errors import InputError
 from moegen.runtime.worlds import GroupWorld, LocalWorld, RankWorld
@@ -78,12 +77,12 @@ def _run_processes(measure: Measure[Config], config: Config) -> Json:
     from torch.multiprocessing.spawn import ProcessException, spawn
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all on this machine, whatever its name resolves to
-    with tempfile.TemporaryDirectory(prefix="moegen-bench-") as folder:
+    with leftovers.folder("bench") as folder:
         try:
-            spawn(_process, args=(measure, config, folder), nprocs=config.ranks)
+            spawn(_process, args=(measure, config, str(folder)), nprocs=config.ranks)
         except ProcessException as error:
             raise BenchError(f"a rank failed: {error}") from None
-        result: Json = json.loads((Path(folder) / _RESULT).read_text())
+        result: Json = json.loads((folder / _RESULT).read_text())
     return result
 
 
@@ -123,7 +122,7 @@ def _run_rank(measure: Measure[Config], config: Config, rank: int, local_rank: i
 def _prepared(world: RankWorld, measure: Measure[Config], config: Config) -> Json:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-        torch.zeros(1, device=world.device).add_(1)  # makes the GPU's context current in this thread
+        torch.zeros(1, dtype=torch.int32, device=world.device).add_(1)  # makes the GPU's context current in this thread
         torch.cuda.current_stream(world.device).synchronize()
     with torch.no_grad():
         return measure(world, config)

@@ -49,9 +49,13 @@ class PartWorld(RankWorld):
         self._world = world
         self.rank, self.size, self.device = world.rank, world.size, world.device
         self.ranks_per_device, self.description = world.ranks_per_device, world.description
+        self.timeout = world.timeout
 
-    def exchange(self, value: Any) -> list[Any]:
-        answers = self._world.exchange(value)
+    def within(self, timeout: float) -> PartWorld:
+        return PartWorld(self._world.within(timeout))
+
+    def exchange(self, value: Any, what: str = "values", more_seconds: float = 0.0) -> list[Any]:
+        answers = self._world.exchange(value, what, more_seconds)
         for rank, answer in enumerate(answers):
             if isinstance(answer, Left):
                 raise LeftError(f"rank {rank} has left: {answer.error or 'it was done'}")
@@ -61,6 +65,9 @@ class PartWorld(RankWorld):
         self, output: torch.Tensor, given: torch.Tensor, sizes: tuple[Sequence[int], Sequence[int]] | None = None
     ) -> None:
         self._world.all_to_all(output, given, sizes)
+
+    def raise_if_ranks_are_gone(self) -> None:
+        self._world.raise_if_ranks_are_gone()
 
     def allocate(self, size: int) -> SymmetricMemory:
         self.barrier()  # who has left is noticed here, and not by the exchanges of values that follow

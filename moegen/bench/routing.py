@@ -16,18 +16,18 @@ _CERTAIN = 100.0
 
 
 def _uniform(num_experts: int, num_ranks: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.zeros(num_experts)
+    return torch.zeros(num_experts, dtype=torch.float32, device="cpu")
 
 
 def _zipf(num_experts: int, num_ranks: int, generator: torch.Generator) -> torch.Tensor:
-    places = torch.randperm(num_experts, generator=generator) + 1
+    places = torch.randperm(num_experts, generator=generator, dtype=torch.int64, device="cpu") + 1
     return -ZIPF_EXPONENT * torch.log(places.float())
 
 
 def _hot(num_experts: int, num_ranks: int, generator: torch.Generator) -> torch.Tensor:
-    hot = int(torch.randint(num_ranks, (1,), generator=generator))
+    hot = int(torch.randint(num_ranks, (1,), generator=generator, dtype=torch.int64, device="cpu"))
     experts = expert_ranges(num_experts, num_ranks)[hot]
-    weights = torch.zeros(num_experts)
+    weights = torch.zeros(num_experts, dtype=torch.float32, device="cpu")
     weights[experts.start : experts.stop] = _CERTAIN
     return weights
 
@@ -46,10 +46,12 @@ def draw(routing: str, num_ranks: int, tokens: int, num_experts: int, num_topk: 
 
     The most popular experts are the same for all ranks.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     log_probability = ROUTINGS[routing](num_experts, num_ranks, generator)
     # The topk largest of log p + Gumbel noise are a draw without replacement with those probabilities.
-    uniform = torch.rand(num_ranks, tokens, num_experts, generator=generator).clamp_(min=math.ulp(0.5))
+    uniform = torch.rand(num_ranks, tokens, num_experts, generator=generator, dtype=torch.float32, device="cpu").clamp_(
+        min=math.ulp(0.5)
+    )
     noise = -torch.log(-torch.log(uniform).clamp_(max=-1e-9))
     ids = (log_probability + noise).topk(num_topk, dim=2).indices
     return list(ids.unbind(0))

@@ -32,9 +32,9 @@ class Verifier:
         self._batch = batch
         self._num_experts = num_experts
         max_tokens = buffers.expert_rows // len(batch.ids)
-        placeholders = [torch.zeros(len(ids), 1) for ids in batch.ids]
+        placeholders = [torch.zeros(len(ids), 1, dtype=torch.float32, device="cpu") for ids in batch.ids]
         self._expected = reference.dispatch(placeholders, batch.ids, num_experts, max_tokens)
-        self._columns = torch.Generator().manual_seed(rank)
+        self._columns = torch.Generator(device="cpu").manual_seed(rank)
         self.worst = 0.0
         """The largest error of a combined number so far, as a share of its bound."""
 
@@ -58,7 +58,7 @@ class Verifier:
         ]
         if not places:
             return
-        row, source, token = torch.tensor(places, device=out.tokens.device).unbind(1)
+        row, source, token = torch.tensor(places, dtype=torch.int64, device=out.tokens.device).unbind(1)
         everything = torch.stack([self._buffers.x_of(rank, x_index) for rank in range(len(self._batch.ids))])
         wanted = everything[source, token]
         if out.scales is not None:
@@ -72,7 +72,11 @@ class Verifier:
         """Raises BenchError unless a combine's result is within the reference's bound of the exact sum."""
         self._require(not bool(combined.isnan().any()), "combine: numbers that nobody wrote")
         hidden = combined.shape[1]
-        columns = torch.randperm(hidden, generator=self._columns)[: self.columns].sort().values
+        columns = (
+            torch.randperm(hidden, generator=self._columns, dtype=torch.int64, device="cpu")[: self.columns]
+            .sort()
+            .values
+        )
         table = self._buffers.table[:, columns]
         outputs = []
         for rank, expected in enumerate(self._expected):

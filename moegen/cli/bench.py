@@ -250,6 +250,17 @@ def tune(
     _write_table(result, out, config)
 
 
+@app.command()
+def tables(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail with what differs.")] = False,
+    root: Annotated[Path, typer.Option(help="Folder of a clone, with README.md and bench/results.")] = Path(),
+) -> None:
+    """Write the published tables from the results under bench/results; measure nothing."""
+    from moegen.cli import bench_tables
+
+    bench_tables.run(root, check)
+
+
 def _write_table(result: dict[str, Any], out: Path | None, config: TuneConfig) -> None:
     from moegen import tuning
     from moegen.bench import choose

@@ -18,14 +18,15 @@ def demo(
     tokens: Annotated[int, typer.Option(min=0, help="Per rank and step; 0: 64.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="How often the layer runs.")] = 5,
 ) -> None:
-    """Run an MoE layer on real text across ranks; exit status 1 if it differs from the dense layer."""
+    """Run an MoE layer on real text across ranks; exit status 1 if it differs from the dense layer or does not fit."""
     from moegen.cli import common
-    from moegen.demo import dense, plan, report
+    from moegen.demo import dense, memory, plan, report
     from moegen.demo import ranks as across
 
     console = common.console()
     chosen = plan.make_plan(ranks, device, preset, tokens, steps)
-    report.print_plan(console, chosen, plan.build(chosen))
+    need, there = memory.check(chosen)
+    report.print_plan(console, chosen, need, there, plan.build(chosen))
     results = across.run(chosen)
     verdict = dense.compare(chosen, results)
     report.print_result(console, chosen, results, verdict)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from moegen import leftovers
 
 if TYPE_CHECKING:
     from moegen.codegen.render import Source
@@ -67,8 +67,8 @@ def _sass(kernel: Source, target: Target) -> str:
 
     _need_gpu_target(target, "machine code")
     command = _disassembler()
-    with tempfile.TemporaryDirectory(prefix="moegen-sass-") as folder:
-        cubin = Path(folder) / f"{kernel.stem}.cubin"
+    with leftovers.folder("sass") as folder:
+        cubin = folder / f"{kernel.stem}.cubin"
         cubin.write_bytes(read(obtain(kernel, target)))
         return subprocess.run([*command, str(cubin)], check=True, capture_output=True, text=True).stdout
 

@@ -16,6 +16,7 @@ from moegen.kernels.problem import Problem
 from moegen.rows import DispatchedRows, Given, Layout, RowsHandle
 from moegen.runtime.kernel import load
 from moegen.runtime.layout import LayoutOp
+from moegen.runtime.ownership import ProcessBound
 from moegen.runtime.streams import CommStream
 from moegen.runtime.worlds import RankWorld, as_rank_world
 from moegen.select import layout_spec
@@ -52,7 +53,7 @@ class Shape:
         return replace(self, hidden=data.shape[1], dtype=data.dtype, scale_dtype=scale_dtype)
 
 
-class Counts:
+class Counts(ProcessBound):
     """One rank's `layout` for a number of experts and of selections; made by this rank alone."""
 
     def __init__(self, world: RankWorld, num_topk: int, num_experts: int) -> None:
@@ -70,7 +71,7 @@ class Counts:
         return layout
 
 
-class RowLayers:
+class RowLayers(ProcessBound):
     """One HighThroughput per Shape; made, on all ranks together, when a shape is first seen.
 
     An object that becomes too small is replaced by a larger one. The old one lives on until `destroy()`, because

@@ -11,7 +11,6 @@ against the digest in meta.json. Anything incomplete is a miss.
 
 from __future__ import annotations
 
-import atexit
 import errno
 import functools
 import hashlib
@@ -19,7 +18,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -27,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moegen import env
+from moegen import env, leftovers
 from moegen.compile import safety
 from moegen.compile.recipe import KEY_WORD
 from moegen.compile.target import TARGETS, Target
@@ -209,12 +207,23 @@ def store() -> Store:
 
 
 @functools.cache
+def _temporary_stores() -> dict[int, Store]:
+    """By process: a forked one makes its own, since its parent's goes with the parent."""
+    return {}
+
+
 def temporary_store() -> Store:
-    """A private cache that lasts as long as this process."""
-    root = Path(tempfile.mkdtemp(prefix="moegen-"))
-    owner = os.getpid()
-    atexit.register(lambda: shutil.rmtree(root, ignore_errors=True) if os.getpid() == owner else None)
-    return Store(root)
+    """A private cache that lasts as long as this process; made when it is first needed."""
+    made = _temporary_stores()
+    if os.getpid() not in made:
+        made[os.getpid()] = Store(leftovers.folder_of_this_process("cache"))
+    return made[os.getpid()]
+
+
+def _stores() -> list[Store]:
+    """Where a binary may be: in the cache in use, and in the temporary one if there is one."""
+    in_use, temporary = store(), _temporary_stores().get(os.getpid())
+    return [in_use] if temporary in (None, in_use) else [in_use, temporary]
 
 
 @functools.cache
@@ -236,7 +245,7 @@ def keep(target: Target, stem: str, key: str, files: Mapping[str, bytes], meta: 
     try:
         return place.commit(target, stem, key, files, meta)
     except (CacheError, OSError) as error:
-        if place == temporary_store():
+        if place == _temporary_stores().get(os.getpid()):
             raise
         warn_unusable(place.root, error)
         return temporary_store().commit(target, stem, key, files, meta)
@@ -244,7 +253,8 @@ def keep(target: Target, stem: str, key: str, files: Mapping[str, bytes], meta: 
 
 def look_up(target: Target, stem: str, key: str) -> Entry | None:
     """The entry of that key in the cache in use, or in the temporary one; a refused entry is a warning and a miss."""
-    for place in (store(), temporary_store()):
+    leftovers.sweep_once()
+    for place in _stores():
         try:
             entry = place.find(target, stem, key)
         except (CacheError, OSError) as error:

@@ -12,17 +12,18 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
-from moegen import env
+from moegen import env, leftovers
 from moegen.codegen.files import host_files, host_headers
 from moegen.codegen.render import Source
-from moegen.compile import failure
+from moegen.compile import elf, failure
 from moegen.compile.recipe import Compiled, Recipe, reachable
 from moegen.compile.target import Target
 from moegen.errors import CompileError, UnsupportedPlatformError
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 
 RUNTIME = "host_runtime"
 """Stem of the runtime's library."""
+
+LONGEST_SECONDS = 120.0
+"""A run of the compiler that takes longer is ended: a kernel takes it about one second, a sanitized one ten."""
 
 _WRAPPER = """#include "{stem}.cu"
 #include <moegen/entry.hpp>
@@ -86,21 +90,32 @@ def compile(recipe: Recipe) -> Compiled:
     """The shared library of a kernel or of the runtime.
 
     Raises:
-        CompileError: the compiler refused it; `folder` reproduces it.
+        CompileError: the compiler refused it, did not end within LONGEST_SECONDS, or its output is not sound;
+            `folder` reproduces it.
     """
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="moegen-cxx-") as name:
-        folder = Path(name)
+    with leftovers.folder("cxx") as folder:
         for path, content in _files(recipe).items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
         ok, text = _build(recipe, folder)
-        if not ok:
-            raise _failed(recipe, text)
-        content = (folder / "kernel.so").read_bytes()
+        content = _output(folder) if ok else b""
+    if ok:  # or so the compiler says
+        symbol = "moegen" if recipe.stem == RUNTIME else "moegen_launch"
+        defect = elf.defect(content, symbol, machine=elf.machine_of(Path("/proc/self/exe")), shared=True)
+        ok, text = not defect, f"{text}\n{defect}"
+    if not ok:
+        raise _failed(recipe, text)
     seconds = time.perf_counter() - started
     log.info("event=compiled stem=%s target=host seconds=%.3f bytes=%d", recipe.stem, seconds, len(content))
     return Compiled(content, seconds)
+
+
+def _output(folder: Path) -> bytes:
+    try:
+        return (folder / "kernel.so").read_bytes()
+    except OSError:
+        return b""
 
 
 def _files(recipe: Recipe) -> dict[str, bytes]:
@@ -133,8 +148,30 @@ def _build(recipe: Recipe, folder: Path) -> tuple[bool, str]:
 def _run(command: list[str], folder: Path) -> tuple[bool, str]:
     # English messages, whatever the user's language: they end up in bug reports.
     environment = {**os.environ, "LC_ALL": "C"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
-    return done.returncode == 0, (done.stdout + done.stderr).decode(errors="replace")
+    output = subprocess.PIPE
+    # A group of its own, because what a compiler starts does the work, and has to end with it.
+    try:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    except OSError as error:
+        return False, f"{command[0]} does not start: {error}"
+    with process:
+        try:
+            parts = process.communicate(timeout=LONGEST_SECONDS)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            said = b"".join(process.communicate()).decode(errors="replace")
+            return False, f"{said}{shlex.join(command)} did not end within {LONGEST_SECONDS:g} s, and was ended"
+        except BaseException:
+            _end(process)
+            raise
+    return process.returncode == 0, b"".join(parts).decode(errors="replace")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _failed(recipe: Recipe, text: str) -> CompileError:

@@ -108,6 +108,8 @@ def compile(recipe: Recipe) -> Compiled:
     started = time.perf_counter()
     ok, text, content = _run(recipe, recipe.options, "CUBIN")
     seconds = time.perf_counter() - started
+    if ok and (defect := elf.defect(content, "", machine=elf.EM_CUDA, shared=False)):
+        ok, text = False, f"{text}\n{defect}"
     if not ok:
         raise _failed(recipe, text)
     log.info("event=compiled stem=%s target=%s seconds=%.3f", recipe.stem, recipe.target, seconds)

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from moegen import env
 from moegen.errors import CacheError
@@ -28,6 +31,16 @@ def check_folder(path: Path) -> None:
 def read(path: Path) -> bytes:
     """The bytes of a regular file that only this user can write to.
 
+    Raises: as `opened`.
+    """
+    with opened(path) as file:
+        return file.read()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file that only this user can write to, open for reading.
+
     Raises:
         CacheError: it is somebody else's, writable by others, or a symlink.
         OSError: it cannot be read.
@@ -43,7 +56,7 @@ def read(path: Path) -> bytes:
             raise CacheError(f"{path} is no regular file")
         if not trusted:
             _check_owner(path, found)
-        return file.read()
+        yield file
 
 
 def _check_owner(path: Path, found: os.stat_result) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from moegen.demo.layer import make_expert
 from moegen.demo.plan import Plan
+from moegen.demo.progress import reported
 from moegen.demo.ranks import RankResult
 from moegen.reference import BF16_ROUNDING, FP32_ROUNDING
 
@@ -48,7 +49,7 @@ def compare(plan: Plan, results: Sequence[RankResult]) -> Verdict:
         torch.stack([getattr(result, name) for result in results]).to(device) for name in ("x", "ids", "weights", "out")
     )
     dense = _Dense(plan, x, ids, weights)
-    for expert in range(plan.preset.num_experts):
+    for expert in reported(range(plan.preset.num_experts), "experts of the dense layer"):
         dense.add(expert)
     bound = dense.bound()
     error = (out.flatten(0, 2).double() - dense.exact).abs()
@@ -63,7 +64,9 @@ class _Dense:
     def __init__(self, plan: Plan, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         self._plan = plan
         self._x, self._ids, self._weights = x.flatten(0, 2), ids.flatten(0, 2), weights.flatten(0, 2).double()
-        self._owner = torch.arange(plan.num_ranks, device=x.device).repeat_interleave(x.shape[1] * x.shape[2])
+        self._owner = torch.arange(plan.num_ranks, dtype=torch.int64, device=x.device).repeat_interleave(
+            x.shape[1] * x.shape[2]
+        )
         wide = torch.zeros_like(self._x, dtype=torch.float64)
         self.exact = wide
         self._expert_error, self._magnitude = wide.clone(), wide.clone()
@@ -85,7 +88,7 @@ class _Dense:
         self._expert_error[rows] += weight.abs() * (error + BF16_ROUNDING * (y.abs() + error))
 
     def bound(self) -> torch.Tensor:
-        own = self._partials[self._owner, torch.arange(len(self._owner), device=self._owner.device)]
+        own = self._partials[self._owner, torch.arange(len(self._owner), dtype=torch.int64, device=self._owner.device)]
         remote = self._partials.abs().sum(dim=0) - own.abs()
         terms = self._plan.preset.num_topk + self._plan.num_ranks
         combine = BF16_ROUNDING * (remote + self.exact.abs()) + terms * FP32_ROUNDING * self._magnitude

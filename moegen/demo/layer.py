@@ -88,8 +88,8 @@ class Embedding:
 
     def __call__(self, content: Sequence[int]) -> torch.Tensor:
         """CONTEXT - 1 + n bytes -> [n, hidden] bfloat16."""
-        ids = torch.tensor(content, device=self.tables.device).unfold(0, CONTEXT, 1)
-        places = torch.arange(CONTEXT, device=ids.device)
+        ids = torch.tensor(content, dtype=torch.int64, device=self.tables.device).unfold(0, CONTEXT, 1)
+        places = torch.arange(CONTEXT, dtype=torch.int64, device=ids.device)
         return self.tables[places, ids].sum(dim=1).bfloat16()
 
 
@@ -115,5 +115,5 @@ def make_expert(preset: Preset, expert: int, device: torch.device) -> Expert:
 def _random(
     shape: tuple[int, ...], scale: float, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    generator = torch.Generator(device).manual_seed(_SEED + seed)
-    return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
+    generator = torch.Generator(device=device).manual_seed(_SEED + seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).mul_(scale).to(dtype)

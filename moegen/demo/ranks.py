@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from moegen import leftovers
 from moegen.demo.layer import CONTEXT, Expert, make_embedding, make_expert, make_router
 from moegen.demo.plan import Plan
+from moegen.demo.progress import reported
 from moegen.demo.text import piece, text
 from moegen.expert_parallel import ExpertParallel
 from moegen.runtime.worlds import GroupWorld, LocalWorld, RankWorld
@@ -47,9 +48,9 @@ def run(plan: Plan) -> list[RankResult]:
     """Runs the plan in its world; results in rank order."""
     if plan.world == "local":
         return LocalWorld(plan.num_ranks, plan.device).run(_run_rank, plan)
-    with tempfile.TemporaryDirectory(prefix="moegen-demo-") as folder:
-        spawn(_process, (plan, folder), nprocs=plan.num_ranks)
-        files = [Path(folder) / f"{rank}.pt" for rank in range(plan.num_ranks)]
+    with leftovers.folder("demo") as folder:
+        spawn(_process, (plan, str(folder)), nprocs=plan.num_ranks)
+        files = [folder / f"{rank}.pt" for rank in range(plan.num_ranks)]
         return [RankResult(**torch.load(file, weights_only=True)) for file in files]
 
 
@@ -82,7 +83,8 @@ def _run_rank(world: RankWorld, plan: Plan) -> RankResult:
         timeout=TIMEOUT_SECONDS,
     )
     with ep:
-        experts = [make_expert(layer, expert, world.device) for expert in ep.local_experts]
+        mine = reported(ep.local_experts, "experts made by rank 0", silent=world.rank != 0)
+        experts = [make_expert(layer, expert, world.device) for expert in mine]
         ep.warmup()
         return _run_steps(ep, world, plan, experts)
 
@@ -92,12 +94,14 @@ def _run_steps(ep: ExpertParallel, world: RankWorld, plan: Plan, experts: list[E
     router = make_router(plan.preset, world.device)
     content = text()
     steps = []
-    for step in range(plan.steps):
+    for step in reported(range(plan.steps), "steps", silent=world.rank != 0):
         start = (step * world.size + world.rank) * plan.tokens
         x = embedding(piece(content, start, CONTEXT - 1 + plan.tokens))
         ids, weights = router(x)
         out, times = _run_step(ep, world, experts, x, ids, weights)
-        steps.append((x.cpu(), ids.cpu(), weights.cpu(), out.cpu(), torch.tensor(times, dtype=torch.float64)))
+        steps.append(
+            (x.cpu(), ids.cpu(), weights.cpu(), out.cpu(), torch.tensor(times, dtype=torch.float64, device="cpu"))
+        )
     x, ids, weights, out, seconds = (torch.stack(parts) for parts in zip(*steps, strict=True))
     return RankResult(x, ids, weights, out, seconds, world.description)
 

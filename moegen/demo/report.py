@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from moegen.demo.dense import Verdict
+from moegen.demo.memory import Need, gigabytes
 from moegen.demo.plan import Built, Plan
 from moegen.demo.ranks import OPS, RankResult
 
 
-def print_plan(console: Console, plan: Plan, built: Built) -> None:
-    """What is about to run, and what had to be compiled for it."""
+def print_plan(console: Console, plan: Plan, need: Need, there: int, built: Built) -> None:
+    """What is about to run, in which memory, and what had to be compiled for it."""
     layer = plan.preset
     rows = [
         (
@@ -24,6 +25,7 @@ def print_plan(console: Console, plan: Plan, built: Built) -> None:
         ),
         ("input", f"{plan.steps} steps of {plan.tokens} tokens on each of {plan.num_ranks} ranks"),
         ("target", str(built.target)),
+        ("memory", f"{need} of {gigabytes(there)}"),
         ("path", plan.problem.path),
         *(("kernel", stem) for stem in built.stems),
     ]

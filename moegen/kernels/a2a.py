@@ -13,6 +13,7 @@ from functools import cached_property
 
 from moegen.kernels.a2a_payloads import UNITS, BulkRow, Payload, RowBytes
 from moegen.kernels.a2a_results import RESULTS, Result, in_whole_tiles
+from moegen.kernels.call_words import FIELDS
 from moegen.kernels.ht import require_routing
 from moegen.kernels.ll import MAX_SHARED_BYTES, ceil_div
 from moegen.kernels.params import Param, ParamStruct
@@ -93,11 +94,10 @@ class OneSidedSpec(Spec):
 
 _BEGIN = (
     Param("Control*", "control", "this op's epoch"),
-    Param("const Control*", "other_control", "the other op's"),
     Param("uint32_t*", "aborted", "this object's abort word"),
     Param("Failure*", "failure", "where the host reads what went wrong"),
     Param("uint64_t", "active", "bit r: rank r takes part"),
-    Param("uint64_t", "presence_offset", "[rank] u64: the last dispatch that it has done with, its last combine"),
+    Param("uint64_t", "presence_offset", "[rank] u64: the last dispatch that it has done with"),
     Param("uint64_t", "timeout_ns", "how long one wait may take"),
 )
 _ROLES = (
@@ -223,6 +223,11 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         return MAX_SENDERS
 
     @property
+    def blocks_bits(self) -> int:
+        """Lowest bits of a call word, which are zero: the number of sending blocks travels in them."""
+        return FIELDS["a2a_dispatch"][0].bits
+
+    @property
     def stats_pieces(self) -> int:
         """Of a rank's statistics, at most."""
         return ceil_div(MAX_STATS, PIECE_WORDS)
@@ -245,6 +250,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
                 Param("int32_t*", "gathered", "[ranks, stats words]"),
                 Param("int32_t*", "unused_ids", "[ranks, slots, id words]: filled behind a source's rows; or null"),
                 *_BEGIN,
+                Param("uint64_t", "call", "call word, whose lowest bits are zero"),
                 Param("uint64_t", "counts_offset", "[half][source] pieces"),
                 Param("uint64_t", "stats_offset", "[half][source][stats pieces]"),
                 Param(
@@ -394,7 +400,12 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 Param("const int32_t*", "counts", "[ranks]: rows from each source"),
                 *_BEGIN,
+                Param("const Control*", "other_control", "dispatch's"),
+                Param(
+                    "uint64_t", "calls_offset", "[half][rank] u64: call word and epoch of the combine that it has begun"
+                ),
                 *self._places,
                 *_ROLES,
+                Param("uint32_t", "call", "call word"),
             )
         )

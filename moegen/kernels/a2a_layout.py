@@ -30,6 +30,7 @@ class Regions:
     """Where things lie in every rank's symmetric memory: byte offsets."""
 
     presence: int
+    calls: int
     counts: int
     stats: int
     flags: int
@@ -54,6 +55,7 @@ def regions(num_ranks: int, max_tokens: int, payload_bytes: int, combine_bytes: 
     slots = num_ranks * max_tokens
     sizes = (
         num_ranks * 8,
+        HALVES * num_ranks * 8,
         HALVES * num_ranks * PIECE_BYTES,
         HALVES * num_ranks * ceil_div(MAX_STATS, PIECE_WORDS) * PIECE_BYTES,
         num_ranks * MAX_SENDERS * 4,

@@ -83,6 +83,7 @@ class CollectivePack(OneSidedDispatch, family="coll", op="pack"):
                 Param("Failure*", "failure", "where the host reads what went wrong"),
                 Param("uint64_t", "active", "all ones: every rank takes part"),
                 Param("uint64_t", "chunk_bytes", "of one rank"),
+                Param("uint64_t", "word", "the call word"),
                 _SENDERS,
                 _RECEIVERS,
                 Param("uint32_t", "object", "a number that all ranks' ends of this object share"),
@@ -146,9 +147,11 @@ class CollectiveOpen(OneSidedSpec, family="coll", op="open"):
                 Param("const Control*", "control", "the number of the call behind this one"),
                 Param("Failure*", "failure", "where the host reads what went wrong"),
                 Param("uint64_t", "stride", "bytes from a header to the next"),
+                Param("uint64_t", "word", "the call word"),
                 Param("uint32_t", "object", "a number that all ranks' ends of this object share"),
                 Param("uint32_t", "slots", "rows that a source may send to a rank in this call"),
                 Param("uint32_t", "stats_words", "statistics of a rank"),
+                Param("uint32_t", "rank", "this rank"),
             )
         )
 

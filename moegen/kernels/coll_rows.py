@@ -25,7 +25,7 @@ from moegen.kernels.params import Param, ParamStruct
 from moegen.kernels.spec import rare, tag
 
 HEADER_WORDS = 4
-"""32-bit words ahead of a chunk's counts: the object and the call that it belongs to, and zeros."""
+"""32-bit words ahead of a chunk's counts: the object and the call that it belongs to, the call word, and a zero."""
 
 _CALL = (
     Param("Control*", "control", "the number of this object's call"),
@@ -34,6 +34,7 @@ _CALL = (
 _CHUNKS_32 = (
     Param("uint32_t", "object", "a number that all ranks' ends of this object share"),
     Param("uint32_t", "rank", "this rank"),
+    Param("uint32_t", "max_tokens", "capacity: tokens that a rank may send"),
 )
 _SCALES = {
     "token": "[rows, scale words] with the strides below",
@@ -178,7 +179,6 @@ class CollectivePlace(CollectiveSend, family="coll", op="place"):
                 *(() if self.layout == "expert" else _SCALE_STRIDES),
                 Param("Blocks", "receivers", "all blocks"),
                 *_CHUNKS_32,
-                Param("uint32_t", "max_tokens", "capacity: tokens that a rank may send"),
                 Param("uint32_t", "capacity", "rows of `out`"),
                 *((_ALIGNMENT,) if self.packed else ()),
             )
@@ -221,6 +221,7 @@ class CollectiveReturn(_Chunked, HighThroughputCombine, family="coll", op="retur
                 Param("Blocks", "senders", "all blocks"),
                 *_CHUNKS_32,
                 Param("uint32_t", "rows", "of `y`; more may have come to a dispatch that had no room for them"),
+                Param("uint32_t", "word", "the call word"),
             )
         )
 
@@ -249,6 +250,7 @@ class CollectiveReduce(CollectiveReturn, family="coll", op="reduce"):
                 *_CHUNKS_32,
                 Param("uint32_t", "tokens", "rows of this rank's token tensor"),
                 Param("uint32_t", "rows", "of `y`; more may have come to a dispatch that had no room for them"),
+                Param("uint32_t", "word", "the call word"),
             )
         )
 

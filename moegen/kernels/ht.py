@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from moegen.kernels.call_words import pack
 from moegen.kernels.ll import FP8_GROUP, MAX_SHARED_BYTES, REGION_ALIGNMENT, ceil_div
 from moegen.kernels.params import Param, ParamStruct
 from moegen.kernels.spec import (
@@ -184,8 +185,9 @@ _COMMON = (
     Param("uint32_t*", "aborted", "this object's abort word"),
     Param("Failure*", "failure", "where the host reads what went wrong"),
     Param("uint64_t", "consumed_offset", "[rank] u32: the last epoch that the peer has finished"),
+    Param("uint64_t", "calls_offset", "[rank] u64: call word and epoch of its launch"),
     Param("uint64_t", "rows_offset", "[source][max_tokens] records, each at its token's number"),
-    Param("uint64_t", "tags_offset", "[source][max_tokens] u32: epoch of the row there"),
+    Param("uint64_t", "tags_offset", "[source][max_tokens] u64: call word and epoch of the row there"),
     Param("uint64_t", "timeout_ns", "how long one wait may take"),
 )
 _COMMON_32 = (
@@ -257,10 +259,15 @@ class HighThroughputDispatch(HighThroughputSpec, family="ht", op="dispatch"):
 
     @property
     def count_pieces(self) -> int:
-        """Of what a source tells first: its rows for a rank, how many select each of that rank's experts, and then its
-        tokens and its rows for each rank.
+        """Packets that a source sends first: its rows for a rank, how many select each of that rank's experts, its
+        tokens, its rows for each rank, and its call word.
         """
-        return ceil_div(1 + self.max_local_experts + self.source_words, PIECE_WORDS)
+        return ceil_div(1 + self.max_local_experts + self.source_words + 1, PIECE_WORDS)
+
+    @property
+    def call(self) -> int:
+        """The call word: the phase, which is equal on all ranks that make the same call."""
+        return pack("ht_dispatch", PHASE_WORDS.index(self.phase))
 
     @property
     def source_words(self) -> int:
@@ -357,6 +364,7 @@ class HighThroughputCombine(HighThroughputSpec, family="ht", op="combine"):
                 *_COMMON,
                 *_COMMON_32,
                 Param("uint32_t", "rows", "of `y`; more may have come to a dispatch that had no room for them"),
+                Param("uint32_t", "call", "call word"),
             )
         )
 
@@ -366,6 +374,7 @@ class Regions:
     """Where one op's parts lie in every rank's symmetric memory: byte offsets."""
 
     consumed: int
+    calls: int
     counts: int
     entries: int
     rows: int
@@ -381,10 +390,11 @@ def regions(spec: HighThroughputDispatch | HighThroughputCombine, max_tokens: in
         counts, entries = spec.num_ranks * spec.count_pieces, rows * spec.entry_pieces
     sizes = (
         spec.num_ranks * 4,
+        spec.num_ranks * 8,
         counts * PIECE_BYTES,
         entries * PIECE_BYTES,
         rows * spec.record_bytes,
-        rows * 4,
+        rows * 8,
     )
     ends = accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=start)
     return Regions(*ends)

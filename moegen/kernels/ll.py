@@ -172,15 +172,16 @@ class LowLatencySpec(Spec):
 
 _PLACES = (
     Param("uint64_t", "consumed_offset", "[rank] u32: the last epoch that the peer has read"),
-    Param("uint64_t", "rows_offset", "[half][source][max_tokens] records, each at its token's number"),
-    Param("uint64_t", "tags_offset", "[half][source][max_tokens] u64: epoch of the row there"),
+    Param("uint64_t", "rows_offset", "[half][source][capacity] records, each at its token's number"),
+    Param("uint64_t", "tags_offset", "[half][source][capacity] u64: epoch of the row there"),
 )
 _COMMON_32 = (
     Param("Blocks", "senders", "blocks that send"),
     Param("Blocks", "receivers", "blocks that receive; the same ones where there are too few"),
     Param("uint32_t", "rank", "this rank"),
     Param("uint32_t", "tokens", "rows of this rank's token tensor"),
-    Param("uint32_t", "max_tokens", "capacity: tokens that a rank may send"),
+    Param("uint32_t", "capacity", "tokens of a source that receive buffers have room for"),
+    Param("uint32_t", "max_tokens", "tokens that a rank may send in this call, up to the capacity"),
 )
 
 
@@ -269,7 +270,7 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
                 Param("const int32_t*", "num_tokens", "one number: tokens of this call; null: `tokens`"),
                 Param("int32_t*", "tokens_sent", "one number: the tokens of this call"),
                 Param("uint64_t", "x_stride", "bytes from one token of x to the next"),
-                Param("uint64_t", "routes_offset", "[half][source][1 + max_tokens * route pieces]"),
+                Param("uint64_t", "routes_offset", "[half][source][1 + capacity * route pieces]"),
                 *_common(self),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_COMMON_32,
@@ -320,9 +321,11 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
                 *(masked.SELECTED if self.masked else ()),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 *_common(self),
-                Param("uint64_t", "weights_offset", "[half][source][max_tokens][weight pieces]"),
+                Param("uint64_t", "calls_offset", "[half][rank] u64: call word and epoch of its launch"),
+                Param("uint64_t", "weights_offset", "[half][source][capacity][weight pieces]"),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_COMMON_32,
+                Param("uint32_t", "call", "call word: one bit"),
                 *(masked.RENORMALIZE if self.masked else ()),
             )
         )
@@ -333,6 +336,7 @@ class Regions:
     """Where one op's parts lie in every rank's symmetric memory: byte offsets."""
 
     consumed: int
+    calls: int
     routes: int
     rows: int
     tags: int
@@ -348,6 +352,7 @@ def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start
     rows = HALVES * spec.num_ranks * max_tokens
     sizes = (
         spec.num_ranks * 4,
+        0 if isinstance(spec, LowLatencyDispatch) else HALVES * spec.num_ranks * 8,
         _routes_bytes(spec, max_tokens) if isinstance(spec, LowLatencyDispatch) else 0,
         rows * spec.record_bytes,
         rows * 8 if spec.wire == "row" else 0,

@@ -7,6 +7,7 @@ from moegen.kernels.params import Param
 
 WAITING = (
     Param("uint32_t*", "active", "[ranks]: 0: that rank is missing"),
+    Param("const Liveness*", "liveness", "where ranks show that they are alive, and which ones they have left out"),
     Param("uint32_t*", "verdicts", "[ranks]: what the blocks of a launch agreed on"),
     Param("uint64_t*", "waited_ns", "[ranks], to which the ns waited for each are added; or null"),
 )

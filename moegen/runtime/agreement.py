@@ -11,6 +11,7 @@ from moegen.errors import WorldError
 from moegen.kernels.problem import Problem
 from moegen.kernels.spec import Spec
 from moegen.runtime.kernel import LoadedKernel, load
+from moegen.runtime.waiting import SETUP_SECONDS
 from moegen.runtime.worlds import RankWorld
 
 
@@ -27,10 +28,14 @@ S = TypeVar("S", bound=Selected)
 def load_on_all_ranks(
     world: RankWorld, problem: Problem, settings: tuple[object, ...], select: Callable[[Problem], S]
 ) -> tuple[S, tuple[LoadedKernel, ...]]:
-    """Loads every kernel that calls may need, on all ranks before any may launch, and compares what they load.
+    """Loads every kernel that calls may need, on all ranks before any may launch, and compares what was asked for and
+    what they load.
 
-    A rank that compiles while others run looks like a hang to them.
+    A rank that compiles while others run looks like a hang to them. Here they have SETUP_SECONDS more for it.
     """
+    answers = world.exchange((problem, settings), "the arguments of an object")
+    for rank, answer in enumerate(answers):
+        _compare("arguments", answers[0], answer, rank)
     failure: Exception | None = None
     digests: tuple[str, ...] = ()
     try:
@@ -40,16 +45,21 @@ def load_on_all_ranks(
     except Exception as error:  # whatever it was, the other ranks must not wait for this one
         failure = error
     raise_on_all_ranks(world, failure, "could not load its kernels")
-    answers = world.exchange((problem, settings, digests))
-    for rank, answer in enumerate(answers):
-        _compare("arguments", answers[0][:2], answer[:2], rank)
-        _compare("kernel texts (two versions of moegen?)", answers[0][2], answer[2], rank)
+    texts = world.exchange(digests, "the texts of their kernels")
+    for rank, text in enumerate(texts):
+        _compare("kernel texts (two versions of moegen?)", texts[0], text, rank)
     return selection, kernels
 
 
 def raise_on_all_ranks(world: RankWorld, failure: Exception | None, what: str) -> None:
     """No rank goes on if one has failed: it would wait for that one. Collective."""
-    answers = world.exchange(None if failure is None else f"{type(failure).__name__}: {failure}")
+    said = None if failure is None else f"{type(failure).__name__}: {failure}"
+    try:
+        answers = world.exchange(said, f"whether a rank {what}", SETUP_SECONDS)
+    except WorldError:
+        if failure is not None:  # what it has to say is more than that the others are gone
+            raise failure from None
+        raise
     if failure is not None:
         raise failure
     for rank, failed in enumerate(answers):

@@ -61,6 +61,10 @@ class BoundKernels:
     def knows(self, spec: Spec) -> bool:
         return spec in self._bound
 
+    def raise_expired(self) -> None:
+        for _, watchdog in self._bound.values():
+            watchdog.raise_expired()
+
     def raise_what_happened(self) -> None:
         for _, watchdog in self._bound.values():
             watchdog.raise_what_happened()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import secrets
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 
 from moegen.errors import CapacityError
 from moegen.kernels.coll_rows import (
+    Chunks,
     CollectivePlace,
     CollectiveReduce,
     CollectiveReturn,
@@ -61,8 +63,7 @@ class ChunkExchange:
         self._world, self._num_sms, self.rank = world, num_sms, world.rank
         number = world.exchange(secrets.randbits(32))[0]  # first, while no rank can have failed
         self._kernels = {cast(Chunked, kernel.spec): (kernel, place) for place, kernel in enumerate(kernels)}
-        full = (problem.max_tokens,) * problem.num_ranks
-        self._padded = {spec: chunks(spec, full) for spec in self._kernels if _fills(spec)}
+        self._padded = self._layouts(problem)
         self._half = max(layout.end for layout in self._padded.values())
         self.buffer_bytes = 2 * self._half
         log.info("rank %d allocates %s bytes for chunks", world.rank, f"{self.buffer_bytes:,}")
@@ -87,6 +88,20 @@ class ChunkExchange:
         self._bound: dict[tuple[Chunked, int | None], BoundKernel] = {}
         for spec in self._kernels:
             self._bind(spec, None)
+
+    def for_fewer(self, problem: Problem) -> ChunkExchange:
+        """The same memory for calls of at most `problem.max_tokens` per rank, whose chunks have room for no more."""
+        fewer = copy.copy(self)
+        fewer._padded = self._layouts(problem)
+        fewer._whole = {spec: self._parts(layout.end, layout.end) for spec, layout in fewer._padded.items()}
+        fewer._fixed = {**self._fixed, "max_tokens": problem.max_tokens}
+        fewer._bound = {}
+        return fewer
+
+    def _layouts(self, problem: Problem) -> dict[Chunked, Chunks]:
+        """Of chunks with room for as many rows as may come."""
+        full = (problem.max_tokens,) * problem.num_ranks
+        return {spec: chunks(spec, full) for spec in self._kernels if _fills(spec)}
 
     def _bind(self, spec: Chunked, num_sms: int | None) -> BoundKernel:
         """The kernel with that many blocks at most; None: with the object's number."""
@@ -138,6 +153,9 @@ class ChunkExchange:
         """What is sent and what comes: so many bytes of this rank's memory."""
         local = self.memory.local
         return local[:sent], local[self._half : self._half + came]
+
+    def raise_expired(self) -> None:
+        self._watchdog.raise_expired()
 
     def raise_mismatched(self) -> None:
         self._watchdog.raise_mismatched()

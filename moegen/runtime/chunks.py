@@ -13,6 +13,8 @@ import torch
 
 from moegen.kernels.coll import MAX_HEADER_BYTES, chunk_planes, header_bytes, part_bytes
 from moegen.payloads import ExchangedRows
+from moegen.runtime.ownership import lasting
+from moegen.runtime.streams import read_by_host
 
 
 class Chunks:
@@ -57,6 +59,7 @@ class Chunks:
             ]
         return tuple([view.detach() for view in views])
 
+    @lasting()
     def _view(self, dtype: torch.dtype, columns: int, place: int) -> torch.Tensor:
         width = columns * dtype.itemsize
         plane = self.came.view(self._ranks, self.size)[:, place : place + self._slots * width]
@@ -88,7 +91,7 @@ class Headers:
 
     def read(self) -> ExchangedRows:
         """What is exchanged. Waits for the current stream; torch lets go of the GIL."""
-        came, sent = self._exchanged.tolist()
+        came, sent = read_by_host(self._exchanged)
         return ExchangedRows(tuple(came), tuple(sent))
 
 

@@ -31,9 +31,11 @@ from moegen.runtime.chunks import Chunks, Headers, Line
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.memory import SymmetricMemory
-from moegen.runtime.one_sided import OF_HANDLE
+from moegen.runtime.one_sided import OF_HANDLE, dispatch_word
+from moegen.runtime.ownership import lasting
 from moegen.runtime.stages import Stages
 from moegen.runtime.streams import StreamOrder
+from moegen.runtime.waiting import pointless_if
 from moegen.runtime.watchdog import Watchdog
 from moegen.runtime.worlds import RankWorld
 
@@ -52,14 +54,14 @@ def _varying(spec: Spec) -> tuple[str, ...]:
     if isinstance(spec, CollectiveSum):
         return ("out", *(param.name for param in spec.result.params), *OF_HANDLE[:3], "tokens", "first_rows")
     if isinstance(spec, CollectiveOpen):
-        return ("headers", "own_headers", "counts", "exchanged", "gathered", "stride", "slots", "stats_words")
+        return ("headers", "own_headers", "counts", "exchanged", "gathered", "stride", "slots", "stats_words", "word")
     if isinstance(spec, CollectiveMove):
         places = ("chunks", "line", "begins", "planes", "chunk_bytes", "rows")
         return (*places, "slots", *_UNUSED_IDS) if spec.to == "planes" else places
     assert isinstance(spec, CollectivePack)
     if spec.exact:
         return ("line", "begins", "rows", "active", "payloads", *_ROUTED, "tokens", "wide_ids")
-    sizes = ("chunk_bytes", "tokens", "slots", "stats_words", *_UNUSED_IDS, "wide_ids")
+    sizes = ("chunk_bytes", "tokens", "slots", "stats_words", *_UNUSED_IDS, "wide_ids", "word")
     return ("chunks", "payloads", "planes", *_ROUTED, "tokens_sent", "stats", *sizes)
 
 
@@ -75,6 +77,7 @@ class _Dispatch(NamedTuple):
         told: tokens_sent, statistics.
         ids: the payload of ids whose unused rows are filled, words of its rows (0: none is), what with.
         wide: whether topk_idx is int64.
+        word: the call word.
     """
 
     payloads: tuple[int, ...]
@@ -87,6 +90,7 @@ class _Dispatch(NamedTuple):
     words: int
     ids: tuple[int, int, int]
     wide: bool
+    word: int
 
 
 def _first_bytes(memory: torch.Tensor, number: int) -> torch.Tensor:
@@ -169,7 +173,8 @@ class CollectiveOps(BoundKernels):
                 headers_only = counted | {"senders": (0, 0), "receivers": (0, 1)}
                 self._count[spec] = BoundKernel(kernel, spec.params, 1, headers_only, varying)
         elif isinstance(spec, CollectiveOpen):
-            bound = self._open = BoundKernel(kernel, spec.params, 1, counted, varying)
+            read = counted | {"rank": self._world.rank}
+            bound = self._open = BoundKernel(kernel, spec.params, 1, read, varying)
         elif isinstance(spec, CollectiveMove):
             blocks = min(resident, spec.useful_blocks(self.problem.max_tokens))
             bound = BoundKernel(kernel, spec.params, blocks, {}, varying)
@@ -180,6 +185,7 @@ class CollectiveOps(BoundKernels):
             bound = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
         self._bound[spec] = bound, watchdog
 
+    @lasting()
     def expert_rows(self, slots: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows may lie anywhere here; this is some memory for them."""
         if self._expert_rows is None:
@@ -223,6 +229,7 @@ class CollectiveOps(BoundKernels):
         self._order.follow("coll")
         widths = spec.payloads.widths
         index, unused_id = unused_ids or (0, 0)
+        words = 0 if stats is None else stats.numel()
         call = _Dispatch(
             tuple([payload.data_ptr() for payload in payloads]),
             (topk_idx.data_ptr(), address(num_tokens), *addresses[:2]),
@@ -231,9 +238,10 @@ class CollectiveOps(BoundKernels):
             address(gathered),
             topk_idx.shape[0],
             slots,
-            0 if stats is None else stats.numel(),
+            words,
             (index, 0 if unused_ids is None else widths[index] // 4, unused_id),
             topk_idx.dtype == torch.int64,
+            dispatch_word(widths, tuple([part.dtype for part in payloads]), slots, words, active),
         )
         chunks = self._chunks_of(widths, slots, call.words)
         if exact:
@@ -246,7 +254,7 @@ class CollectiveOps(BoundKernels):
         with stage("dispatch_pack"):
             sizes = (chunks.size, call.tokens, call.slots, call.words, *call.ids)
             at = chunks.sent.data_ptr()
-            pack(at, *call.payloads, *chunks.planes, *call.routing, *call.told, *sizes, call.wide)
+            pack(at, *call.payloads, *chunks.planes, *call.routing, *call.told, *sizes, call.wide, call.word)
         with stage("dispatch_collective"):
             self._world.all_to_all(chunks.came, chunks.sent)
         with stage("dispatch_compact"):
@@ -281,16 +289,18 @@ class CollectiveOps(BoundKernels):
         stride = headers.size(call.words)
         sizes = (stride, call.tokens, call.slots, call.words, *_NO_IDS)
         at = sent.data_ptr()
-        self._count[spec](at, *call.payloads, *chunks.planes, *call.routing, *call.told, *sizes, call.wide)
+        self._count[spec](at, *call.payloads, *chunks.planes, *call.routing, *call.told, *sizes, call.wide, call.word)
         self._world.all_to_all(came, sent)
         self._read_headers(came, headers, stride, call)
-        return headers.read()
+        with pointless_if(self._world.raise_if_ranks_are_gone):
+            return headers.read()
 
     def _read_headers(self, came: torch.Tensor, headers: Headers | None, stride: int, call: _Dispatch) -> None:
         """`headers`: those of an exact call, which are told what is exchanged."""
         assert self._open is not None
         own, exchanged = (0, 0) if headers is None else headers.addresses
-        self._open(came.data_ptr(), own, call.counts, exchanged, call.gathered, stride, call.slots, call.words)
+        sizes = (stride, call.slots, call.words, call.word)
+        self._open(came.data_ptr(), own, call.counts, exchanged, call.gathered, *sizes)
 
     def combine(
         self,
@@ -322,6 +332,3 @@ class CollectiveOps(BoundKernels):
             if handle.num_tokens:
                 add, _ = self._bound[spec]
                 add(*results, *handle.addresses[:3], handle.num_tokens, *first_rows)
-
-    def raise_expired(self) -> None:
-        """Nothing here waits for a rank; torch.distributed does, and raises for itself."""

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from moegen.admission import Span
 from moegen.handle import Dispatched, Handle
+from moegen.kernels.call_words import pack
 from moegen.kernels.problem import Problem
 from moegen.runtime.bound import address
 from moegen.runtime.chunk_exchange import ChunkExchange
@@ -25,6 +28,9 @@ _SENT, _CAME = slice(0, 3), slice(3, 7)
 
 _ROW_WEIGHTS = 3
 """Of the latter."""
+
+_WORD = pack("ht_combine", 0, 0)
+"""Call word of every combine: weights given to it are exchanged before."""
 
 
 class CollectiveExperts:
@@ -44,15 +50,26 @@ class CollectiveExperts:
         num_sms: int | None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
-        self.problem, self._selection = problem, selection
-        experts = len(problem.local_experts(world.rank))
-        self.received = Received(problem, experts, world.device)
-        self._arrivals = problem.num_ranks * problem.max_tokens
-        self._expert_rows = experts * self._arrivals
+        self._selection, self._world = selection, world
+        self._size_for(problem)
         self._exchange = ChunkExchange(world, problem, kernels, num_sms=num_sms, first_epoch=first_epoch)
         self.memory, self.buffer_bytes = self._exchange.memory, self._exchange.buffer_bytes
         self.stages = self._exchange.stages
         self._halves = OpenHalves(slots)
+
+    def _size_for(self, problem: Problem) -> None:
+        self.problem = problem
+        experts = len(problem.local_experts(self._world.rank))
+        self.received = Received(problem, experts, self._world.device)
+        self._arrivals = problem.num_ranks * problem.max_tokens
+        self._expert_rows = experts * self._arrivals
+
+    def for_fewer(self, max_tokens: int) -> CollectiveExperts:
+        """The same memory for calls of at most so many tokens per rank; see `LowLatency.for_fewer`."""
+        fewer = copy.copy(self)
+        fewer._size_for(replace(self.problem, max_tokens=max_tokens))
+        fewer._exchange = self._exchange.for_fewer(fewer.problem)
+        return fewer
 
     def dispatch(
         self,
@@ -122,8 +139,8 @@ class CollectiveExperts:
         results = (0, 0, out.data_ptr(), 0)
         self._exchange.call(
             "combine",
-            (self._selection.combine, (*given, *came, self._expert_rows)),
-            (self._selection.reduce, (*given, *results, *sent, *came, handle.num_tokens, self._expert_rows)),
+            (self._selection.combine, (*given, *came, self._expert_rows, _WORD)),
+            (self._selection.reduce, (*given, *results, *sent, *came, handle.num_tokens, self._expert_rows, _WORD)),
         )
         return self._halves.open(OpenHalf("combine", slot, handle.addresses, ())) if hook else None
 
@@ -153,7 +170,8 @@ class CollectiveExperts:
         return self._halves.is_unfinished(handle.addresses[0])
 
     def raise_expired(self) -> None:
-        """Nothing here waits for a rank; torch.distributed does, and raises for itself."""
+        """Nothing here waits for a rank; torch.distributed does, and raises for itself. Headers are compared."""
+        self._exchange.raise_expired()
 
     def raise_what_happened(self) -> None:
         self._exchange.raise_what_happened()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moegen.kernels.call_words import pack
 from moegen.kernels.ht import PHASE_WORDS
 from moegen.kernels.ht_layout import HighThroughputLayout
 from moegen.kernels.problem import Problem
@@ -133,21 +134,24 @@ class CollectiveRows:
             record(y.device, (handle.memory,))
         sent, came = _split(addresses)
         given = (y.data_ptr(), address(y_weights))
+        word = pack("ht_combine", weighted and self.problem.layout == "packed", y_weights is not None)
         results = (*map(address, (*bias, None, None)[:2]), out.data_ptr(), address(out_weights))
         self._exchange.call(
             "combine",
-            (self._selection.combine, (*given, *came, handle.rows)),
-            (self._selection.reduce, (*given, *results, *sent, *came, handle.num_tokens, handle.rows)),
+            (self._selection.combine, (*given, *came, handle.rows, word)),
+            (self._selection.reduce, (*given, *results, *sent, *came, handle.num_tokens, handle.rows, word)),
             of_combine(handle.numbers.sources, self._exchange.rank),
             num_sms,
         )
 
     def raise_unplanned(self) -> None:
         """Ranks whose plans belong to different calls cannot exchange rows; each of them knows."""
+        self._exchange.raise_expired()
         self._exchange.raise_mismatched()
 
     def raise_expired(self) -> None:
-        """Nothing here waits for a rank; torch.distributed does, and raises for itself."""
+        """Nothing here waits for a rank; torch.distributed does, and raises for itself. Headers are compared."""
+        self._exchange.raise_expired()
 
     def raise_what_happened(self) -> None:
         self._exchange.raise_what_happened()

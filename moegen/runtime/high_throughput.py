@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moegen.kernels.call_words import pack
 from moegen.kernels.ht import (
     CHUNK,
     PHASES,
@@ -72,6 +73,7 @@ _COMBINE_VARYING = (
     "tokens",
     "rows",
     "timeout_ns",
+    "call",
 )
 
 
@@ -143,6 +145,7 @@ class HighThroughputOps:
             "aborted": self._control[2].data_ptr(),
             "failure": failure,
             "consumed_offset": at.consumed,
+            "calls_offset": at.calls,
             "rows_offset": at.rows,
             "tags_offset": at.tags,
             "senders": who.senders,
@@ -239,6 +242,8 @@ class HighThroughputOps:
             handle.num_tokens,
             handle.rows,
             self._nanoseconds(timeout),
+            # Layout `token` adds rows up without weights, whatever is said.
+            pack("ht_combine", weighted and self.problem.layout == "packed", y_weights is not None),
         )
 
     def _nanoseconds(self, timeout: float | None) -> int:

@@ -20,6 +20,7 @@ from moegen.compile.target import Target
 from moegen.errors import KernelFaultError, LaunchError, MissingKernelError, UnsupportedPlatformError
 from moegen.kernels.spec import Spec
 from moegen.runtime.streams import current_stream
+from moegen.runtime.waiting import SLICE_SECONDS, raise_if_pointless
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,9 @@ class _HostLaunch(ctypes.Structure):
         ("grid", ctypes.c_uint),
         ("block", ctypes.c_uint),
         ("shared_bytes", ctypes.c_uint),
-        ("reserved", ctypes.c_uint),
+        ("wait_ms", ctypes.c_uint),
         ("seed", ctypes.c_ulonglong),
+        ("running", ctypes.c_void_p),
     )
 
 
@@ -68,9 +70,11 @@ class HostKernel(LoadedKernel):
     """A kernel of the host target: a shared library. ctypes releases the GIL while it runs."""
 
     _ERROR_BYTES = 8192
+    _RUNS_ON = 2
+    """What the entry returns in place of 0 or 1 when the kernel is not over yet."""
 
     def __init__(self, spec: Spec) -> None:
-        _host_runtime()
+        self._runtime = _host_runtime()
         built = binary.obtain(render(spec), Target("host"))
         super().__init__(spec, built.origin)
         self._library = ctypes.CDLL(str(built.path))
@@ -83,14 +87,29 @@ class HostKernel(LoadedKernel):
         return HOST_NUM_SMS if num_sms is None else min(num_sms, HOST_MAX_BLOCKS)
 
     def launcher(self, params: ctypes.Array[ctypes.c_char], blocks: int) -> Callable[[], None]:
+        """Python gets its turn between slices of a longer launch: for signals, and to see whether it is worth it."""
         spec = self.spec
-        launch = _HostLaunch(
-            ctypes.addressof(params), blocks, spec.block_threads, spec.dynamic_shared_bytes, 0, self._seed
-        )
+        slice_ms = int(1e3 * SLICE_SECONDS)
+        running = ctypes.c_void_p()
+        size = (blocks, spec.block_threads, spec.dynamic_shared_bytes)
+        launch = _HostLaunch(ctypes.addressof(params), *size, slice_ms, self._seed, ctypes.addressof(running))
         text = ctypes.create_string_buffer(self._ERROR_BYTES)
+        error = (text, self._ERROR_BYTES)
+        wait = self._runtime.moegen_host_wait
 
         def start() -> None:
-            if self._entry(ctypes.addressof(launch), text, self._ERROR_BYTES) != 0:
+            try:
+                status = self._entry(ctypes.addressof(launch), *error)
+                while status == self._RUNS_ON:
+                    raise_if_pointless()
+                    status = wait(running, slice_ms, *error)
+            except BaseException:
+                if running:  # its memory is in use until it is over
+                    self._runtime.moegen_host_stop(running)
+                    while running:
+                        wait(running, slice_ms, *error)
+                raise
+            if status != 0:
                 raise KernelFaultError(f"{spec.stem}: {text.value.decode(errors='replace')}")
 
         return start
@@ -208,4 +227,8 @@ def _check(result: tuple[Any, ...]) -> Any:
 @cache
 def _host_runtime() -> ctypes.CDLL:
     """The host target's runtime, whose symbols every kernel library uses."""
-    return ctypes.CDLL(str(binary.host_runtime()), mode=ctypes.RTLD_GLOBAL)
+    runtime = ctypes.CDLL(str(binary.host_runtime()), mode=ctypes.RTLD_GLOBAL)
+    runtime.moegen_host_wait.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_char_p, ctypes.c_ulong)
+    runtime.moegen_host_stop.argtypes = (ctypes.c_void_p,)
+    runtime.moegen_host_stop.restype = None
+    return runtime

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +18,7 @@ from moegen.kernels.problem import Problem
 from moegen.runtime.bound import BoundKernel, address, signed
 from moegen.runtime.halves import OpenHalf, OpenHalves
 from moegen.runtime.kernel import LoadedKernel
+from moegen.runtime.liveness import LEFT_OUT_BYTES, liveness_of
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.received import FOR_EVERY_COMBINE, Received
 from moegen.runtime.streams import StreamOrder, current_stream, record
@@ -24,6 +27,9 @@ from moegen.runtime.worlds import RankWorld
 from moegen.select import Selection
 
 log = logging.getLogger(__name__)
+
+Launch = tuple[int, str, str, str]
+"""Slot, op, phase, and for combine when its weights come."""
 
 FIRST_EPOCH = 2
 """See `epoch_after` in `templates/device/signal.cuh`."""
@@ -63,6 +69,7 @@ _COMBINE_VARYING = (
     "tokens_sent",
     "tokens",
     "timeout_ns",
+    "call",
 )
 _MASKED_VARYING = {
     "dispatch": ("selected_ranks", "selected_weights", "waited_ns"),
@@ -97,73 +104,87 @@ class LowLatency:
         self.active = active
         self._timeout = timeout
         self.slots = slots
+        self._capacity = problem.max_tokens
+        self._world, self._selection, self._num_sms = world, selection, num_sms
         self.local_experts = len(problem.local_experts(world.rank))
-        self.expert_rows = problem.num_ranks * problem.max_tokens
         self.received = Received(problem, self.local_experts, world.device)
         self._stride = regions(selection.combine, problem.max_tokens, self._combine_start(selection)).end
-        self.buffer_bytes = slots * self._stride
+        self._verdicts_start = slots * self._stride
+        self.buffer_bytes = self._verdicts_start + (0 if active is None else 2 * slots * LEFT_OUT_BYTES)
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
         pinned = world.device.type == "cuda"
         self.control = torch.zeros(2 * slots + 1, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._verdicts = torch.zeros(2 * slots, problem.num_ranks, dtype=torch.int32, device=world.device)
         self._watchdog = Watchdog([kernel.spec.stem for kernel in kernels], PHASES, timeout, pinned=pinned)
+        self._tables: list[torch.Tensor] = []
+        if active is not None:
+            self._beats = liveness_of(world)
         self._halves = OpenHalves(slots)
-        self._bound: dict[tuple[int, str, str, str], BoundKernel] = {}
+        self._kernels = {_kind(kernel): (number, kernel) for number, kernel in enumerate(kernels)}
+        self._bound: dict[Launch, BoundKernel] = {}
         self._order = StreamOrder(world.device)
-        for number, kernel in enumerate(kernels):
+        for kind in self._kernels:
             for slot in range(slots):
-                self._bind(world, selection, kernel, self._watchdog.address(number), slot, num_sms)
+                self._bind((slot, *kind))
         self._set_epoch(first_epoch, selection)
 
-    def _combine_start(self, selection: Selection) -> int:
-        return regions(selection.dispatch, self.problem.max_tokens, 0).end
+    def for_fewer(self, max_tokens: int) -> LowLatency:
+        """The same buffers, slots and epochs, for calls of at most so many tokens per rank: their results and handles
+        have the shapes of that number. All ranks make each call with the same number. Kernels are bound when they are
+        first called: there may be many numbers, each called in one way.
+        """
+        fewer = copy.copy(self)
+        fewer.problem = replace(self.problem, max_tokens=max_tokens)
+        fewer.received = Received(fewer.problem, self.local_experts, self._world.device)
+        fewer._bound = {}
+        return fewer
 
-    def _bind(
-        self,
-        world: RankWorld,
-        selection: Selection,
-        kernel: LoadedKernel,
-        failure: int,
-        slot: int,
-        num_sms: int | None,
-    ) -> None:
+    def _combine_start(self, selection: Selection) -> int:
+        return regions(selection.dispatch, self._capacity, 0).end
+
+    def _bind(self, launch: Launch) -> BoundKernel:
+        world, selection, slot = self._world, self._selection, launch[0]
+        number, kernel = self._kernels[launch[1:]]
         spec = kernel.spec
         assert isinstance(spec, (LowLatencyDispatch, LowLatencyCombine))
         dispatch = isinstance(spec, LowLatencyDispatch)
         start = slot * self._stride + (0 if dispatch else self._combine_start(selection))
-        at = regions(spec, self.problem.max_tokens, start)
+        at = regions(spec, self._capacity, start)
         fixed: dict[str, int | Sequence[int]] = {
             "peers": self.memory.peers,
             "rank": world.rank,
+            "capacity": self._capacity,
             "max_tokens": self.problem.max_tokens,
             "control": self.control[2 * slot + (not dispatch)].data_ptr(),
-            "failure": failure,
+            "failure": self._watchdog.address(number),
             "consumed_offset": at.consumed,
             "rows_offset": at.rows,
             "tags_offset": at.tags,
         }
         varying: tuple[str, ...] = _COMBINE_VARYING
-        weights = ""
         if isinstance(spec, LowLatencyDispatch):
             fixed["routes_offset"] = at.routes
             varying = (*_DISPATCH_VARYING, "scales") if spec.scale_words else _DISPATCH_VARYING
         else:
-            fixed["weights_offset"] = at.weights
-            weights = spec.weights
+            fixed["weights_offset"], fixed["calls_offset"] = at.weights, at.calls
         if self.active is None:
             fixed["aborted"] = self.control[-1].data_ptr()
         else:
             fixed["active"] = self.active.data_ptr()
+            verdicts = self._verdicts_start + (2 * slot + (not dispatch)) * LEFT_OUT_BYTES
+            self._tables.append(self._beats.table(self.memory, verdicts, self._watchdog.address(number)))
+            fixed["liveness"] = self._tables[-1].data_ptr()
             fixed["verdicts"] = self._verdicts[2 * slot + (not dispatch)].data_ptr()
             varying = (*varying, *_MASKED_VARYING[spec.op])
         tuned_sms = selection.dispatch_sms if dispatch else selection.combine_sms
-        blocks = kernel.blocks(world.ranks_per_device, tuned_sms if num_sms is None else num_sms)
+        blocks = kernel.blocks(world.ranks_per_device, tuned_sms if self._num_sms is None else self._num_sms)
         who = roles(spec, self.problem.max_tokens, blocks)
         fixed["senders"], fixed["receivers"] = who.senders, who.receivers
         if isinstance(spec, LowLatencyDispatch):
             fixed["tellers"], fixed["shares"] = who.tellers, who.shares
-        self._bound[(slot, spec.op, spec.phase, weights)] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
+        bound = self._bound[launch] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
+        return bound
 
     def _set_epoch(self, epoch: int, selection: Selection) -> None:
         """As if everybody had read all epochs before; before any rank may launch."""
@@ -243,6 +264,7 @@ class LowLatency:
             *handle.addresses[: len(FOR_EVERY_COMBINE)],
             handle.num_tokens,
             self._nanoseconds(timeout),
+            weights is not None,
         )
         if self.active is not None:
             arguments = (*arguments, *handle.addresses[len(FOR_EVERY_COMBINE) :], address(waited), renormalize)
@@ -259,18 +281,20 @@ class LowLatency:
     ) -> OpenHalf | None:
         slot = self._halves.free_slot(op)
         self._order.follow(op, slot)
+        launch = (slot, op, "send" if hook else "whole", weights)
+        bound = self._bound.get(launch) or self._bind(launch)
+        bound(*arguments)
         if not hook:
-            self._bound[(slot, op, "whole", weights)](*arguments)
             return None
-        self._bound[(slot, op, "send", weights)](*arguments)
         return self._halves.open(OpenHalf(op, slot, arguments, kept))
 
     def receive(self, half: OpenHalf) -> None:
         """Launches the second half of an op."""
         self._halves.take(half)
         self._order.follow(half.op, half.slot)
-        weights = "atdispatch" if half.op == "combine" else ""
-        self._bound[(half.slot, half.op, "receive", weights)](*half.arguments)
+        launch = (half.slot, half.op, "receive", "atdispatch" if half.op == "combine" else "")
+        bound = self._bound.get(launch) or self._bind(launch)
+        bound(*half.arguments)
         self._halves.close(half)
 
     @property
@@ -287,3 +311,10 @@ class LowLatency:
 
     def raise_what_happened(self) -> None:
         self._watchdog.raise_what_happened()
+
+
+def _kind(kernel: LoadedKernel) -> tuple[str, str, str]:
+    """Of a Launch, what says which kernel it is."""
+    spec = kernel.spec
+    assert isinstance(spec, (LowLatencyDispatch, LowLatencyCombine))
+    return spec.op, spec.phase, "" if isinstance(spec, LowLatencyDispatch) else spec.weights

@@ -15,6 +15,7 @@ from moegen.runtime.collective_experts import CollectiveExperts
 from moegen.runtime.halves import Hook, OpenHalf
 from moegen.runtime.lifecycle import Lifecycle, Ops
 from moegen.runtime.low_latency import LowLatency
+from moegen.runtime.ownership import exclusive
 from moegen.runtime.worlds import RankWorld
 
 
@@ -50,12 +51,14 @@ class ActiveMembership(Membership[LowLatency | CollectiveExperts]):
 
     @property
     def active_ranks(self) -> torch.Tensor:
-        """int32 [ranks] on the device: 1: active, 0: missing; this rank's own element means nothing.
+        """int32 [ranks] on the device: 1: active, 0: missing; in this rank's own element, 0: the others have left this
+        rank out.
 
-        A kernel that waits for a rank in vain writes a 0; from then on this rank neither waits for that one nor sends
-        to it. Whatever runs between calls may write it, also in a graph: a 0 leaves a rank out; 1 takes it back. That
-        is collective: all ranks do it at the same place, after a combine and before the next dispatch, and the rank
-        that was missing has by then made all calls that the others made.
+        A kernel whose wait for a rank times out, or that learns that another rank's did, writes a 0; from then on this
+        rank neither waits for that one nor sends to it. After two further calls all ranks that are left agree.
+        Whatever runs between calls may write it, also in a graph: a 0 leaves a rank out; 1 takes it back. That is
+        collective: all ranks do it at the same place, after a combine and before the next dispatch, once all of them
+        have left that rank out, and it has by then made all calls that the others made.
 
         Raises:
             InputError: the object was made without.
@@ -76,10 +79,11 @@ class ActiveMembership(Membership[LowLatency | CollectiveExperts]):
         half.holds = tuple(admission.span(_HELD, tensor) for tensor in (*written, *read))
         return partial(self._receive, half, written)
 
+    @exclusive
     def _receive(self, half: OpenHalf, written: Sequence[torch.Tensor]) -> None:
         """The hook that users get: a failure poisons the object, and on a CPU is raised at once."""
         ops = self._alive()
-        self.check()
+        self._raise_reported()
         self._launch(ops.receive, half)
         admission.note_writes(written)
 

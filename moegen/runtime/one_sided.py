@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
 from moegen.kernels.a2a import PHASES, OneSidedCombine, OneSidedDispatch
 from moegen.kernels.a2a_layout import planes, regions, roles
+from moegen.kernels.call_words import ROW_DTYPES, of_payloads, of_ranks, pack
 from moegen.kernels.problem import Problem
 from moegen.payloads import PayloadsHandle
 from moegen.runtime.bound import BoundKernel, BoundKernels, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.memory import SymmetricMemory
+from moegen.runtime.ownership import lasting
 from moegen.runtime.streams import StreamOrder
 from moegen.runtime.watchdog import Watchdog
 from moegen.runtime.worlds import RankWorld
@@ -26,6 +29,9 @@ _CONTROL_WORDS = 32
 """32-bit words per op: struct Control, on a 128-byte line of its own; the last line holds the abort word."""
 
 _DISPATCH, _COMBINE, _ABORTED = range(3)
+
+_KEPT_WORDS = 1024
+"""Call words in each cache."""
 
 OF_HANDLE = ("token_ranks", "token_slots", "tokens_sent", "counts")
 
@@ -39,6 +45,7 @@ _DISPATCH_VARYING = (
     "gathered",
     "unused_ids",
     "active",
+    "call",
     "timeout_ns",
     "tokens",
     "slots",
@@ -49,10 +56,24 @@ _DISPATCH_VARYING = (
 )
 
 
+@lru_cache(_KEPT_WORDS)
+def dispatch_word(
+    widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...], slots: int, stats_words: int, active: int
+) -> int:
+    """Call word of a dispatch."""
+    return pack("a2a_dispatch", 0, of_ranks(active), of_payloads(widths, dtypes), slots - 1, stats_words)
+
+
+@lru_cache(_KEPT_WORDS)
+def combine_word(spec: OneSidedCombine, slots: int, active: int) -> int:
+    """Call word of a combine."""
+    return pack("a2a_combine", ROW_DTYPES.index(spec.dtype), spec.pulls, of_ranks(active), slots - 1)
+
+
 def _combine_varying(spec: OneSidedCombine) -> tuple[str, ...]:
     rows = () if spec.pulls else ("y",)  # what is pulled lies where it always does
     results = (param.name for param in spec.result.params)
-    return (*rows, "out", *results, *OF_HANDLE, "active", "timeout_ns", "tokens", "slots")
+    return (*rows, "out", *results, *OF_HANDLE, "active", "call", "timeout_ns", "tokens", "slots")
 
 
 class OneSidedOps(BoundKernels):
@@ -98,7 +119,6 @@ class OneSidedOps(BoundKernels):
         fixed: dict[str, int | Sequence[int]] = {
             "peers": self.memory.peers,
             "control": self._control[_DISPATCH if dispatch else _COMBINE].data_ptr(),
-            "other_control": self._control[_COMBINE if dispatch else _DISPATCH].data_ptr(),
             "aborted": self._control[_ABORTED].data_ptr(),
             "failure": watchdog.address(0),
             "presence_offset": at.presence,
@@ -109,9 +129,11 @@ class OneSidedOps(BoundKernels):
         }
         if isinstance(spec, OneSidedDispatch):
             fixed |= {"counts_offset": at.counts, "stats_offset": at.stats, "flags_offset": at.flags}
-        elif spec.pulls:
-            fixed |= {"rows_offset": at.expert_rows}
         else:
+            fixed |= {"other_control": self._control[_DISPATCH].data_ptr(), "calls_offset": at.calls}
+        if isinstance(spec, OneSidedCombine) and spec.pulls:
+            fixed |= {"rows_offset": at.expert_rows}
+        elif isinstance(spec, OneSidedCombine):
             fixed |= {"rows_offset": at.rows, "half_bytes": at.half, "tags_offset": at.tags}
         varying = _DISPATCH_VARYING if isinstance(spec, OneSidedDispatch) else _combine_varying(spec)
         self._bound[spec] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying), watchdog
@@ -127,12 +149,14 @@ class OneSidedOps(BoundKernels):
         if views is None:
             ranks = self.problem.num_ranks
             planes = (self.memory.local[place:] for place in self.planes(widths, slots))
-            views = self._views[kind] = tuple(
-                plane[: ranks * slots * width].view(part.dtype).view(ranks, slots, part.shape[1])
-                for part, width, plane in zip(parts, widths, planes, strict=True)
-            )
+            with lasting():
+                views = self._views[kind] = tuple(
+                    plane[: ranks * slots * width].view(part.dtype).view(ranks, slots, part.shape[1])
+                    for part, width, plane in zip(parts, widths, planes, strict=True)
+                )
         return views
 
+    @lasting()
     def expert_rows(self, slots: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """The region of experts' rows: [ranks, slots, hidden]."""
         ranks = self.problem.num_ranks
@@ -170,6 +194,7 @@ class OneSidedOps(BoundKernels):
         self._order.follow("a2a")
         kernel, watchdog = self._bound[spec]
         places = self.planes(spec.payloads.widths, slots)
+        words = 0 if stats is None else stats.numel()
         ids, id_words, unused_id = 0, 0, 0
         if unused_ids is not None:
             index, unused_id = unused_ids
@@ -185,10 +210,11 @@ class OneSidedOps(BoundKernels):
             address(gathered),
             ids,
             active,
+            dispatch_word(spec.payloads.widths, tuple([part.dtype for part in payloads]), slots, words, active),
             self._nanoseconds(watchdog, timeout),
             topk_idx.shape[0],
             slots,
-            0 if stats is None else stats.numel(),
+            words,
             id_words,
             unused_id,
             topk_idx.dtype == torch.int64,
@@ -210,13 +236,10 @@ class OneSidedOps(BoundKernels):
         kernel, watchdog = self._bound[spec]
         nanoseconds = self._nanoseconds(watchdog, timeout)
         rows = () if spec.pulls else (y.data_ptr(),)
-        kernel(*rows, *results, *handle.addresses, active, nanoseconds, handle.num_tokens, handle.max_tokens)
+        call = combine_word(spec, handle.max_tokens, active)
+        kernel(*rows, *results, *handle.addresses, active, call, nanoseconds, handle.num_tokens, handle.max_tokens)
 
     def _nanoseconds(self, watchdog: Watchdog, timeout: float | None) -> int:
         """Of this call's timeout; a report of an expired wait names the last call's."""
         watchdog.timeout = seconds = self._timeout if timeout is None else timeout
         return int(seconds * 1e9)
-
-    def raise_expired(self) -> None:
-        for _, watchdog in self._bound.values():
-            watchdog.raise_expired()

@@ -22,7 +22,8 @@ def choose(world: RankWorld, wanted: str) -> str:
     """
     if wanted != "auto":
         return wanted
-    why = next((answer for answer in world.exchange("" if env.peer_access() else "MOEGEN_PEER_ACCESS=0") if answer), "")
+    answers = world.exchange("" if env.peer_access() else "MOEGEN_PEER_ACCESS=0", "which paths they have")
+    why = next((answer for answer in answers if answer), "")
     if not why:
         try:
             world.allocate(_PROBE_BYTES).give_back()

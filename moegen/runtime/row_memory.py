@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 
 import torch
@@ -139,7 +138,8 @@ class RowMemory:
 
     def part(self, memory: torch.Tensor, name: str) -> torch.Tensor:
         """The numbers `name` of a dispatch's memory, as int32."""
-        return memory.as_strided((self._sizes[name],), (1,), self._at[name])
+        start = self._at[name]
+        return memory[start : start + self._sizes[name]]
 
     def rows(
         self,
@@ -155,17 +155,23 @@ class RowMemory:
         `by_column`: scales lie in columns that begin at multiples of 16 bytes.
         """
         packed = self._spec.packed
-        make = partial(torch.zeros if zeroed else torch.empty, device=self._device)
+        make = self._zeros if zeroed else self._empty
         if self._spec.borrowed:
             tokens, scales = self._borrowed()
         if tokens is None:
-            tokens = make((number, self._hidden), dtype=self.dtype)
+            tokens = make((number, self._hidden), self.dtype)
         words = self._spec.scale_words
         if scales is None and words:
             column = ceil_div(number, _COLUMN_WORDS) * _COLUMN_WORDS
             shape = (words, column) if by_column else (number, words)
-            scales = make(shape, dtype=self.scales_dtype)
+            scales = make(shape, self.scales_dtype)
             scales = scales.t()[:number] if by_column else scales
-        ids = make((number, self._topk), dtype=torch.int64) if selections and not packed else None
-        weights = make((number,) if packed else (number, self._topk), dtype=torch.float32) if selections else None
+        ids = make((number, self._topk), torch.int64) if selections and not packed else None
+        weights = make((number,) if packed else (number, self._topk), torch.float32) if selections else None
         return Rows(tokens, scales, ids, weights)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self._device)

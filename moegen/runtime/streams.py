@@ -5,11 +5,14 @@ returns, and all of this does nothing.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+
+from moegen.runtime.waiting import until
 
 T = TypeVar("T")
 
@@ -29,6 +32,23 @@ def record(device: torch.device, tensors: Sequence[torch.Tensor | None]) -> None
         for tensor in tensors:
             if tensor is not None:
                 tensor.record_stream(current)
+
+
+def wait_for_stream(device: torch.device) -> None:
+    """Returns when all is over that the current stream has been given. In the main thread, signals act meanwhile."""
+    if device.type != "cuda":
+        return
+    stream = torch.cuda.current_stream(device)
+    if threading.current_thread() is threading.main_thread():
+        until(stream.query, spin=True)
+    else:
+        stream.synchronize()
+
+
+def read_by_host(numbers: torch.Tensor) -> list[Any]:
+    """They, once the current stream has made them."""
+    wait_for_stream(numbers.device)
+    return numbers.tolist()
 
 
 class StreamOrder:

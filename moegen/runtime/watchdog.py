@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kernels report to the host (struct Failure in `templates/device/signal.cuh`), as exceptions."""
+"""What kernels report to the host (struct Failure in `templates/device/launch.cuh`), as exceptions."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
 
-from moegen.errors import CapacityError, InvalidRoutingError, PeerTimeoutError, WorldError
+from moegen.errors import (
+    CapacityError,
+    DifferentCallError,
+    InvalidRoutingError,
+    LeftOutError,
+    PeerTimeoutError,
+    WorldError,
+)
+from moegen.kernels.call_words import differences
 from moegen.runtime.memory import HostWords
 
 _FIELDS = (
@@ -21,7 +29,14 @@ _FIELDS = (
     "invalid_token",
     "mismatched",
     "rows_needed",
+    "call_here",
+    "call_here_high",
+    "call_there",
+    "call_there_high",
+    "left_out_by",
 )
+_OTHER_CALL = 2
+"""What `valid` is then; see enum Report."""
 _FAILURE_BYTES = 4 * len(_FIELDS)
 
 
@@ -45,11 +60,15 @@ class Watchdog:
         return self._words.address + kernel * _FAILURE_BYTES
 
     def raise_expired(self) -> None:
-        """Raises PeerTimeoutError, on this and every later call, if a wait expired; all else is left for later."""
+        """Raises PeerTimeoutError or DifferentCallError, on this and every later call, if a wait failed; all else is
+        left for later.
+        """
         if self._all == self._nothing:
             return
         for kernel, stem in enumerate(self._stems):
             words = self._failure(kernel)
+            if words["valid"] == _OTHER_CALL:
+                raise self._other_call(stem, words)
             if words["valid"]:
                 raise self._expired(stem, words)
 
@@ -62,8 +81,8 @@ class Watchdog:
         """Raises what the kernels have reported so far; costs one look at host memory.
 
         Raises:
-            PeerTimeoutError: on this and every later call.
-            InvalidRoutingError, CapacityError: once; the words are then cleared.
+            PeerTimeoutError, DifferentCallError: on this and every later call.
+            InvalidRoutingError, WorldError, CapacityError, LeftOutError: once; the words are then cleared.
         """
         if self._all == self._nothing:
             return
@@ -72,6 +91,7 @@ class Watchdog:
             self._raise_invalid(kernel, stem)
             self._raise_mismatched(kernel, stem)
             self._raise_overfull(kernel, stem)
+            self._raise_left_out(kernel, stem)
 
     def _raise_mismatched(self, kernel: int, stem: str) -> None:
         rank = self._taken(kernel, "mismatched") - 1
@@ -97,6 +117,15 @@ class Watchdog:
                 f"max_rows={rows} or more, or none"
             )
 
+    def _raise_left_out(self, kernel: int, stem: str) -> None:
+        rank = self._taken(kernel, "left_out_by") - 1
+        if rank >= 0:
+            raise LeftOutError(
+                f"{stem}: rank {rank} has left this rank out, because it gave no sign of life for twice the timeout, "
+                "and so will all other ranks: results hold only this rank's own part. To return, make every call that "
+                "the others make, then have all ranks write 1 into active_ranks between a combine and the next dispatch"
+            )
+
     def _raise_invalid(self, kernel: int, stem: str) -> None:
         token = self._taken(kernel, "invalid_token") - 1
         if token < 0:
@@ -109,6 +138,13 @@ class Watchdog:
     def _failure(self, kernel: int) -> dict[str, int]:
         first = kernel * len(_FIELDS)
         return dict(zip(_FIELDS, self._words.words[first : first + len(_FIELDS)], strict=True))
+
+    @staticmethod
+    def _other_call(stem: str, seen: Mapping[str, int]) -> DifferentCallError:
+        here, there = (seen[f"{side}_high"] << 32 | seen[side] for side in ("call_here", "call_there"))
+        op = "_".join(stem.split("_")[:2])
+        found = differences(op, here, there, seen["rank"], seen["peer"])
+        return DifferentCallError(stem, seen["rank"], seen["peer"], tuple(found))
 
     def _expired(self, stem: str, seen: Mapping[str, int]) -> PeerTimeoutError:
         return PeerTimeoutError(

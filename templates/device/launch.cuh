@@ -6,15 +6,22 @@
 
 namespace moegen {
 
+// What is waited for: the words of the report.
+struct Awaited {
+    uint32_t phase;
+    uint32_t peer;
+    int32_t index;
+};
+
 // State of one (slot, op) of this rank, in its own device memory. No two launches that may overlap share one.
 struct Control {
     uint32_t epoch;           // number of the running or next launch
     uint32_t blocks_entered;  // blocks of this launch that have read the epoch
 };
 
-// What the first expired wait tells the host, in pinned host memory. `valid` is written last.
+// Report of the first wait that fails, in pinned host memory. `valid` is written last.
 struct Failure {
-    uint32_t valid;
+    uint32_t valid;  // a Report
     uint32_t phase;
     uint32_t rank;
     uint32_t peer;
@@ -25,19 +32,35 @@ struct Failure {
     uint32_t invalid_token;  // 1 + a token that selected an expert that does not exist; 0: none did
     uint32_t mismatched;     // 1 + a rank whose rows belong to another call than this rank's; 0: none
     uint32_t rows_needed;    // more rows came than there was room for: room for at least so many; 0: all had room
+    uint32_t call_here[2];   // this rank's call word: its low half first
+    uint32_t call_there[2];  // that of `peer`
+    uint32_t left_out_by;    // 1 + a rank that has left this one out; 0: none
 };
+
+// kExpired: phase to seen describe the wait. kOtherCall: the call words of rank and peer differ.
+enum Report : uint32_t { kNone, kExpired, kOtherCall };
+
+// A call word packs the arguments of a call that must be equal on all ranks (moegen.kernels.call_words has the fields).
+// Kernels compare it as a whole. In a 64-bit word it stands above the epoch.
+__device__ __forceinline__ uint64_t with_call(uint32_t call, uint32_t epoch) { return uint64_t(call) << 32 | epoch; }
+
+// Reports that a peer's call word differs. Several threads may write the same report at once.
+__device__ __forceinline__ void write_other_call(Failure* failure, uint32_t rank, Awaited what, uint32_t epoch,
+                                                 uint64_t here, uint64_t there) {
+    store_relaxed_sys(&failure->rank, rank);
+    store_relaxed_sys(&failure->peer, what.peer);
+    store_relaxed_sys(&failure->epoch, epoch);
+    store_relaxed_sys(&failure->call_here[0], uint32_t(here));
+    store_relaxed_sys(&failure->call_here[1], uint32_t(here >> 32));
+    store_relaxed_sys(&failure->call_there[0], uint32_t(there));
+    store_relaxed_sys(&failure->call_there[1], uint32_t(there >> 32));
+    store_release_sys(&failure->valid, kOtherCall);
+}
 
 // Epochs run from 2 to 2**32 - 1 and begin again: 0, which fresh memory holds, is never current, and even and odd ones
 // take turns for ever, each with its own half of the receive buffers.
 __device__ __forceinline__ uint32_t epoch_after(uint32_t epoch) { return epoch == 0xffffffffu ? 2 : epoch + 1; }
 __device__ __forceinline__ uint32_t epoch_before(uint32_t epoch) { return epoch == 2 ? 0xffffffffu : epoch - 1; }
-
-// What is waited for: the words of the report.
-struct Awaited {
-    uint32_t phase;
-    uint32_t peer;
-    int32_t index;
-};
 
 // An expired wait is looked for every 64th poll: the timer and the abort word cost a memory access each.
 constexpr uint32_t kPollsPerCheck = 64;
@@ -45,19 +68,26 @@ constexpr uint32_t kPollsPerCheck = 64;
 // True once `poll()`, which holds no references, gives `expected`. Else the caller goes on as if nothing had arrived,
 // so that every barrier is still reached. When to give up, `Watch` and keep_polling() say: signal.cuh or
 // masked_signal.cuh.
-template <class Watch, class Poll>
-__device__ __forceinline__ bool wait_for(const Watch& watch, Awaited what, uint32_t expected, Poll poll) {
+template <class Watch, class Word, class Poll>
+__device__ __forceinline__ bool wait_for(const Watch& watch, Awaited what, Word expected, Poll poll) {
     return poll() == expected || keep_polling(poll, watch, what, expected);
 }
 
-// Waits for 16 bytes that carry the launch's epoch; nothing else in them is valid if they do not come.
+// Waits for 16 bytes that carry `mark`; nothing else in them is valid if they do not come.
 template <class Watch>
-__device__ __forceinline__ bool wait_for_whole(const Watch& watch, Awaited what, const uint4* from, uint4& whole) {
+__device__ __forceinline__ bool wait_for_whole(const Watch& watch, Awaited what, const uint4* from, uint4& whole,
+                                               uint32_t mark) {
     whole = load_whole_relaxed_sys(from);
-    if (whole.w == watch.epoch) return true;
-    if (!keep_polling([=] { return load_whole_relaxed_sys(from).w; }, watch, what, watch.epoch)) return false;
+    if (whole.w == mark) return true;
+    if (!keep_polling([=] { return load_whole_relaxed_sys(from).w; }, watch, what, mark)) return false;
     whole = load_whole_relaxed_sys(from);
     return true;
+}
+
+// Most carry the launch's epoch.
+template <class Watch>
+__device__ __forceinline__ bool wait_for_whole(const Watch& watch, Awaited what, const uint4* from, uint4& whole) {
+    return wait_for_whole(watch, what, from, whole, watch.epoch);
 }
 
 // Called by one thread of each block once all of the block have read the epoch: the last block moves on to the next.

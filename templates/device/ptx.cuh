@@ -67,6 +67,12 @@ __device__ __forceinline__ uint32_t load_relaxed_sys(const uint32_t* address) {
     return value;
 }
 
+__device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* address) {
+    uint64_t value;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ void store_release_sys(uint32_t* address, uint32_t value) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
@@ -77,6 +83,10 @@ __device__ __forceinline__ void store_release_sys(uint64_t* address, uint64_t va
 
 __device__ __forceinline__ void store_relaxed_sys(uint32_t* address, uint32_t value) {
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed_sys(uint64_t* address, uint64_t value) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
 // One 16-byte access that is never seen in halves (PTX ISA 8.3, .b128): data and its epoch travel together,

@@ -77,6 +77,10 @@ __device__ __forceinline__ uint32_t load_relaxed_sys(const uint32_t* address, ho
     return host::load_word(address, __ATOMIC_RELAXED, place);
 }
 
+__device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* address, host::Place place = {}) {
+    return host::load_word(address, __ATOMIC_RELAXED, place);
+}
+
 __device__ __forceinline__ void store_release_sys(uint32_t* address, uint32_t value, host::Place place = {}) {
     host::store_word(address, value, __ATOMIC_RELEASE, place);
 }
@@ -86,6 +90,10 @@ __device__ __forceinline__ void store_release_sys(uint64_t* address, uint64_t va
 }
 
 __device__ __forceinline__ void store_relaxed_sys(uint32_t* address, uint32_t value, host::Place place = {}) {
+    host::store_word(address, value, __ATOMIC_RELAXED, place);
+}
+
+__device__ __forceinline__ void store_relaxed_sys(uint64_t* address, uint64_t value, host::Place place = {}) {
     host::store_word(address, value, __ATOMIC_RELAXED, place);
 }
 

@@ -5,8 +5,14 @@
 #include <sys/prctl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
+#include <memory>
 #include <moegen/block.hpp>
+
+struct moegen_host_running {
+    moegen::host::Launch launch;
+};
 
 namespace moegen::host {
 
@@ -119,26 +125,43 @@ std::string objection(const moegen_host_launch& request) {
     };
     if (!has_whole_accesses && kNeedsWholeAccesses) return "the host target needs a CPU with AVX";
     if (running_block != nullptr) return "a kernel cannot launch a kernel";
-    if (request.reserved != 0) return "`reserved` must be 0";
+    if (request.wait_ms != 0 && request.running == nullptr) return "`wait_ms` needs `running`";
     std::string text = limit("grid", request.grid, 1, kMaxBlocks);
     if (text.empty()) text = limit("block", request.block, 1, kMaxThreads);
     if (text.empty()) text = limit("shared_bytes", request.shared_bytes, 0, kMaxShared);
     return text;
 }
 
-std::string launch_and_wait(const moegen_host_kernel& kernel, const moegen_host_launch& request) {
+constexpr int kDone = 0, kFailed = 1, kRunsOn = 2;
+
+int tell(const std::string& text, char* error, unsigned long error_bytes) {
+    if (error_bytes != 0) std::snprintf(error, error_bytes, "%s", text.c_str());
+    return text.empty() ? kDone : kFailed;
+}
+
+bool is_over(Launch& launch, uint32_t wait_ms) {
+    std::unique_lock lock(launch.mutex);
+    const auto over = [&] { return launch.running == 0; };
+    if (wait_ms != 0) return launch.block_done.wait_for(lock, std::chrono::milliseconds(wait_ms), over);
+    launch.block_done.wait(lock, over);
+    return true;
+}
+
+int start_and_wait(const moegen_host_kernel& kernel, const moegen_host_launch& request, char* error,
+                   unsigned long error_bytes) {
     std::string text = objection(request);
-    if (!text.empty()) return text;
-    Launch launch;
+    if (!text.empty()) return tell(text, error, error_bytes);
+    auto running = std::make_unique<moegen_host_running>();
+    Launch& launch = running->launch;
     launch.kernel = &kernel;
     launch.request = request;
     launch.running = request.grid;
     const std::vector<Worker*> workers = take_workers(request.grid);
-    if (workers.empty()) return "the system starts no more threads";
+    if (workers.empty()) return tell("the system starts no more threads", error, error_bytes);
     for (uint32_t i = 0; i < request.grid; ++i) workers[i]->give(launch, i);
-    std::unique_lock lock(launch.mutex);
-    launch.block_done.wait(lock, [&] { return launch.running == 0; });
-    return launch.error;
+    if (is_over(launch, request.wait_ms)) return tell(launch.error, error, error_bytes);
+    *request.running = running.release();
+    return kRunsOn;
 }
 
 }  // namespace
@@ -149,7 +172,14 @@ Block& this_block() { return *running_block; }
 
 int moegen_host_run(moegen_host_kernel* kernel, const moegen_host_launch* launch, char* error,
                     unsigned long error_bytes) {
-    const std::string text = moegen::host::launch_and_wait(*kernel, *launch);
-    if (error_bytes != 0) std::snprintf(error, error_bytes, "%s", text.c_str());
-    return text.empty() ? 0 : 1;
+    return moegen::host::start_and_wait(*kernel, *launch, error, error_bytes);
 }
+
+int moegen_host_wait(moegen_host_running* running, unsigned wait_ms, char* error, unsigned long error_bytes) {
+    if (!moegen::host::is_over(running->launch, std::max(wait_ms, 1u))) return moegen::host::kRunsOn;
+    const std::unique_ptr<moegen_host_running> owned(running);
+    *running->launch.request.running = nullptr;
+    return moegen::host::tell(running->launch.error, error, error_bytes);
+}
+
+void moegen_host_stop(moegen_host_running* running) { running->launch.record_failure("stopped by its caller"); }

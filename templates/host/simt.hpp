@@ -8,18 +8,24 @@
 
 extern "C" {
 
+// A launch that its caller left before its end.
+struct moegen_host_running;
+
 // One launch. All fields are input.
 struct moegen_host_launch {
-    const void* params;       // the kernel's Params; read until the launch returns
+    const void* params;       // the kernel's Params; read until the grid is done
     unsigned grid;            // blocks, 1..256: every block is an OS thread and all run at once
     unsigned block;           // threads of a block, 1..1024
     unsigned shared_bytes;    // dynamic shared memory, at most 232,448 (227 KiB, what an H100 grants)
-    unsigned reserved;        // 0
+    unsigned wait_ms;         // 0: the call returns when the grid is done
     unsigned long long seed;  // 0: fixed order, no pauses; else: seeded order, early bulk copies and pauses
+    // Read if wait_ms is not 0: null until the call has returned 2, and again once the grid is done.
+    moegen_host_running** running;
 };
 
 // The entry of a kernel library. Returns when the grid is done: 0, or 1 with a text in `error` (cut to
-// `error_bytes`, always terminated).
+// `error_bytes`, always terminated). Or 2 after `wait_ms` milliseconds: then the caller goes on with moegen_host_wait
+// until it returns something else.
 typedef int moegen_host_entry(const moegen_host_launch* launch, char* error, unsigned long error_bytes);
 
 // What an entry point tells the runtime of its kernel; the last three fields are the runtime's own.
@@ -33,6 +39,13 @@ struct moegen_host_kernel {
 
 __attribute__((visibility("default"))) int moegen_host_run(moegen_host_kernel* kernel, const moegen_host_launch* launch,
                                                            char* error, unsigned long error_bytes);
+
+// Waits for so many milliseconds, 1 at least; returns what the entry returns.
+__attribute__((visibility("default"))) int moegen_host_wait(moegen_host_running* running, unsigned wait_ms, char* error,
+                                                            unsigned long error_bytes);
+
+// Ends the launch as a failed one, at the next switch between its threads; it is then to be waited for.
+__attribute__((visibility("default"))) void moegen_host_stop(moegen_host_running* running);
 }
 
 // ---- what kernels call --------------------------------------------------------------------------

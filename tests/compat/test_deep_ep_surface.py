@@ -183,6 +183,30 @@ def test_local_memory() -> None:
     buffer.destroy()
 
 
+def test_local_memory_of_many_bytes_is_allocated_when_it_is_used() -> None:
+    """Frameworks zero it when they recover from a lost rank, on a GPU without room for it."""
+    world = moegen.LocalWorld(1)
+    buffer = deep_ep.Buffer(world.ranks[0], 2 << 20, 1 << 50)
+    everything = buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True)
+    assert (everything.shape, everything.device, everything.dtype) == ((1 << 50,), world.ranks[0].device, torch.int8)
+    assert everything.numel() == len(everything) == 1 << 50
+    assert everything.zero_() is everything
+    everything.fill_(0)[:] = 0
+    torch.zero_(everything)
+    with pytest.raises(moegen.errors.CapacityError, match=r"1,125,899,906,842,624 bytes of num_rdma_bytes"):
+        everything[0] = 1
+
+    with torch.inference_mode():
+        words = buffer.get_local_buffer_tensor(torch.int32, offset=8).zero_()
+        assert not words.any()
+    assert words[:3].tolist() == [0, 0, 0]  # allocated now
+    words[1] = 7
+    assert buffer.get_local_buffer_tensor(torch.int32).tolist()[:4] == [0, 0, 0, 7]
+    assert (words + 1)[1] == 8 and torch.cat([words, words]).sum() == 14 and words.data_ptr() != 0
+    assert not words.zero_().any()
+    buffer.destroy()
+
+
 def test_masks_without_a_call() -> None:
     world = moegen.LocalWorld(3)
     buffer = deep_ep.Buffer(world.ranks[1], enable_shrink=True)

@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 from support import deep_ep_normal_cases as normal
-from support.deep_ep_cases import BF16, FP8, MAX_TOKENS, Case, check_dispatch, inputs
+from support.deep_ep_cases import BF16, DROPS, FP8, MAX_TOKENS, Case, check_dispatch, dropped_selections, inputs
 
 import moegen
 from moegen import errors
@@ -67,6 +67,33 @@ def test_round_trip(case: Case, given: bool, hook: bool) -> None:
         buffer.destroy()
 
     moegen.LocalWorld(case.ranks).run(work)
+
+
+def test_what_combine_reads() -> None:
+    """Selections that became -1 are left out; there is no memory that zero_copy would read."""
+    case = Case(2, 8, 4, 512, BF16)
+
+    def work(rank: RankWorld) -> None:
+        buffer = mscclpp.Buffer(rank, num_rdma_bytes=1 << 20, low_latency_mode=True)
+        for how in DROPS[:2]:
+            x, ids, weights = inputs(case, rank.rank)
+            for number in (MAX_TOKENS, 20):  # the second is served by the object of the first
+                tokens, _, _, src_info, ranges, _, _ = buffer.low_latency_dispatch(
+                    x, ids, number, case.experts, False, False, False
+                )
+                assert tokens.shape == (4, 2 * number, 512) and src_info.shape == (4, 2 * number)
+            rest = (src_info, ranges, 20, case.experts)
+            now, safe = dropped_selections(ids, weights, how)
+            with pytest.raises(NotImplementedError, match="zero_copy=True"):
+                buffer.low_latency_combine(tokens, now, safe, *rest, True, False, False)
+            y = torch.ones_like(tokens)
+            combined, _, _ = buffer.low_latency_combine(y, now, safe, *rest, False, False, False)
+            want = torch.where(now >= 0, safe, 0.0).sum(dim=1, keepdim=True).expand_as(x)
+            torch.testing.assert_close(combined.float(), want, rtol=2**-6, atol=2**-6)
+            rank.barrier()
+        buffer.destroy()
+
+    moegen.LocalWorld(2).run(work)
 
 
 def test_outputs_that_do_not_fit() -> None:

@@ -3,4 +3,5 @@
 
 from support.mask_call_cases import *  # noqa: F403
 from support.mask_cases import *  # noqa: F403
+from support.mask_life_cases import *  # noqa: F403
 from support.mask_word_cases import *  # noqa: F403

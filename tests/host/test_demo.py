@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moegen.demo import dense, plan, ranks, text
+from moegen.demo import dense, memory, plan, progress, ranks, text
 from moegen.demo.layer import make_expert
-from moegen.errors import InputError
+from moegen.errors import CapacityError, InputError
 from moegen.kernels.presets import preset
 from moegen.runtime.worlds import LocalWorld
 
@@ -99,3 +99,56 @@ def test_what_the_user_leaves_open_fits_the_machine() -> None:
         plan.make_plan(4, "tpu", "", 0, 1)
     with pytest.raises(InputError, match="no preset"):
         plan.make_plan(4, "cpu", "huge", 0, 1)
+
+
+def test_a_layer_that_does_not_fit_is_refused_with_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda _: 20 * 10**9)
+    large = plan.make_plan(4, "cpu", "deepseek-v3", 64, 5)
+    assert 22.5e9 < memory.needed(large).weights < 22.6e9
+    with pytest.raises(
+        CapacityError, match=r"deepseek-v3 with 4 ranks on cpu needs 2\d\.\d GB .*20\.0 GB.*gpt-oss-120b"
+    ):
+        memory.check(large)
+    small = plan.make_plan(4, "cpu", "tiny", 64, 5)
+    need, there = memory.check(small)
+    assert need.total < 2e9 and there == 20 * 10**9
+    with pytest.raises(CapacityError, match=r"--preset tiny with fewer, e.g. --ranks 2 or --tokens 50000000"):
+        memory.check(dataclasses.replace(small, tokens=100_000_000))
+
+
+def test_the_need_of_a_gpu_is_one_ranks_where_each_has_its_own() -> None:
+    own = plan.Plan(preset("deepseek-v3"), 8, 64, 5, "cuda", "processes")
+    shared = dataclasses.replace(own, world="local")
+    assert 8 * memory.needed(own).weights == memory.needed(shared).weights
+    assert memory.needed(own).processes == 0
+
+
+def test_the_limits_of_control_groups_are_found(tmp_path: Path) -> None:
+    """A limit of the group around it counts too; cached files are given back."""
+    files = {
+        "outer/memory.max": "1000\n",
+        "outer/memory.current": "900\n",
+        "outer/memory.stat": "anon 1\ninactive_file 300\n",
+        "outer/inner/memory.max": "max\n",
+        "memory/old/memory.limit_in_bytes": "5000\n",
+        "memory/old/memory.usage_in_bytes": "4000\n",
+        "memory/old/memory.stat": "total_inactive_file 10\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    groups = tmp_path / "groups"
+    groups.write_text("4:memory:/old\n7:cpu:/old\n0::/outer/inner\n")
+    assert sorted(memory._left_in_groups(tmp_path, groups)) == [400, 1010]
+    assert list(memory._left_in_groups(tmp_path, tmp_path / "none")) == []
+
+
+def test_long_parts_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = iter(range(100))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    assert list(progress.reported(range(4), "things")) == [0, 1, 2, 3]
+    assert "things: 1 of 4\n" in capsys.readouterr().err
+    assert list(progress.reported(range(4), "things", silent=True)) == [0, 1, 2, 3]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 0.0)
+    assert list(progress.reported(range(4), "things")) == [0, 1, 2, 3]
+    assert capsys.readouterr().err == ""

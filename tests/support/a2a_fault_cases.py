@@ -25,6 +25,7 @@ from moegen.kernels.a2a import (
 from moegen.kernels.ll import ceil_div
 from moegen.kernels.spec import Spec
 from moegen.runtime.low_latency import FIRST_EPOCH
+from moegen.runtime.one_sided import combine_word, dispatch_word
 from moegen.runtime.streams import current_stream
 from moegen.runtime.worlds import RankWorld
 from support.a2a_data import PayloadShape
@@ -34,6 +35,7 @@ SHAPE = PayloadShape(2, 4, 2, 64, "layer", max_tokens=8)
 """Rank 0 holds experts 0 and 1, rank 1 the others."""
 TIMEOUT = 0.5
 ABSENT = 1
+EVERYONE = 0b11
 ROWS = pytest.mark.parametrize("rows", ["pushed", "pulled"])
 
 
@@ -55,15 +57,21 @@ def of_absent(offset: int, bytes_per_source: int, epoch: int = FIRST_EPOCH) -> i
     return offset + ((epoch & 1) * SHAPE.ranks + ABSENT) * bytes_per_source
 
 
-def tell_counts(layer: PayloadLayer, rows: int, blocks: int) -> None:
+def tell_counts(layer: PayloadLayer, rows: int, blocks: int, stats_words: int = 0) -> None:
     """Rank 1 has so many rows for rank 0, from so many blocks."""
     at = layer.ranks[0]._alive().at
-    poke(layer, of_absent(at.counts, PIECE_BYTES), [rows, blocks, 0, FIRST_EPOCH])
+    widths = tuple(width * dtype.itemsize for width, dtype in SHAPE.columns)
+    dtypes = tuple(dtype for _, dtype in SHAPE.columns)
+    call = dispatch_word(widths, dtypes, SHAPE.max_tokens, stats_words, EVERYONE)
+    words = [rows, call & 0xFFFFFFFF | blocks, call >> 32, FIRST_EPOCH]
+    poke(layer, of_absent(at.counts, PIECE_BYTES), words)
 
 
 def begin_next(layer: PayloadLayer) -> None:
-    """Rank 1 says that it has done with the first dispatch, and has begun the first combine."""
-    poke(layer, layer.ranks[0]._alive().at.presence + 8 * ABSENT, [FIRST_EPOCH, FIRST_EPOCH])
+    """Rank 1 has consumed the first dispatch and begun the first combine."""
+    at, spec = layer.ranks[0]._alive().at, layer.ranks[0]._combine_spec(torch.bfloat16, torch.bfloat16)
+    poke(layer, at.presence + 8 * ABSENT, [FIRST_EPOCH])
+    poke(layer, of_absent(at.calls, 8), [FIRST_EPOCH, combine_word(spec, SHAPE.max_tokens, EVERYONE)])
 
 
 def arguments(layer: PayloadLayer, ids: list[list[int]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -147,7 +155,7 @@ def test_fault_while_waiting_for_the_rows_of_a_block(device: str) -> None:
 def test_fault_while_waiting_for_statistics(device: str) -> None:
     """Of seven numbers, in three pieces, the last is missing."""
     layer = start(device)
-    tell_counts(layer, 0, 0)
+    tell_counts(layer, 0, 0, stats_words=7)
     place = of_absent(layer.ranks[0]._alive().at.stats, ceil_div(MAX_STATS, PIECE_WORDS) * PIECE_BYTES)
     poke(layer, place, [1, 2, 3, FIRST_EPOCH] * 2)
     stats = torch.ones(7, dtype=torch.int32, device=device)

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
 import moegen
-from moegen.compat import deep_ep
+from moegen.compat import deep_ep, fewer_tokens
 from moegen.compat.low_latency import own_handle
 from moegen.runtime.worlds import RankWorld
 
@@ -27,6 +27,7 @@ class Case:
     topk: int
     hidden: int
     options: dict[str, bool]
+    max_tokens: int = MAX_TOKENS
 
     def __str__(self) -> str:
         words = "-".join(name for name, on in self.options.items() if on) or "bf16"
@@ -54,7 +55,7 @@ MODES = ("plain", "hook", "async")
 def inputs(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Every rank can make every other's: tokens, ids (some -1), weights."""
     generator = torch.Generator().manual_seed(100 * case.hidden + rank)
-    tokens = (7 * rank + 11) % (MAX_TOKENS + 1) if rank != 1 else 0
+    tokens = (7 * rank + 11) % (case.max_tokens + 1) if rank != 1 else 0
     x = torch.randn(tokens, case.hidden, generator=generator).bfloat16()
     ids = torch.rand(tokens, case.experts, generator=generator).topk(case.topk, dim=1).indices
     ids[torch.rand(tokens, case.topk, generator=generator) < 0.1] = -1
@@ -83,13 +84,13 @@ def check_dispatch(case: Case, rank: int, received: Any, count: torch.Tensor, ha
     """Counts, ranges and rows against the routing of all ranks; what the experts are given, [experts, rows, hidden]."""
     src_info, layout_range, max_tokens, hidden, experts = handle
     local = case.experts // case.ranks
-    assert (max_tokens, hidden, experts) == (MAX_TOKENS, case.hidden, case.experts)
+    assert (max_tokens, hidden, experts) == (case.max_tokens, case.hidden, case.experts)
     assert count.dtype == torch.int32
-    assert src_info.shape == (local, case.ranks * MAX_TOKENS)
+    assert src_info.shape == (local, case.ranks * case.max_tokens)
     assert layout_range.shape == (local, case.ranks)
     assert layout_range.dtype == torch.int64
     given = dequantised(*received) if case.options["use_fp8"] else received.float()
-    assert given.shape == (local, case.ranks * MAX_TOKENS, case.hidden)
+    assert given.shape == (local, case.ranks * case.max_tokens, case.hidden)
     everything = [inputs(case, source) for source in range(case.ranks)]
     for expert in range(local):
         total = 0
@@ -116,7 +117,7 @@ def round_trip_of_rank(buffer: deep_ep.Buffer, world: RankWorld, case: Case, mod
     asked = {"async_finish": mode == "async", "return_recv_hook": mode == "hook"}
     world.barrier()  # what torch does for the inputs, and to check, must not queue up behind a kernel that waits
     received, count, handle, event, hook = buffer.low_latency_dispatch(
-        x, ids, MAX_TOKENS, case.experts, cumulative_local_expert_recv_stats=stats, **case.options, **asked
+        x, ids, case.max_tokens, case.experts, cumulative_local_expert_recv_stats=stats, **case.options, **asked
     )
     settle(event, hook, mode)
     layer = own_handle(handle).owner
@@ -125,7 +126,8 @@ def round_trip_of_rank(buffer: deep_ep.Buffer, world: RankWorld, case: Case, mod
     y = check_dispatch(case, world.rank, received, count, handle).bfloat16()
     assert torch.equal(stats, count)
     if given:
-        y = buffer.get_next_low_latency_combine_buffer(handle).copy_(y)
+        buffer.get_next_low_latency_combine_buffer(handle).copy_(y)
+        y.fill_(torch.nan)  # and is not read
     out = torch.empty_like(x) if given else None
     layer.synchronize()
     world.barrier()
@@ -228,3 +230,164 @@ def test_shrink(device: str) -> None:
         buffer.destroy()
 
     world.run(work)
+
+
+SMALL = Case(2, 16, 4, 512, FP8)
+
+
+def settled(rank: RankWorld) -> None:
+    """What torch does for one rank must not queue up behind another rank's kernel that waits."""
+    if rank.device.type == "cuda":
+        torch.cuda.current_stream(rank.device).synchronize()
+    rank.barrier()
+
+
+def test_numbers_of_tokens_share_objects(device: str) -> None:
+    """Every call has results of exactly its own number's shape; a larger number at least doubles the room."""
+
+    def work(rank: RankWorld) -> None:
+        buffer = deep_ep.Buffer(rank)
+        x, ids, weights = (part.to(rank.device) for part in inputs(replace(SMALL, max_tokens=7), rank.rank))
+        round_trip_of_rank(buffer, rank, replace(SMALL, max_tokens=20), "plain")
+        settled(rank)
+        (tokens, _), _, early, _, _ = buffer.low_latency_dispatch(x, ids, 7, SMALL.experts)
+        for number, mode in ((1, "hook"), (16, "plain"), (20, "hook"), (21, "plain"), (33, "hook"), (7, "plain")):
+            round_trip_of_rank(buffer, rank, replace(SMALL, max_tokens=number), mode)
+        y = torch.zeros(tokens.shape, dtype=torch.bfloat16, device=rank.device)
+        settled(rank)
+        assert not buffer.low_latency_combine(y, ids, weights, early)[0].any()  # type: ignore[arg-type]
+        (sizes,) = buffer._layers._made.values()
+        assert [whole.problem.max_tokens for whole in sizes._wholes] == [20, 40]
+        old = own_handle(early).owner
+        rank.barrier()
+        buffer.destroy()
+        assert old.destroyed
+        with pytest.raises(moegen.errors.DestroyedError):
+            old.dispatch(x, ids)
+
+    moegen.LocalWorld(2, device).run(work)
+
+
+def test_few_numbers_of_tokens_are_kept(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fewer_tokens, "MOST_KEPT", 2)
+
+    def work(rank: RankWorld) -> None:
+        buffer = deep_ep.Buffer(rank)
+        x = torch.ones(1, 512, dtype=torch.bfloat16, device=rank.device)
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=rank.device)
+        for number in (8, 1, 2, 3, 4, 1, 8):
+            tokens, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, number, 4, use_fp8=False)
+            assert isinstance(tokens, torch.Tensor) and tokens.shape == (4, number, 512)
+            assert tokens[0, 0].tolist() == [1.0] * 512 and handle[2] == number
+        (sizes,) = buffer._layers._made.values()
+        assert len(sizes._wholes) == 1 and len(sizes._by_tokens) == 2
+        for wrong in (0, -3, 2.5, "2", 1 << 30):
+            with pytest.raises(moegen.errors.InputError, match="num_max_dispatch_tokens_per_rank"):
+                buffer.low_latency_dispatch(x, ids, wrong, 4, use_fp8=False)  # type: ignore[arg-type]
+        buffer.destroy()
+
+    moegen.LocalWorld(1, device).run(work)
+
+
+def test_numbers_of_tokens_where_ranks_may_be_missing(device: str) -> None:
+    case = Case(2, 4, 2, 512, BF16)
+
+    def work(rank: RankWorld) -> None:
+        buffer = deep_ep.Buffer(rank, enable_shrink=True)
+        for number in (20, 8, 20, 3):
+            round_trip_of_rank(buffer, rank, replace(case, max_tokens=number), "plain")
+        status = torch.zeros(2, dtype=torch.int32, device=rank.device)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0, 0]
+        rank.barrier()
+        buffer.destroy()
+
+    moegen.LocalWorld(2, device).run(work)
+
+
+def test_more_tokens_than_another_ranks_number_are_reported(device: str) -> None:
+    def work(rank: RankWorld) -> None:
+        buffer = deep_ep.Buffer(rank)
+        round_trip_of_rank(buffer, rank, SMALL, "plain")
+        x = torch.ones(6 if rank.rank == 0 else 2, SMALL.hidden, dtype=torch.bfloat16, device=rank.device)
+        ids = torch.arange(4, dtype=torch.int64, device=rank.device).mul(4).repeat(len(x), 1)
+        settled(rank)
+        _, count, handle, _, _ = buffer.low_latency_dispatch(x, ids, (8, 4)[rank.rank], SMALL.experts)
+        rank.barrier()
+        layer = own_handle(handle).owner
+        if rank.rank == 0:
+            layer.synchronize()
+            assert int(count.sum()) == 16
+        else:
+            with pytest.raises(moegen.errors.WorldError, match="what rank 0 has sent belongs to another call"):
+                layer.synchronize()
+        rank.barrier()
+        buffer.destroy()
+
+    moegen.LocalWorld(2, device).run(work)
+
+
+def test_zero_copy_needs_its_buffer(device: str) -> None:
+    def work(rank: RankWorld) -> None:
+        buffer = deep_ep.Buffer(rank)
+        x, ids, weights = (part.to(rank.device) for part in inputs(SMALL, rank.rank))
+        arguments = (x, ids, MAX_TOKENS, SMALL.experts)
+        settled(rank)
+        handles = [buffer.low_latency_dispatch(*arguments)[2] for _ in range(2)]
+        with torch.inference_mode():  # may be written in any mode
+            given = [buffer.get_next_low_latency_combine_buffer(handle) for handle in handles]
+        assert given[0].data_ptr() != given[1].data_ptr()
+        assert buffer.get_next_low_latency_combine_buffer(handles[0]) is given[0]
+        for value, handle in zip((1.0, 2.0), handles, strict=True):
+            buffer.get_next_low_latency_combine_buffer(handle).fill_(value)
+        for value, handle in zip((1.0, 2.0), handles, strict=True):
+            settled(rank)
+            combined, _, _ = buffer.low_latency_combine(given[0], ids, weights, handle, zero_copy=True)
+            want = value * (weights * (ids >= 0)).sum(dim=1, keepdim=True).expand_as(x)
+            torch.testing.assert_close(combined.float(), want, rtol=2**-6, atol=2**-6)
+        settled(rank)
+        for handle in (handles[0], buffer.low_latency_dispatch(*arguments)[2]):
+            with pytest.raises(moegen.errors.InputError, match=r"get_next_low_latency_combine_buffer\(handle\)"):
+                buffer.low_latency_combine(given[0], ids, weights, handle, zero_copy=True)
+        rank.barrier()
+        buffer.destroy()
+
+    moegen.LocalWorld(2, device).run(work)
+
+
+def dropped_selections(ids: torch.Tensor, weights: torch.Tensor, how: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first selection of every other token becomes -1, and its weight is no number; ids and weights for combine."""
+    if how != "in place":
+        ids = ids.clone()
+    ids[::2, 0] = -1
+    weights = weights.clone()
+    weights[::2, 0] = torch.nan
+    return ids, weights
+
+
+DROPS = ("another tensor", "in place", "inference")
+
+
+def test_selections_dropped_after_dispatch_are_left_out(device: str) -> None:
+    def work(rank: RankWorld) -> None:
+        buffer = deep_ep.Buffer(rank)
+        for how in DROPS:
+            with torch.inference_mode(how == "inference"):
+                x, ids, weights = (part.to(rank.device) for part in inputs(SMALL, rank.rank))
+                kept = (weights * (ids >= 0)).sum(dim=1, keepdim=True)
+                settled(rank)
+                received, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, MAX_TOKENS, SMALL.experts)
+                y = torch.ones(received[0].shape, dtype=torch.bfloat16, device=rank.device)
+                settled(rank)
+                whole, _, _ = buffer.low_latency_combine(y, ids, weights, handle)
+                now, safe = dropped_selections(ids, weights, "in place" if how == "inference" else how)
+                settled(rank)
+                combined, _, _ = buffer.low_latency_combine(y, now, safe, handle)
+                left = torch.where(now >= 0, safe, 0.0).sum(dim=1, keepdim=True)
+                assert rank.rank == 1 or (kept - left).max() > 0.1
+                for sums, want in ((whole, kept), (combined, left)):
+                    torch.testing.assert_close(sums.float(), want.expand_as(x), rtol=2**-6, atol=2**-6)
+            rank.barrier()
+        buffer.destroy()
+
+    moegen.LocalWorld(2, device).run(work)

@@ -195,7 +195,7 @@ def test_what_was_queued_behind_a_timeout_does_nothing(device: str) -> None:
     layer = make(device)
     announce_one_row(layer)
     ops = layer.ranks[0]._alive()
-    rows = len(layer.ranks[0].local_experts), ops.expert_rows, SHAPE.hidden
+    rows = ops.received.tokens_shape
 
     def work(world: moegen.runtime.worlds.RankWorld) -> None:
         if world.rank == ABSENT:

@@ -13,7 +13,7 @@ import torch
 
 import moegen
 from moegen.errors import PeerTimeoutError
-from moegen.kernels.ht import CHUNK, PHASES, HighThroughputSpec, Regions, regions
+from moegen.kernels.ht import CHUNK, PHASES, PIECE_WORDS, HighThroughputSpec, Regions, regions
 from moegen.kernels.ht_roles import Roles, roles
 from moegen.kernels.ll import PIECE_BYTES
 from moegen.kernels.spec import Spec
@@ -56,6 +56,9 @@ def tell_counts(layer: RowsLayer) -> None:
     poke(layer, at, [1, 1, 0, FIRST_EPOCH])  # its rows for rank 0, by expert
     for piece in range(1, spec.count_pieces):  # its tokens, and its rows by rank: for DeepEP's handle only
         poke(layer, at + piece * PIECE_BYTES, [1, 1, 0, FIRST_EPOCH])
+    phase = "plan" if layer.ranks[0].mode == "exact" else "whole"
+    last = 1 + spec.max_local_experts + spec.source_words  # the call word
+    poke(layer, at + last // PIECE_WORDS * PIECE_BYTES + 4 * (last % PIECE_WORDS), [spec.in_phase(phase).call])
 
 
 TOKEN = 5
@@ -261,10 +264,10 @@ def test_nothing_is_written_to_a_peer_that_is_not_ready(device: str, layout: str
     at = dispatch_regions(layer)
     poke(layer, at.consumed + 4 * ABSENT, [0xFFFFFFF0])
     peer = layer.ranks[ABSENT]._alive().memory.local
-    before = peer[at.counts :].clone()
+    before = peer[at.calls :].clone()
     with pytest.raises(PeerTimeoutError):
         dispatch_alone(layer, [[0, 3], [2, 3]])
-    assert torch.equal(peer[at.counts :], before)
+    assert torch.equal(peer[at.calls :], before)
     layer.destroy()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from moegen import errors
 from moegen.runtime.worlds import RankWorld
 from support.layer import Layer, Routing, Shape, random_routing
 from support.mask_layer import (
@@ -122,7 +123,9 @@ def test_nobody_missing_is_the_same_as_without_a_mask(device: str, shape: Shape,
 @pytest.mark.parametrize("wire", ["inline", "row"])
 @pytest.mark.parametrize("how", [How(), How(late=True, halves=True, renormalize=True)], ids=str)
 def test_late_rank_catches_up_and_is_taken_back(device: str, wire: str, how: How) -> None:
-    """It makes the calls that it missed while the others go on; what it sends meanwhile shows up nowhere."""
+    """It makes the calls that it missed while the others go on, and learns that it is left out; what it sends meanwhile
+    shows up nowhere.
+    """
     layer = make(device, wire=wire, slots=2)
     missed = [random_routing(SHAPE, TOKENS, seed) for seed in range(5)]
     back = [random_routing(SHAPE, TOKENS, 10 + seed, kind="free") for seed in range(3)]
@@ -130,10 +133,11 @@ def test_late_rank_catches_up_and_is_taken_back(device: str, wire: str, how: How
 
     def work(world: RankWorld) -> list[Got]:
         rank = layer.ranks[world.rank]
+        left_out: list[errors.LeftOutError] | None = [] if world.rank == ABSENT else None
 
         def pair(routing: Routing, how: How = how) -> Got:
-            got = dispatch(rank, routing, how)
-            combine(rank, routing, got, how)
+            got = dispatch(rank, routing, how, left_out)
+            combine(rank, routing, got, how, left_out)
             return got
 
         for step, routing in enumerate(missed):
@@ -146,10 +150,12 @@ def test_late_rank_catches_up_and_is_taken_back(device: str, wire: str, how: How
             for routing in missed:
                 pair(routing)
         world.barrier()
-        assert rank.active_ranks.tolist() == ([0, 0, 1] if world.rank == ABSENT else [1, 1, 0])
+        assert rank.active_ranks.tolist() == ([0, 0, 0] if world.rank == ABSENT else [1, 1, 0])
+        assert left_out is None or len(left_out) == 1
         rank.active_ranks.fill_(1)
         rank.synchronize()
         world.barrier()
+        left_out = None
         return [pair(routing, replace(how, timeout=PLENTY)) for routing in back]
 
     results = layer.world.run(work)

@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import moegen
-from moegen import reference
+from moegen import errors, reference
 from moegen.runtime.worlds import RankWorld
 from support.layer import Layer, Routing, Shape, expert_outputs
 
 SHAPE = Shape(3, 10, 4, 136, 12)
 TOKENS = (12, 7, 9)
 PAIR = Shape(2, 4, 2, 64, 8)
-TIMEOUT = 0.5
+TIMEOUT = 0.4
 PLENTY = 30.0
 """Seconds, where nobody is missing."""
 EVERYBODY = (0, 1, 2)
@@ -51,31 +51,50 @@ def make(device: str, *, shape: Shape = SHAPE, **options: Any) -> Layer:
     return Layer(shape, device, **settings)
 
 
-def dispatch(rank: moegen.ExpertParallel, routing: Routing, how: How) -> Got:
+def persist(call: Callable[[], None], left_out: list[errors.LeftOutError] | None) -> None:
+    """Makes a call again that a rank which expects to be left out could not make, for that reason."""
+    try:
+        call()
+    except errors.LeftOutError as error:
+        if left_out is None:
+            raise
+        left_out.append(error)
+        call()
+
+
+def dispatch(
+    rank: moegen.ExpertParallel, routing: Routing, how: How, left_out: list[errors.LeftOutError] | None = None
+) -> Got:
     r = rank.rank
     x, ids, weights = (part[r].to(rank.device) for part in (routing.x, routing.ids, routing.weights))
     options: dict[str, Any] = {"timeout": how.timeout}
     given = None if how.late else weights
     if how.halves:
         received, receive = rank.dispatch(x, ids, given, return_recv_hook=True, **options)
-        receive()
+        persist(receive, left_out)
     else:
         received = rank.dispatch(x, ids, given, **options)
     quantised = rank.problem.dtype != "bf16"
     y = torch.ones(received.tokens.shape, device=rank.device).bfloat16() if quantised else expert_outputs(received)
-    rank.synchronize()
+    persist(rank.synchronize, left_out)
     return Got(received, received.counts.cpu(), received.ranges.cpu(), y)
 
 
-def combine(rank: moegen.ExpertParallel, routing: Routing, got: Got, how: How) -> None:
+def combine(
+    rank: moegen.ExpertParallel,
+    routing: Routing,
+    got: Got,
+    how: How,
+    left_out: list[errors.LeftOutError] | None = None,
+) -> None:
     weights = routing.weights[rank.rank].to(rank.device) if how.late else None
     options: dict[str, Any] = {"timeout": how.timeout, "renormalize": how.renormalize}
     if how.halves:
         combined, receive = rank.combine(got.y, got.received.handle, weights, return_recv_hook=True, **options)
-        receive()
+        persist(receive, left_out)
     else:
         combined = rank.combine(got.y, got.received.handle, weights, **options)
-    rank.synchronize()
+    persist(rank.synchronize, left_out)
     got.combined = combined.cpu()
 
 

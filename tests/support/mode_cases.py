@@ -328,10 +328,16 @@ def test_nothing_is_allocated_with_out(device: str) -> None:
         y = torch.zeros(memory.tokens.shape, dtype=torch.bfloat16, device=world.device)
         totals = torch.zeros(len(rank.local_experts), dtype=torch.int32, device=world.device)
         rank.combine(y, rank.dispatch(*mine, out=memory, total_counts=totals).handle, out=out)
+        # All ranks count in one place: between two barriers nothing runs but the calls.
+        world.barrier()
         before = allocations(world)
+        world.barrier()
         received = rank.dispatch(*mine, out=memory, total_counts=totals)
         combined = rank.combine(y, received.handle, out=out)
-        assert allocations(world) == before
+        world.barrier()
+        made = allocations(world) - before
+        world.barrier()
+        assert made == 0
         assert received.tokens is memory.tokens
         assert combined is out
         rank.synchronize()

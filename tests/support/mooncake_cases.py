@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,25 +15,42 @@ from moegen import errors
 from moegen.compat import mooncake
 from moegen.compat.low_latency import own_handle
 from moegen.runtime.worlds import RankWorld
-from support.deep_ep_cases import BF16, FP8, MAX_TOKENS, MODES, Case, check_dispatch, inputs, settle
+from support.deep_ep_cases import (
+    BF16,
+    DROPS,
+    FP8,
+    MODES,
+    SMALL,
+    Case,
+    check_dispatch,
+    dropped_selections,
+    inputs,
+    settle,
+    settled,
+)
 
 CASES = (Case(1, 8, 2, 512, FP8), Case(2, 16, 8, 2880, BF16), Case(2, 16, 4, 512, FP8), Case(4, 8, 5, 2048, FP8))
 NO_DEADLINE = -1
 
 
 def buffer_of(world: RankWorld, case: Case) -> mooncake.Buffer:
-    size = mooncake.Buffer.get_ep_buffer_size_hint(MAX_TOKENS, case.hidden, case.ranks, case.experts)
+    size = mooncake.Buffer.get_ep_buffer_size_hint(case.max_tokens, case.hidden, case.ranks, case.experts)
     return mooncake.Buffer(world, size)
 
 
 def round_trip_of_rank(world: RankWorld, case: Case, mode: str, *, zero_copy: bool) -> None:
     buffer = buffer_of(world, case)
+    calls_of_rank(buffer, world, case, mode, zero_copy=zero_copy)
+    buffer.destroy()
+
+
+def calls_of_rank(buffer: mooncake.Buffer, world: RankWorld, case: Case, mode: str, *, zero_copy: bool) -> None:
     x, ids, weights = (part.to(world.device) for part in inputs(case, world.rank))
     active_ranks = torch.ones(case.ranks, dtype=torch.int32, device=world.device)
     asked = {"async_finish": mode == "async", "return_recv_hook": mode == "hook"}
     world.barrier()  # what torch does for the inputs must not queue up behind a kernel that waits
     received, count, handle, event, hook = buffer.dispatch(
-        x, ids, active_ranks, MAX_TOKENS, case.experts, 60_000_000, use_fp8=case.options["use_fp8"], **asked
+        x, ids, active_ranks, case.max_tokens, case.experts, 60_000_000, use_fp8=case.options["use_fp8"], **asked
     )
     settle_all(event, hook, mode)
     layer = own_handle(handle).owner
@@ -40,7 +58,8 @@ def round_trip_of_rank(world: RankWorld, case: Case, mode: str, *, zero_copy: bo
     world.barrier()
     y = check_dispatch(case, world.rank, received, count, handle).bfloat16()
     if zero_copy:
-        y = buffer.get_next_combine_buffer(handle).copy_(y)
+        buffer.get_next_combine_buffer(handle).copy_(y)
+        y.fill_(torch.nan)  # and is not read
     out = torch.empty_like(x) if zero_copy else None
     layer.synchronize()
     world.barrier()
@@ -56,7 +75,6 @@ def round_trip_of_rank(world: RankWorld, case: Case, mode: str, *, zero_copy: bo
     assert ((combined.float() - want).abs() <= slack * want.abs() + 0.05 * kept).all()
     assert active_ranks.tolist() == [1] * case.ranks
     world.barrier()
-    buffer.destroy()
 
 
 def settle_all(event: Any, hook: Any, mode: str) -> None:
@@ -142,7 +160,7 @@ def test_bad_calls(device: str) -> None:
         weights = torch.ones(3, 2, device=device)
         with pytest.raises(errors.HandleError, match="itself"):
             buffer.combine(received, ids, weights, healthy, NO_DEADLINE, tuple(handle))  # type: ignore[arg-type]
-        with pytest.raises(errors.InputError, match="topk_idx and topk_weights differ"):
+        with pytest.raises(errors.InputError, match="must have the shape of the dispatch's topk_idx"):
             buffer.combine(received, ids, weights[:2], healthy, NO_DEADLINE, handle)  # type: ignore[arg-type]
         buffer.update_ep_member()
         with pytest.raises(errors.DestroyedError):
@@ -173,3 +191,43 @@ def test_mooncakes_switch_takes_alltoall(device: str, case: Case, mode: str, mon
 
     moegen.LocalWorld(case.ranks, device).run(work)
     assert set(used) == set(range(case.ranks))
+
+
+@pytest.mark.parametrize("alltoall", [False, True], ids=["ipc", "alltoall"])
+def test_numbers_of_tokens_share_objects(device: str, alltoall: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOONCAKE_EP_USE_TORCH_ALLTOALL", "on" if alltoall else "off")
+
+    def work(world: RankWorld) -> None:
+        buffer = buffer_of(world, SMALL)
+        for number, mode in ((20, "plain"), (7, "plain"), (1, "hook"), (21, "plain"), (7, "hook")):
+            calls_of_rank(buffer, world, replace(SMALL, max_tokens=number), mode, zero_copy=number == 7)
+        (sizes,) = buffer._layers._made.values()
+        assert [whole.problem.max_tokens for whole in sizes._wholes] == [20, 40]
+        world.barrier()
+        buffer.destroy()
+
+    moegen.LocalWorld(2, device).run(work)
+
+
+def test_what_combine_reads(device: str) -> None:
+    """Selections that became -1 are left out; with zero_copy the handle's buffer is read."""
+
+    def work(world: RankWorld) -> None:
+        buffer = buffer_of(world, SMALL)
+        active = torch.ones(2, dtype=torch.int32, device=world.device)
+        for how in DROPS[:2]:
+            x, ids, weights = (part.to(world.device) for part in inputs(SMALL, world.rank))
+            settled(world)
+            received, _, handle, _, _ = buffer.dispatch(x, ids, active, SMALL.max_tokens, SMALL.experts, NO_DEADLINE)
+            y = torch.ones(received[0].shape, dtype=torch.bfloat16, device=world.device)
+            with pytest.raises(errors.InputError, match=r"get_next_combine_buffer\(handle\)"):
+                buffer.combine(y, ids, weights, active, NO_DEADLINE, handle, zero_copy=True)
+            now, safe = dropped_selections(ids, weights, how)
+            settled(world)
+            combined, _, _ = buffer.combine(y, now, safe, active, NO_DEADLINE, handle)
+            want = torch.where(now >= 0, safe, 0.0).sum(dim=1, keepdim=True).expand_as(x)
+            torch.testing.assert_close(combined.float(), want, rtol=2**-6, atol=2**-6)
+            world.barrier()
+        buffer.destroy()
+
+    moegen.LocalWorld(2, device).run(work)

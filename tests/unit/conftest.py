@@ -49,7 +49,7 @@ def cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     root = tmp_path / "cache"
     monkeypatch.setenv("MOEGEN_CACHE_DIR", str(root))
-    for cached in (cache._unusable, cache._warn_once, cache.temporary_store):
+    for cached in (cache._unusable, cache._warn_once, cache._temporary_stores):
         cached.cache_clear()
     return root
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from moegen.codegen.render import Source
-from moegen.compile import binary, elf, host, nvrtc, resources
+from moegen.compile import binary, cache, elf, host, nvrtc, resources
 from moegen.compile.binary import obtain, obtain_many, read
 from moegen.compile.recipe import Recipe, reachable
 from moegen.compile.target import TARGETS, Target
@@ -319,6 +319,50 @@ def test_host_compile_error_reproduces() -> None:
     assert done.returncode != 0 and "nonsense" in done.stderr
     about = json.loads((Path(caught.value.folder) / "recipe.json").read_text())
     assert about["stem"] == "tiny_bad" and about["target"] == "host"
+
+
+BROKEN_COMPILERS = {
+    "garbage": "echo garbage > kernel.so",
+    "nothing in the file": ": > kernel.so",
+    "no file": ":",
+    "half of it": 'c++ "$@" && truncate -s 9000 kernel.so',
+    "another program": "c++ -shared -xc++ /dev/null -o kernel.so",
+    "half, and says so": "head -c 9000 /bin/sh > kernel.so; echo full >&2; exit 1",
+    "killed": "echo garbage > kernel.so; kill -9 $$",
+}
+
+
+def test_nothing_of_a_broken_host_compiler_is_kept(
+    kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that it is the same compiler as the sound one, which is used behind it."""
+    compiler = tmp_path / "cxx"
+    asked = 'case "$1" in --version|-dumpmachine) exec c++ "$@";; esac'
+    monkeypatch.setenv("MOEGEN_CXX", str(compiler))
+    for what, does in {**BROKEN_COMPILERS, "": 'exec c++ "$@"'}.items():
+        compiler.write_text(f"#!/bin/sh\n{asked}\n{does}\n")
+        compiler.chmod(0o700)
+        if not what:
+            assert obtain(kernel(), Target("host")).origin == "compiled"
+            continue
+        with pytest.raises(CompileError) as caught:
+            obtain(kernel(), Target("host"))
+        silent = "says so" in what or what == "killed"
+        assert silent or "the compiler succeeded, but its output" in str(caught.value), what
+        assert list(cache.store().entries()) == [], what
+    compiler.write_text("no program")
+    with pytest.raises(CompileError, match="does not start"):
+        obtain(kernel(value=2), Target("host"))
+
+
+@pytest.mark.nvrtc
+def test_a_cubin_that_is_cut_off_is_not_kept(kernel: Kernel, sm90: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = nvrtc._run
+    monkeypatch.setattr(nvrtc, "_run", lambda *of: (*sound(*of)[:2], sound(*of)[2][:-1]))
+    with pytest.raises(CompileError, match="ends early"):
+        obtain(kernel(), sm90)
+    monkeypatch.setattr(nvrtc, "_run", sound)
+    assert obtain(kernel(), sm90).origin == "compiled"
 
 
 def test_both_toolchains_offer_the_same() -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "moegen"
 
 LAYERS = (
-    ("errors", "env", "admission"),
+    ("errors", "env", "admission", "leftovers"),
     ("kernels",),
     ("tuning",),
     ("codegen", "select"),

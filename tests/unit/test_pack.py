@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -141,3 +143,68 @@ def test_a_host_pack_is_unpacked_and_brings_the_runtime(
     pack._load.cache_clear()
     with pytest.raises(UnsupportedPlatformError):
         obtain(kernel(), target)
+
+
+def rewrite(path: Path, **changed: object) -> None:
+    """The pack with other words in its only item."""
+    with zipfile.ZipFile(path) as old:
+        contents = {name: old.read(name) for name in old.namelist()}
+    manifest = json.loads(contents["manifest.json"])
+    manifest["binaries"][0].update(changed)
+    contents["manifest.json"] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, content in contents.items():
+            new.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"bytes": 10**15}, "10{15} bytes"),
+        ({"bytes": -1}, "-1 bytes"),
+        ({"bytes": True}, "True bytes"),
+        ({"bytes": 5}, "must be of 5"),
+        ({"stem": "../../away"}, "not where a binary lies"),
+        ({"member": "../sm90/tiny_one.cubin"}, "not where a binary lies"),
+        ({"member": 7}, "no string"),
+        ({"target": "sm00"}, "not where a binary lies"),
+        ({"stem": "tiny_two", "member": "sm90/tiny_two.cubin"}, "no item named"),
+        ({"key": "../" * 20}, "no digests"),
+        ({"resources": {"registers": 1}}, "missing"),
+        ({"seconds": "long"}, "'long' seconds"),
+        ({"more": 1}, "more"),
+    ],
+    ids=str,
+)
+def test_what_a_pack_says_is_checked_before_it_is_read(packed: Path, changed: dict[str, object], says: str) -> None:
+    rewrite(packed, **changed)
+    with pytest.raises(CacheError, match=rf"some\.moepack is no pack: .*{says}"):
+        pack.load(packed)
+
+
+def test_a_zip_bomb_is_not_inflated(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that says how large it is, nor one that says less."""
+    monkeypatch.setattr(pack, "MOST_MANIFEST_BYTES", 1 << 20)
+    zeros = bytes(64 << 20)
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("manifest.json", zeros)
+    content = packed.read_bytes()
+    honest = len(zeros).to_bytes(4, "little")
+    assert content.count(honest) == 2
+    tracemalloc.start()
+    try:
+        for damaged, says in ((content, "67,108,864 bytes"), (content.replace(honest, bytes([100, 0, 0, 0])), "CRC")):
+            packed.write_bytes(damaged)
+            pack._load.cache_clear()
+            with pytest.raises(CacheError, match=says):
+                pack.load(packed)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30, -1, -30, -200])
+def test_a_pack_that_ends_early_is_an_error(packed: Path, cut: int) -> None:
+    packed.write_bytes(packed.read_bytes()[:cut])
+    with pytest.raises(CacheError, match=r"some\.moepack is no pack"):
+        pack.load(packed)

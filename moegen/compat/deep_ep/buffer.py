@@ -10,10 +10,12 @@ import torch
 
 from moegen import checks
 from moegen.compat.deep_ep.config import Config, combine_config, dispatch_config, low_latency_size_hint
+from moegen.compat.deep_ep.local_memory import LocalMemory
 from moegen.compat.deep_ep.normal import NormalMode
 from moegen.compat.deep_ep.utils import CallEvent, EventHandle, EventOverlap
 from moegen.compat.low_latency import CombineBuffers, Layers, LowLatencyHandle, mode, own_handle, unpacked
 from moegen.errors import InputError
+from moegen.runtime.ownership import exclusive, lasting, write_anyway
 
 Tensor = torch.Tensor
 Hook = Callable[[], None]
@@ -66,9 +68,10 @@ class Buffer(NormalMode):
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self._combine_buffers = CombineBuffers()
-        self._local: dict[bool, Tensor] = {}
+        self._combine_buffers = CombineBuffers("get_next_low_latency_combine_buffer")
+        self._local: dict[bool, LocalMemory] = {}
 
+    @exclusive
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
         self._layers.destroy()
@@ -111,6 +114,7 @@ class Buffer(NormalMode):
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing to clean: what announces data carries the number of its call."""
 
+    @exclusive
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -160,8 +164,9 @@ class Buffer(NormalMode):
         )
         received, event, hook = _unpacked(answer, async_finish, return_recv_hook)
         tokens = received.tokens if received.scales is None else (received.tokens, received.scales)
-        return tokens, received.counts, LowLatencyHandle.of(layer, received), event, hook
+        return tokens, received.counts, LowLatencyHandle.of(layer, received, topk_idx), event, hook
 
+    @exclusive
     def low_latency_combine(
         self,
         x: Tensor,
@@ -179,46 +184,50 @@ class Buffer(NormalMode):
 
         Args:
             x: bfloat16 [local experts, ranks * max tokens, hidden].
-            topk_idx: that of the dispatch; only its shape is looked at.
+            topk_idx: that of the dispatch, in which selections may have become -1 since: these are left out, with a
+                weight of 0, so rows for them hold finite numbers. Anything else in it is not looked at.
             topk_weights: float32 [T, topk].
             handle: of the dispatch, as it was returned.
             use_logfmt: taken and not needed: sums cross the link as bfloat16, one per token and rank.
-            zero_copy: `x` is what `get_next_low_latency_combine_buffer` gave. Where peers' memory is mapped nothing is
-                copied in either case, so it saves nothing.
+            zero_copy: the outputs are in the tensor that `get_next_low_latency_combine_buffer` gave for this handle
+                since its last combine, and `x` is not looked at. Where peers' memory is mapped nothing is copied in
+                either case, so it saves nothing.
             async_finish, return_recv_hook, out: as in DeepEP.
             combine_wait_recv_cost_stats: as dispatch's, of the first sum of each rank that is waited for.
 
         Raises:
             HandleError: `handle` is not what low_latency_dispatch returned.
-            InputError: arguments that do not fit.
+            InputError: arguments that do not fit; or zero_copy, and the tensor was not asked for.
         """
         self._check_stats("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
         given = own_handle(handle)
-        if topk_idx.shape != topk_weights.shape:
-            raise InputError(f"topk_idx and topk_weights differ: {list(topk_idx.shape)}, {list(topk_weights.shape)}")
-        self._combine_buffers.combines += 1
         answer = given.owner.combine(
-            x,
+            self._combine_buffers.input_of(given, x, zero_copy),
             given.received.handle,
-            topk_weights,
+            given.routed.weights_of(topk_idx, topk_weights),
             out=out,
             timeout=self.timeout,
             waited_ns=combine_wait_recv_cost_stats,
             **mode(async_finish, return_recv_hook),
         )
+        given.buffer = None
         return _unpacked(answer, async_finish, return_recv_hook)
 
+    @exclusive
     def get_next_low_latency_combine_buffer(self, handle: tuple[Any, ...]) -> Tensor:
-        """A bfloat16 tensor [local experts, ranks * max tokens, hidden] for the `x` of the next combine: one of two per
-        shape, which take turns with the combines, as in DeepEP.
+        """A bfloat16 tensor [local experts, ranks * max tokens, hidden] for the outputs that the next combine of this
+        handle reads: one of two per shape, which handles take in turns.
         """
-        return self._combine_buffers.next(own_handle(handle).owner)
+        return self._combine_buffers.next(own_handle(handle))
 
+    @exclusive
+    @lasting()
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> Tensor:
-        """Memory of this rank, `num_rdma_bytes` or `num_nvl_bytes` of it, for whatever the caller likes: made when it
-        is first asked for, and the same in every call. In DeepEP the library's own data lie there; here they do not.
+        """Memory of this rank, `num_rdma_bytes` or `num_nvl_bytes` of it, for whatever the caller likes: zeros at
+        first, and the same in every call. In DeepEP the library's own data lie there; here they do not. More than a MiB
+        is allocated when it is first used: not for its shape, nor for zeroing it.
 
         Args:
             dtype: of the result.
@@ -228,21 +237,14 @@ class Buffer(NormalMode):
 
         Raises:
             InputError: the memory ends before the tensor does, or the offset is no such multiple.
+            CapacityError: from whatever uses the memory first: there is no room for it.
         """
-        given = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        if not 0 <= offset <= given or offset % dtype.itemsize != 0:
-            raise InputError(f"offset is a multiple of {dtype.itemsize} bytes in 0..{given}; got {offset}")
-        there = (given - offset) // dtype.itemsize
-        wanted = torch.Size([there]) if size is None else torch.Size(size)
-        if wanted.numel() > there:
-            name = "num_rdma_bytes" if use_rdma_buffer else "num_nvl_bytes"
-            needed = offset + wanted.numel() * dtype.itemsize
-            raise InputError(f"{list(wanted)} of {dtype} end at byte {needed}; make the Buffer with {name}={needed}")
         if use_rdma_buffer not in self._local:
-            self._local[use_rdma_buffer] = torch.zeros(given, dtype=torch.uint8, device=self._layers.device)
-        memory = self._local[use_rdma_buffer][offset : offset + wanted.numel() * dtype.itemsize]
-        return memory.view(dtype).view(wanted)
+            name = "num_rdma_bytes" if use_rdma_buffer else "num_nvl_bytes"
+            self._local[use_rdma_buffer] = LocalMemory(name, getattr(self, name), self._layers.device)
+        return self._local[use_rdma_buffer].tensor(dtype, size, offset)
 
+    @exclusive
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Leaves a rank out (`mask`) or takes it back, on this rank; see `ExpertParallel.active_ranks` for when.
 
@@ -255,6 +257,7 @@ class Buffer(NormalMode):
             raise InputError(f"a rank is 0..{self.group_size - 1}; got {rank}")
         active[rank] = 0 if mask else 1
 
+    @exclusive
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Writes 1 for each rank that is masked here, else 0, into int32 [ranks], on the current stream.
 
@@ -265,8 +268,9 @@ class Buffer(NormalMode):
         if mask_status.dtype != torch.int32 or mask_status.shape != active.shape:
             given = f"{mask_status.dtype} {list(mask_status.shape)}"
             raise InputError(f"mask_status is torch.int32 [{self.group_size}]; got {given}")
-        mask_status.copy_(active == 0)
+        write_anyway(mask_status, active == 0)
 
+    @exclusive
     def low_latency_clean_mask_buffer(self) -> None:
         """Takes all ranks back. Collective in effect: see `ExpertParallel.active_ranks`.
 

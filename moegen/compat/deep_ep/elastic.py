@@ -20,12 +20,13 @@ from moegen.errors import CapacityError, HandleError, InputError
 from moegen.high_throughput import HighThroughput
 from moegen.rows import DispatchedRows, Given
 from moegen.runtime.kernel import HOST_NUM_SMS
+from moegen.runtime.ownership import Exclusive, exclusive
 
 Tensor = torch.Tensor
 Tokens = Tensor | Given
 
 
-class ElasticBuffer(NotThere):
+class ElasticBuffer(Exclusive, NotThere):
     """DeepEP V2's communication buffer for expert parallelism. moegen allocates what the shapes of the calls need, when
     a shape is first seen; that first call is collective and compiles. The order of rows is always deterministic.
 
@@ -88,12 +89,14 @@ class ElasticBuffer(NotThere):
         self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx
         self._row_layers: dict[torch.device, RowLayers] = {}
 
+    @exclusive
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
         for rows in self._row_layers.values():
             rows.destroy()
         self._row_layers.clear()
 
+    @exclusive
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
         """Waits, always on the host, for what is queued on this rank's device, and then for all ranks to be here."""
         rows = self._rows(usual_device(self.group))
@@ -163,6 +166,7 @@ class ElasticBuffer(NotThere):
         """0: there are no queue pairs here."""
         return 0
 
+    @exclusive
     def dispatch(
         self,
         x: Tokens,
@@ -280,6 +284,7 @@ class ElasticBuffer(NotThere):
         weights = None if topk_weights is None else received.topk_weights
         return _tokens(received), received.topk_idx, weights, made, event
 
+    @exclusive
     def combine(
         self,
         x: Tensor,

@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import ClassVar
 
 import torch
 
 from moegen.compat.rows import Shape, rounded_up
 from moegen.rows import DispatchedRows
+from moegen.runtime.ownership import ProcessBound
 from moegen.runtime.streams import record
 
 Tensor = torch.Tensor
 
 
-class EPHandle:
+class EPHandle(ProcessBound):
     """A routing. Names and meanings are DeepEP's; tensors that need computing are made when they are read.
 
     Attributes:
@@ -31,6 +32,8 @@ class EPHandle:
         shape, received, recv_topk_idx: what further calls need; not the rows themselves.
     """
 
+    _noun: ClassVar[str] = "handle"
+    _belongs_to: ClassVar[str] = "its process and its buffer"
     token_metadata_at_forward: None = None
     channel_linked_list: None = None
 
@@ -59,9 +62,6 @@ class EPHandle:
         self.psum_num_recv_tokens_per_scaleup_rank = received.source_starts[1:]
         self.num_unaligned_recv_tokens_per_expert = received.counts
 
-    def __reduce__(self) -> Any:
-        raise TypeError("a moegen handle belongs to its process and its buffer; it cannot be pickled or copied")
-
     @property
     def _ranks(self) -> int:
         return len(self._source_counts)
@@ -88,7 +88,7 @@ class EPHandle:
         number, topk = self.num_recv_tokens, self.topk_idx.shape[1]
         numbers = self.received.numbers
         ends = self.psum_num_recv_tokens_per_scaleup_rank
-        sources = torch.searchsorted(ends, torch.arange(number, device=ends.device), right=True)
+        sources = torch.searchsorted(ends, torch.arange(number, dtype=torch.int64, device=ends.device), right=True)
         slots = _filled(numbers.part("row_slots").view(-1, topk), number)
         tokens = _filled(numbers.row_tokens, number)
         made = torch.full((number, topk + 2), -1, dtype=torch.int32, device=ends.device)

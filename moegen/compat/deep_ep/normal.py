@@ -18,6 +18,7 @@ from moegen.compat.low_latency import Layers
 from moegen.compat.rows import RowLayers, Shape, rounded_up
 from moegen.errors import HandleError, InputError
 from moegen.rows import DispatchedRows, Given, Layout
+from moegen.runtime.ownership import Exclusive, exclusive
 
 Tensor = torch.Tensor
 Tokens = Tensor | Given
@@ -25,7 +26,7 @@ NODE_RANKS = 8
 """Ranks of one of DeepEP's nodes."""
 
 
-class NormalMode:
+class NormalMode(Exclusive):
     """The part of `Buffer` that sends many tokens.
 
     Results are those of DeepEP: rows by source rank and then by the source's token, plain sums. Where ranks do not
@@ -64,6 +65,7 @@ class NormalMode:
         """The stream of asynchronous calls; None on a CPU, where a call is over when it returns."""
         return self._rows(self._layers.device).comm.stream
 
+    @exclusive
     def get_dispatch_layout(
         self,
         topk_idx: Tensor,
@@ -101,6 +103,7 @@ class NormalMode:
             per_node = nodes.sum(dim=0, dtype=torch.int32)
         return layout.tokens_per_rank, per_node, layout.tokens_per_expert, layout.token_in_rank, event
 
+    @exclusive
     def dispatch(
         self,
         x: Tokens,
@@ -214,13 +217,14 @@ class NormalMode:
     def _an_expert_of_each_rank(self, is_token_in_rank: Tensor, shape: Shape) -> Tensor:
         """Ids that route as is_token_in_rank says: int64 [T, ranks]."""
         share = shape.num_experts // self.group_size
-        first = torch.arange(0, shape.num_experts, share, device=is_token_in_rank.device)
+        first = torch.arange(0, shape.num_experts, share, dtype=torch.int64, device=is_token_in_rank.device)
         return torch.where(is_token_in_rank, first, -1)
 
     def _again(self, rows: RowLayers, x: Tokens, handle: NormalHandle, num_sms: int) -> DispatchedRows:
         layer, received = rows.for_handle(handle.shape.of(x), handle.received)
         return layer.dispatch(x, handle=received, num_sms=num_sms, timeout=self.timeout)
 
+    @exclusive
     def combine(
         self,
         x: Tensor,

@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 
 from moegen.compat.rows import Shape
 from moegen.rows import RowsHandle
+from moegen.runtime.ownership import ProcessBound
 from moegen.runtime.streams import record
 
 Tensor = torch.Tensor
 
 
-class NormalHandle(tuple[Any, ...]):
+class NormalHandle(ProcessBound, tuple[Any, ...]):
     """DeepEP's six elements. Frameworks pass the handle on and read nothing, so an element costs nothing until it is
     read. R ranks, T tokens of this rank, n rows received; a source's tokens are split into C = num_sms / 2 channels of
     ceil(tokens / C) each, as DeepEP's senders do. Rows that nothing came for have -1 and count nowhere.
@@ -30,6 +31,9 @@ class NormalHandle(tuple[Any, ...]):
     Attributes:
         shape, received: what further calls need.
     """
+
+    _noun: ClassVar[str] = "handle"
+    _belongs_to: ClassVar[str] = "its process and its Buffer"
 
     shape: Shape
     received: RowsHandle
@@ -69,9 +73,6 @@ class NormalHandle(tuple[Any, ...]):
     def __hash__(self) -> int:
         return id(self)
 
-    def __reduce__(self) -> Any:
-        raise TypeError("a moegen handle belongs to its process and its Buffer; it cannot be pickled or copied")
-
     @property
     def _source_counts(self) -> Tensor:
         return cast(Tensor, self.received.numbers.source_counts)
@@ -83,7 +84,7 @@ class NormalHandle(tuple[Any, ...]):
         """Int64 [T]."""
         tokens = len(self._is_token_in_rank)
         per_channel = max(1, -(-tokens // self._num_channels))
-        return torch.arange(tokens, device=self._is_token_in_rank.device) // per_channel
+        return torch.arange(tokens, dtype=torch.int64, device=self._is_token_in_rank.device) // per_channel
 
     def _sent_per_channel(self) -> Tensor:
         """Int32 [C, R]."""
@@ -105,7 +106,9 @@ class NormalHandle(tuple[Any, ...]):
     def _sources_of_rows(self) -> Tensor:
         """Int64 [n]: rank of each row; R where nothing came."""
         ends = self.received.numbers.first_rows[1:]
-        return torch.searchsorted(ends, torch.arange(self.received.rows, device=ends.device), right=True)
+        return torch.searchsorted(
+            ends, torch.arange(self.received.rows, dtype=torch.int64, device=ends.device), right=True
+        )
 
     def _recv_src_idx(self) -> Tensor:
         tokens = self.received.numbers.row_tokens[: self.received.rows]

@@ -128,7 +128,7 @@ def rank_mask(active: Iterable[int], ep_size: int) -> Tensor:
         if not 0 <= int(rank) < ep_size:
             raise CallError(f"active ranks are 0..{ep_size - 1}; got {int(rank)}")
         bits |= 1 << int(rank)
-    return torch.tensor([bits], dtype=torch.uint64)
+    return torch.tensor([bits], dtype=torch.uint64, device="cpu")
 
 
 def mask_bits(mask: Tensor | None, enabled: bool, ep_rank: int, ep_size: int) -> int | None:

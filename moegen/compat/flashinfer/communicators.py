@@ -12,8 +12,10 @@ import torch
 from moegen.compat import groups
 from moegen.compat.flashinfer.checks import CallError
 from moegen.errors import UnsupportedPlatformError
+from moegen.runtime.group_exchange import exchange_in_group
 from moegen.runtime.memory import SymmetricMemory, share_between_gpus, share_between_processes
-from moegen.runtime.worlds import LocalWorld, RankWorld, as_rank_world
+from moegen.runtime.waiting import SETUP_SECONDS
+from moegen.runtime.worlds import DEFAULT_TIMEOUT, LocalWorld, RankWorld, as_rank_world
 
 
 @runtime_checkable
@@ -52,10 +54,8 @@ class TorchDistBackend:
     def Get_size(self) -> int:  # noqa: N802
         return int(self._dist.get_world_size(self._group))
 
-    def allgather(self, data: Any) -> tuple[Any, ...]:
-        values: list[Any] = [None] * self.Get_size()
-        self._dist.all_gather_object(values, data, group=self._group)
-        return tuple(values)
+    def allgather(self, data: Any, seconds: float = DEFAULT_TIMEOUT, what: str = "values") -> tuple[Any, ...]:
+        return tuple(exchange_in_group(self._group, data, what, seconds))
 
     def bcast(self, data: Any, root: int) -> Any:
         """`root`: a rank of this group."""
@@ -95,14 +95,17 @@ class BackendWorld(RankWorld):
             self.ranks_per_device = gpus.count(gpus[self.rank])
         self.description = f"{self.size} processes on {device.type}, by {type(backend).__name__}"
 
-    def exchange(self, value: Any) -> list[Any]:
-        """As bytes: some hooks gather nothing else."""
+    def exchange(self, value: Any, what: str = "values", more_seconds: float = 0.0) -> list[Any]:
+        """As bytes: some hooks gather nothing else. Those of others have deadlines of their own, or none."""
+        if isinstance(self._backend, TorchDistBackend):
+            return list(self._backend.allgather(value, self.patience(more_seconds), what))
         return [pickle.loads(answer) for answer in self._backend.allgather(pickle.dumps(value))]
 
     def allocate(self, size: int) -> SymmetricMemory:
         if self.device.type == "cpu":
             return share_between_processes(size, self.rank, self.exchange)
-        memory = share_between_gpus(size, self._torch_group(), self.device, self.exchange)
+        seconds = self.patience(SETUP_SECONDS)
+        memory = share_between_gpus(size, self._torch_group(), self.device, self.exchange, seconds)
         torch.cuda.synchronize(self.device)
         return memory
 

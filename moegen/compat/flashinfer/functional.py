@@ -236,7 +236,7 @@ def moe_a2a_sanitize_expert_ids(
     target = initialized(workspace, ep_rank, workspace.shape[0])
     sent = _newest(target, "moe_a2a_sanitize_expert_ids")
     checks.expert_ids(expert_ids, target.ep_size, sent.slots)
-    slots = torch.arange(sent.slots, device=expert_ids.device)
+    slots = torch.arange(sent.slots, dtype=torch.int64, device=expert_ids.device)
     expert_ids.masked_fill_((slots >= sent.received.counts[:, None])[:, :, None], invalid_expert_id)
 
 

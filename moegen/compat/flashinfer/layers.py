@@ -15,6 +15,7 @@ from moegen.errors import DestroyedError
 from moegen.kernels.integers import settle_integers
 from moegen.one_sided import OneSided
 from moegen.payloads import PayloadsHandle
+from moegen.runtime.ownership import ProcessBound
 from moegen.runtime.worlds import RankWorld
 
 Tensor = torch.Tensor
@@ -47,7 +48,7 @@ class Rows:
         return self.hidden * self.dtype.itemsize
 
 
-class PayloadLayers:
+class PayloadLayers(ProcessBound):
     """Objects by routing and length of combine's rows; made, on all ranks together, when they are first needed. One
     that becomes too small is replaced by a larger one and lives on until `destroy()`: a graph may hold its calls.
     """

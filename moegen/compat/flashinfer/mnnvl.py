@@ -13,6 +13,7 @@ from moegen.compat.flashinfer import communicators
 from moegen.compat.flashinfer.checks import CallError
 from moegen.compat.flashinfer.communicators import CommBackend, TorchDistBackend
 from moegen.compat.flashinfer.workspace import Workspace
+from moegen.runtime.ownership import ProcessBound, lasting
 
 __all__ = ["CommBackend", "MnnvlConfig", "MnnvlMemory", "TorchDistBackend"]
 
@@ -37,7 +38,7 @@ _set = threading.local()
 _newest: list[Any] = []
 
 
-class MnnvlMemory:
+class MnnvlMemory(ProcessBound):
     """A workspace that ranks have together. It ends when this object and the metainfo tensors made for it are gone.
 
     Args:
@@ -79,6 +80,7 @@ class MnnvlMemory:
     def ptr(self) -> int:
         return self.workspace.tensor.data_ptr()
 
+    @lasting()
     def as_torch_strided_tensor(self, dtype: torch.dtype) -> torch.Tensor:
         """[ranks, size in elements]."""
         if not self.mapped:

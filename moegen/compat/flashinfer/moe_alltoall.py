@@ -12,11 +12,12 @@ from moegen.compat.flashinfer import checks, communicators, mnnvl, sizes, tables
 from moegen.compat.flashinfer.checks import CallError
 from moegen.compat.flashinfer.layers import Routed
 from moegen.compat.flashinfer.workspace import Sent, Workspace
+from moegen.runtime.ownership import Exclusive, exclusive
 
 Tensor = torch.Tensor
 
 
-class MoeAlltoAll:
+class MoeAlltoAll(Exclusive):
     """Dispatch and combine of one MoE layer. Objects of the same sizes and ranks share a workspace, which lives until
     `destroy` or `_reset_workspace`. Making one allocates nothing: the first dispatch does, which is collective and
     compiles; so does the first combine of a length or dtype of rows.
@@ -84,7 +85,7 @@ class MoeAlltoAll:
         self._key = (*shape, communicators.identity(communicator))
         self._hidden = hidden_size
         self._behind = self._shared_workspace(communicator)
-        self.metainfo = torch.tensor(self._behind.offsets, dtype=torch.int64)
+        self.metainfo = torch.tensor(self._behind.offsets, dtype=torch.int64, device="cpu")
         self._phase = "idle"
         self._sent: Sent | None = None
 
@@ -127,6 +128,7 @@ class MoeAlltoAll:
         """int32 [ep_size, eplb_stats_num_experts] of the last dispatch, until its combine."""
         return None if self._sent is None else self._sent.received.stats
 
+    @exclusive
     def dispatch(
         self,
         token_selected_experts: Tensor,
@@ -172,6 +174,7 @@ class MoeAlltoAll:
         self._sent, self._phase = sent, "dispatched"
         return list(sent.received.payloads)
 
+    @exclusive
     def combine(
         self,
         payload: Tensor,
@@ -209,6 +212,7 @@ class MoeAlltoAll:
         self._sent, self._phase = None, "idle"
         return combined
 
+    @exclusive
     def get_combine_payload_tensor_in_workspace(
         self, runtime_max_tokens_per_rank: int, hidden_size: int, dtype: torch.dtype
     ) -> Tensor:
@@ -222,6 +226,7 @@ class MoeAlltoAll:
         self._check_slots(sent, runtime_max_tokens_per_rank)
         return self._behind.combine_rows(sent, runtime_max_tokens_per_rank, hidden_size, dtype)
 
+    @exclusive
     def destroy(self) -> None:
         """Not FlashInfer's: gives the memory of the workspace back, also for objects that share it. Not collective."""
         if self._WORKSPACE_CACHE.get(self._key) is self._behind:

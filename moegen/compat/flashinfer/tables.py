@@ -34,7 +34,7 @@ def _targets(workspace: Workspace, sent: Sent) -> Tensor:
     """int64 [T, top_k]."""
     ids = sent.ids.long()
     ranges = reference.expert_ranges(sent.routed.num_experts, workspace.ep_size)
-    ends = torch.tensor([experts.stop for experts in ranges], device=ids.device)
+    ends = torch.tensor([experts.stop for experts in ranges], dtype=torch.int64, device=ids.device)
     targets = torch.bucketize(ids, ends, right=True)
     targets = targets.masked_fill(ids < 0, -1)
     if sent.active is not None:

@@ -14,6 +14,7 @@ from moegen.compat.flashinfer import checks, communicators, sizes
 from moegen.compat.flashinfer.checks import CallError
 from moegen.compat.flashinfer.layers import PayloadLayers, Routed, Rows
 from moegen.payloads import DispatchedPayloads
+from moegen.runtime.ownership import Exclusive, exclusive, lasting
 
 Tensor = torch.Tensor
 
@@ -37,7 +38,7 @@ class Sent:
         return self.ids.shape[0]
 
 
-class Workspace:
+class Workspace(Exclusive):
     """One rank's.
 
     Args:
@@ -79,14 +80,15 @@ class Workspace:
         self.offsets = sizes.offsets(self.ep_size, max_num_tokens, eplb_stats_num_experts)
         checks.room(self.offsets[-1], self.size_per_rank, "its counters", _REMEDY)
         self.last = None
-        return torch.tensor(self.offsets, dtype=torch.int64)
+        return torch.tensor(self.offsets, dtype=torch.int64, device="cpu")
 
     @property
     def tensor(self) -> Tensor:
         """uint8 [ep_size, size_per_rank], made when it is first read. All rows are this rank's own memory."""
         if self._tensor is None:
-            row = torch.zeros(self.size_per_rank, dtype=torch.uint8, device=self._device())
-            self._keep(row.expand(self.ep_size, -1))
+            with lasting():
+                row = torch.zeros(self.size_per_rank, dtype=torch.uint8, device=self._device())
+                self._keep(row.expand(self.ep_size, -1))
         assert self._tensor is not None
         return self._tensor
 
@@ -95,6 +97,7 @@ class Workspace:
         """uint8 [size_per_rank]."""
         return self.tensor[self.ep_rank]
 
+    @exclusive
     def dispatch(
         self,
         routed: Routed,
@@ -130,6 +133,7 @@ class Workspace:
         self.last = Sent(received, routed, ids, slots, offset, options.get("active_ranks"))
         return self.last
 
+    @exclusive
     def combine(
         self,
         sent: Sent,
@@ -158,6 +162,8 @@ class Workspace:
         layer, handle = self.layers.for_combine(sent.routed, sent.received.handle, rows)
         return layer.combine(payload, handle, out_dtype=dtype, out=output, **options)
 
+    @exclusive
+    @lasting()
     def combine_rows(self, sent: Sent, slots: int, hidden: int, dtype: torch.dtype) -> Tensor:
         """[ep_size, slots, hidden]: rows for combine. If nobody has read the tensor they have memory of their own,
         always the same: the rest of a row would lie idle.
@@ -173,6 +179,7 @@ class Workspace:
             room = self._combine_rows
         return room[:length].view(dtype).view(self.ep_size, slots, hidden)
 
+    @exclusive
     def destroy(self) -> None:
         """Gives the objects' memory back. Not collective."""
         self.layers.destroy()

@@ -13,12 +13,13 @@ from moegen.compat.deep_ep.utils import EventHandle, EventOverlap
 from moegen.compat.low_latency import CombineBuffers, Layers, LowLatencyHandle, mode, own_handle, unpacked
 from moegen.compat.mooncake.health import Health
 from moegen.errors import InputError
+from moegen.runtime.ownership import Exclusive, exclusive
 
 Tensor = torch.Tensor
 Hook = Callable[[], None]
 
 
-class Buffer:
+class Buffer(Exclusive):
     """Mooncake EP's communication buffer. Its size is kept and not used: moegen allocates what the shapes of the calls
     need, when a shape is first seen; that first call is collective and compiles.
 
@@ -44,8 +45,9 @@ class Buffer:
         self.num_ep_buffer_bytes = checks.integer("num_ep_buffer_bytes", num_ep_buffer_bytes)
         self.disable_p2p = disable_p2p
         self._health = Health(None if self._collective else self._layers, self.group_size)
-        self._combine_buffers = CombineBuffers()
+        self._combine_buffers = CombineBuffers("get_next_combine_buffer")
 
+    @exclusive
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
         self._layers.destroy()
@@ -56,6 +58,7 @@ class Buffer:
         if is_update:
             self.update_ep_member()
 
+    @exclusive
     def update_ep_member(self) -> None:
         """Takes ranks back that were missing. Collective: every rank of the group calls it, and writes 1 for them into
         its active_ranks; the next call of each shape makes its object anew, on all ranks together. Handles of calls
@@ -72,6 +75,7 @@ class Buffer:
         """
         return 4 * num_experts * (4 + num_max_dispatch_tokens_per_rank * (32 + 2 * hidden))
 
+    @exclusive
     def dispatch(
         self,
         x: Tensor,
@@ -112,8 +116,9 @@ class Buffer:
         answer = layer.dispatch(x, topk_idx, timeout=timeout, **self._mode(async_finish, return_recv_hook))
         received, event, hook = self._finished(answer, async_finish, return_recv_hook, settle)
         tokens = received.tokens if received.scales is None else (received.tokens, received.scales)
-        return tokens, received.counts, LowLatencyHandle.of(layer, received), event, hook
+        return tokens, received.counts, LowLatencyHandle.of(layer, received, topk_idx), event, hook
 
+    @exclusive
     def combine(
         self,
         x: Tensor,
@@ -132,36 +137,39 @@ class Buffer:
 
         Args:
             x: bfloat16 [local experts, ranks * max tokens, hidden].
-            topk_idx: that of the dispatch; only its shape is looked at.
+            topk_idx: that of the dispatch, in which selections may have become -1 since: these are left out, with a
+                weight of 0, so rows for them hold finite numbers. Anything else in it is not looked at.
             topk_weights: float32 [T, topk].
             handle: of the dispatch, as it was returned.
-            zero_copy: `x` is what `get_next_combine_buffer` gave. Nothing is copied in either case.
+            zero_copy: the outputs are in the tensor that `get_next_combine_buffer` gave for this handle since its last
+                combine, and `x` is not looked at. Nothing is copied in either case.
             out: bfloat16 [T, hidden], for the result.
             active_ranks, timeout_us, async_finish, return_recv_hook: as for `dispatch`.
 
         Raises:
             HandleError: `handle` is not what dispatch returned.
-            InputError: arguments that do not fit.
+            InputError: arguments that do not fit; or zero_copy, and the tensor was not asked for.
             DestroyedError: `update_ep_member()` or `destroy()` came after the dispatch.
         """
         timeout = self._seconds(timeout_us)
         given = own_handle(handle)
-        if topk_idx.shape != topk_weights.shape:
-            raise InputError(f"topk_idx and topk_weights differ: {list(topk_idx.shape)}, {list(topk_weights.shape)}")
-        settle = self._health.of_call(active_ranks, x.device)
-        self._combine_buffers.combines += 1
+        y = self._combine_buffers.input_of(given, x, zero_copy)
+        topk_weights = given.routed.weights_of(topk_idx, topk_weights)
+        settle = self._health.of_call(active_ranks, y.device)
         how = self._mode(async_finish, return_recv_hook)
-        answer = given.owner.combine(x, given.received.handle, topk_weights, out=out, timeout=timeout, **how)
+        answer = given.owner.combine(y, given.received.handle, topk_weights, out=out, timeout=timeout, **how)
+        given.buffer = None
         return self._finished(answer, async_finish, return_recv_hook, settle)
 
+    @exclusive
     def get_next_combine_buffer(self, handle: tuple[Any, ...]) -> Tensor:
-        """A bfloat16 tensor [local experts, ranks * max tokens, hidden] for the `x` of the next combine: one of two per
-        shape, which take turns with the combines.
+        """A bfloat16 tensor [local experts, ranks * max tokens, hidden] for the outputs that the next combine of this
+        handle reads: one of two per shape, which handles take in turns.
 
         Raises:
             HandleError: `handle` is not what dispatch returned.
         """
-        return self._combine_buffers.next(own_handle(handle).owner)
+        return self._combine_buffers.next(own_handle(handle))
 
     def _seconds(self, timeout_us: int) -> float:
         timeout_us = checks.integer("timeout_us", timeout_us)

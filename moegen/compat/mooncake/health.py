@@ -10,6 +10,7 @@ import torch
 
 from moegen.compat.low_latency import Layers
 from moegen.errors import InputError
+from moegen.runtime.ownership import write_anyway
 
 
 class Health:
@@ -36,8 +37,8 @@ class Health:
         mask = self._layers.keep_in(active_ranks)
         if mask.data_ptr() == active_ranks.data_ptr():
             return _nothing
-        mask.copy_(active_ranks)
-        return partial(_copy, active_ranks, mask)
+        write_anyway(mask, active_ranks)
+        return partial(write_anyway, active_ranks, mask)
 
     def _check(self, given: torch.Tensor, device: torch.device) -> None:
         fits = isinstance(given, torch.Tensor) and given.dtype == torch.int32 and given.is_contiguous()
@@ -51,7 +52,3 @@ class Health:
 
 def _nothing() -> None:
     pass
-
-
-def _copy(to: torch.Tensor, from_: torch.Tensor) -> None:
-    to.copy_(from_)

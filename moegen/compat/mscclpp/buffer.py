@@ -11,11 +11,12 @@ import torch
 
 from moegen import checks
 from moegen.compat.deep_ep.config import low_latency_size_hint
-from moegen.compat.low_latency import Layers, mode, unpacked
+from moegen.compat.low_latency import Layers, RoutedIds, mode, unpacked
 from moegen.compat.mscclpp.intranode import Intranode
 from moegen.errors import HandleError
 from moegen.expert_parallel import ExpertParallel
 from moegen.handle import Dispatched
+from moegen.runtime.ownership import exclusive
 
 Tensor = torch.Tensor
 Hook = Callable[[], None]
@@ -44,9 +45,10 @@ class Buffer(Intranode):
         self.num_nvl_bytes = checks.integer("num_nvl_bytes", num_nvl_bytes)
         self.num_rdma_bytes = checks.integer("num_rdma_bytes", num_rdma_bytes)
         self.low_latency_mode = low_latency_mode
-        self._dispatched: dict[int, tuple[weakref.ref[Tensor], ExpertParallel, Dispatched]] = {}
+        self._dispatched: dict[int, tuple[weakref.ref[Tensor], ExpertParallel, Dispatched, RoutedIds]] = {}
         """By the address of layout_range, as long as that tensor lives."""
 
+    @exclusive
     def destroy(self) -> None:
         """Gives all memory back. Not collective."""
         self._layers.destroy()
@@ -63,6 +65,7 @@ class Buffer(Intranode):
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing to clean: what announces data carries the number of its call."""
 
+    @exclusive
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -110,9 +113,10 @@ class Buffer(Intranode):
         )
         answer = layer.dispatch(x, topk_idx, out=out, **mode(async_finish, return_recv_hook))
         received, event, hook = unpacked(answer, async_finish, return_recv_hook)
-        self._remember(ranges, layer, received)
+        self._remember(ranges, layer, received, topk_idx)
         return received.tokens, received.scales, received.counts, received.row_tokens, ranges, event, hook
 
+    @exclusive
     def low_latency_combine(
         self,
         x: Tensor,
@@ -132,19 +136,27 @@ class Buffer(Intranode):
         Args:
             x: bfloat16 [local experts, ranks * max tokens, hidden].
             src_info, layout_range: the tensors that the dispatch returned.
-            topk_idx, num_max_dispatch_tokens_per_rank, num_experts, zero_copy: follow from them, or save nothing here.
+            topk_idx: that of the dispatch, in which selections may have become -1 since: these are left out, with a
+                weight of 0, so rows for them hold finite numbers. Anything else in it is not looked at.
+            num_max_dispatch_tokens_per_rank, num_experts: follow from the dispatch.
+            zero_copy: False. Nothing here gives the memory that MSCCL++ would read in place of `x`, and there is
+                nothing to save: nothing is copied.
 
         Raises:
+            NotImplementedError: zero_copy.
             HandleError: `layout_range` is not a dispatch's, or a later dispatch was given the same tensor.
         """
+        if zero_copy:
+            raise NotImplementedError("moegen.compat.mscclpp has no combine with zero_copy=True: give x, and False")
         kept = self._dispatched.get(layout_range.data_ptr())
         if kept is None or kept[0]() is None:
             raise HandleError("layout_range is the tensor that low_latency_dispatch returned, not a copy of it")
-        _, layer, received = kept
-        answer = layer.combine(x, received.handle, topk_weights, out=out, **mode(async_finish, return_recv_hook))
+        _, layer, received, routed = kept
+        weights = routed.weights_of(topk_idx, topk_weights)
+        answer = layer.combine(x, received.handle, weights, out=out, **mode(async_finish, return_recv_hook))
         combined, event, hook = unpacked(answer, async_finish, return_recv_hook)
         return combined, event, hook
 
-    def _remember(self, ranges: Tensor, layer: ExpertParallel, received: Dispatched) -> None:
+    def _remember(self, ranges: Tensor, layer: ExpertParallel, received: Dispatched, topk_idx: Tensor) -> None:
         self._dispatched = {at: kept for at, kept in self._dispatched.items() if kept[0]() is not None}
-        self._dispatched[ranges.data_ptr()] = (weakref.ref(ranges), layer, received)
+        self._dispatched[ranges.data_ptr()] = (weakref.ref(ranges), layer, received, RoutedIds(topk_idx))

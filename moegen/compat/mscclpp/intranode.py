@@ -13,6 +13,7 @@ from moegen.compat.deep_ep.config import Config
 from moegen.compat.deep_ep.normal import NormalMode
 from moegen.compat.deep_ep.normal_handle import NormalHandle
 from moegen.errors import HandleError, InputError
+from moegen.runtime.ownership import Exclusive, exclusive
 
 Tensor = torch.Tensor
 
@@ -27,7 +28,7 @@ class _Sender(NormalMode):
         self._layers, self.group, self.group_size = layers, group, layers.size
 
 
-class Intranode:
+class Intranode(Exclusive):
     """The part of `Buffer` that sends many tokens within a machine.
 
     Handles are known by the address of their rank_prefix_matrix, as long as that tensor lives.
@@ -44,6 +45,7 @@ class Intranode:
     def _routings(self) -> dict[int, tuple[weakref.ref[Tensor], NormalHandle]]:
         return {}
 
+    @exclusive
     def get_dispatch_layout(
         self, topk_idx: Tensor, num_experts: int, previous_event: Any, async_finish: bool, allocate_on_comm_stream: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Any]:
@@ -55,6 +57,7 @@ class Intranode:
         )
         return per_rank, per_node, per_expert, in_rank, _event(event)
 
+    @exclusive
     def intranode_dispatch(
         self,
         x: Tensor,
@@ -109,6 +112,7 @@ class Intranode:
         self._keep(prefix, made)
         return (*_pair(rows), ids, weights, counts, prefix, channels, received, src_idx, head, _event(event))
 
+    @exclusive
     def intranode_combine(
         self,
         x: Tensor,

@@ -66,7 +66,7 @@ class Ranks {
 Ranks::Ranks(const Variant& variant, uint32_t seed, uint32_t rounds) : variant_(variant), seed_(seed) {
     for (uint32_t number = 0; number < kRanks; ++number) {
         Rank& rank = ranks_[number];
-        // A rank tells how far it is in two words: of each op one.
+        // Words of 64 bits: the upper halves mean nothing.
         rank.prepare(number, seed, kAt.end, {kAt.presence, kAt.presence + kRanks * sizeof(uint32_t)});
         for (uint32_t round = 0; round < rounds; ++round)
             rank.rounds.emplace_back(round, number, variant.out_bytes, variant.pulls, rank.random);
@@ -84,7 +84,6 @@ Params Ranks::common_params(Rank& rank, Round& round, uint32_t op, const Roles& 
     p.tokens_sent = &round.tokens_sent;
     p.counts = round.counts.data();
     p.control = &rank.control[op];
-    p.other_control = &rank.control[1 - op];
     p.aborted = &rank.aborted;
     p.failure = &rank.failure[op];
     p.active = (1ull << kRanks) - 1;
@@ -132,6 +131,8 @@ void Ranks::combine(Rank& rank, Round& round, std::vector<uint8_t>& result) {
 template <typename Params>
 void Ranks::combine_with(Rank& rank, Round& round, std::vector<uint8_t>& result) {
     auto p = common_params<Params>(rank, round, 1, variant_.combine_roles);
+    p.other_control = &rank.control[0];
+    p.calls_offset = kAt.calls;
     p.out = result.data();
     if constexpr (requires { p.y; }) {
         p.y = reinterpret_cast<const uint8_t*>(round.y.data());

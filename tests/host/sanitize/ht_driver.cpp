@@ -8,7 +8,7 @@
 
 // Where one op's parts lie in symmetric memory.
 struct Regions {
-    uint64_t consumed, counts, entries, rows, tags, end;
+    uint64_t consumed, calls, counts, entries, rows, tags, end;
 };
 
 // A dispatch kernel for each phase and a combine kernel, a copy for each rank. `roles_apart`: one block sends and two
@@ -84,6 +84,7 @@ Params Ranks::common_params(Rank& rank, Round& round, uint32_t op, const Regions
     p.aborted = &rank.aborted;
     p.failure = &rank.failure[op];
     p.consumed_offset = at.consumed;
+    p.calls_offset = at.calls;
     p.rows_offset = at.rows;
     p.tags_offset = at.tags;
     p.timeout_ns = timeout_ns_;

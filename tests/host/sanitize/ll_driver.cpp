@@ -9,7 +9,7 @@
 
 // Where one op's parts lie in symmetric memory.
 struct Regions {
-    uint64_t consumed, routes, rows, tags, weights, end;
+    uint64_t consumed, calls, routes, rows, tags, weights, end;
 };
 
 // A dispatch and a combine kernel, a copy for each rank. `late`: weights are given to combine. `masked`: ranks may be
@@ -24,15 +24,31 @@ struct Variant {
     Regions dispatch_at, combine_at;
 };
 
+// struct Liveness of masked_signal.cuh.
+struct Pieces {
+    alignas(16) uint32_t words[4];
+};
+struct Liveness {
+    Failure* failure;
+    Pieces* heard;
+    uint32_t* const* beats;
+    Pieces* const* left_out;
+};
+
 #include <variants.hpp>
 
 namespace {
 
-constexpr uint64_t kMaskedTimeoutNs = 2'000'000'000;
+constexpr uint64_t kMaskedTimeoutNs = 1'000'000'000;
 
 struct Rank : RankState {
     uint32_t active[kRanks], verdicts[2][kRanks] = {};
     uint64_t waited_ns[kRanks] = {};
+    uint32_t beat = 0;
+    Pieces heard[kRanks] = {}, left_out[2] = {};
+    uint32_t* beats[kRanks];
+    Pieces* verdicts_of[2][kRanks];
+    Liveness liveness[2];
     std::vector<Round> rounds;
 };
 
@@ -50,7 +66,7 @@ class Ranks {
         if (!launched(rank, entry, params, blocks, variant_.threads, seed_ != 0)) failed_ = true;
     }
     template <typename Params>
-    Params common_params(Rank& rank, uint32_t op, const Regions& at);
+    Params common_params(Rank& rank, const Round& round, uint32_t op, const Regions& at);
     void dispatch(Rank& rank, Round& round);
     template <typename Params>
     void dispatch_with(Rank& rank, Round& round);
@@ -74,13 +90,18 @@ Ranks::Ranks(const Variant& variant, uint32_t seed, uint32_t rounds) : variant_(
         rank.prepare(number, seed, variant.combine_at.end, {variant.dispatch_at.consumed, variant.combine_at.consumed});
         std::fill(rank.active, rank.active + kRanks, 1);
         for (uint32_t round = 0; round < rounds; ++round) rank.rounds.emplace_back(round, number, rank.random);
+        for (uint32_t peer = 0; peer < kRanks; ++peer) rank.beats[peer] = &ranks_[peer].beat;
+        for (uint32_t op = 0; op < 2; ++op) {
+            for (uint32_t peer = 0; peer < kRanks; ++peer) rank.verdicts_of[op][peer] = &ranks_[peer].left_out[op];
+            rank.liveness[op] = {&rank.failure[op], rank.heard, rank.beats, rank.verdicts_of[op]};
+        }
     }
 }
 
 // ---- running --------------------------------------------------------------------------------------
 
 template <typename Params>
-Params Ranks::common_params(Rank& rank, uint32_t op, const Regions& at) {
+Params Ranks::common_params(Rank& rank, const Round& round, uint32_t op, const Regions& at) {
     Params p = {};
     for (uint32_t peer = 0; peer < kRanks; ++peer) p.peers[peer] = ranks_[peer].memory.get();
     p.control = &rank.control[op];
@@ -88,6 +109,7 @@ Params Ranks::common_params(Rank& rank, uint32_t op, const Regions& at) {
         p.aborted = &rank.aborted;
     } else {
         p.active = rank.active;
+        p.liveness = &rank.liveness[op];
         p.verdicts = rank.verdicts[op];
         p.waited_ns = rank.waited_ns;
     }
@@ -97,7 +119,8 @@ Params Ranks::common_params(Rank& rank, uint32_t op, const Regions& at) {
     p.tags_offset = at.tags;
     p.timeout_ns = timeout_ns_;
     p.rank = rank.number;
-    p.max_tokens = kMaxTokens;
+    p.capacity = kMaxTokens;
+    p.max_tokens = round.max_tokens;
     return p;
 }
 
@@ -107,7 +130,7 @@ void Ranks::dispatch(Rank& rank, Round& round) {
 
 template <typename Params>
 void Ranks::dispatch_with(Rank& rank, Round& round) {
-    auto p = common_params<Params>(rank, 0, variant_.dispatch_at);
+    auto p = common_params<Params>(rank, round, 0, variant_.dispatch_at);
     if constexpr (requires { p.selected_ranks; }) {
         p.selected_ranks = round.selected_ranks.data();
         p.selected_weights = round.selected_weights.data();
@@ -144,12 +167,14 @@ void Ranks::combine(Rank& rank, Round& round, std::vector<Bf16>& result) {
 
 template <typename Params>
 void Ranks::combine_with(Rank& rank, Round& round, std::vector<Bf16>& result) {
-    auto p = common_params<Params>(rank, 1, variant_.combine_at);
+    auto p = common_params<Params>(rank, round, 1, variant_.combine_at);
     if constexpr (requires { p.selected_ranks; }) {
         p.selected_ranks = round.selected_ranks.data();
         p.selected_weights = round.selected_weights.data();
         p.renormalize = 1;  // by 1 where nobody is missing
     }
+    p.calls_offset = variant_.combine_at.calls;
+    p.call = variant_.late;
     p.weights_offset = variant_.combine_at.weights;
     p.y = reinterpret_cast<const uint8_t*>(round.y.data());
     p.out = reinterpret_cast<uint8_t*>(result.data());
@@ -170,7 +195,7 @@ void Ranks::combine_with(Rank& rank, Round& round, std::vector<Bf16>& result) {
 void run_experts(const Rank& rank, Round& round) {
     const uint32_t first = first_expert(rank.number), last = first_expert(rank.number + 1);
     for (uint32_t expert = first; expert < last; ++expert) {
-        const uint32_t begin = (expert - first) * kExpertRows * kHidden;
+        const uint32_t begin = (expert - first) * round.expert_rows * kHidden;
         const uint32_t end = begin + uint32_t(round.counts[expert - first]) * kHidden;
         for (uint32_t at = begin; at < end; ++at) round.y[at] = narrowed(widened(round.out[at]) * factor_of(expert));
     }
@@ -228,7 +253,7 @@ bool Ranks::verify_dispatch(const Rank& rank, uint32_t number) const {
             const uint32_t before = row;
             for (uint32_t token = 0; token < uint32_t(sent.tokens); ++token) {
                 if (!sent.selects(token, expert)) continue;
-                const Bf16* there = &got.out[(local * kExpertRows + row++) * kHidden];
+                const Bf16* there = &got.out[(local * got.expert_rows + row++) * kHidden];
                 if (std::memcmp(there, &sent.x[token * kHidden], kHidden * sizeof(Bf16)) != 0)
                     return wrong("row of expert", rank, number, expert);
             }

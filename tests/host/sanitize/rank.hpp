@@ -55,7 +55,7 @@ inline bool launched(RankState& rank, moegen_host_entry* entry, const void* para
     if (rank.random() / 256 % 2) std::this_thread::sleep_for(std::chrono::microseconds(rank.random() / 256 % 300));
     char error[4000];
     const uint64_t seed = seeded ? rank.random() : 0;
-    const moegen_host_launch request = {params, blocks, threads, shared_bytes, 0, seed};
+    const moegen_host_launch request = {params, blocks, threads, shared_bytes, 0, seed, nullptr};
     if (entry(&request, error, sizeof error) == 0) return true;
     std::printf("rank %u: %s\n", rank.number, error);
     return false;

@@ -46,6 +46,12 @@ PRESENCE = {
 }
 """How ranks know that what they overwrite has been read."""
 
+CALLS = {
+    "call_store": relaxed_store("to, "),
+    "call_load": relaxed_load("word"),
+}
+"""The same in combine, whose words of progress are two: one statement stores both."""
+
 FLAGS = {
     "flag_barrier": Edit(
         KERNEL, r"__syncthreads\(\);(?=  // the chunk)", "if (begin + kWarpSize < share.end) __syncthreads();"
@@ -98,7 +104,8 @@ kernels are for AddressSanitizer.
 """
 
 NO_PRESENCE = {"presence_wait": Edit(KERNEL, r"int32_t\(seen - needed\) >= 0", "seen != needed")}
-NO_ROWS = {"counts_wait": no_wait_for_whole("kCounts", "counts_at", "told"), "flag_wait": no_wait("flag")}
+NO_CALLS = {"call_wait": no_wait("word")}
+NO_ROWS = {"counts_wait": no_wait_for_whole("kCounts", "counts_at", "first"), "flag_wait": no_wait("flag")}
 NO_PARTIALS = {
     "tag_wait": no_wait("tag"),
     "halves": Edit(KERNEL, r"half_of\(watch\.epoch\) \* p\.half_bytes", "(0 & watch.epoch) * p.half_bytes"),
@@ -106,18 +113,18 @@ NO_PARTIALS = {
 """Not orders, but what they are good for: waits, and that staging has two halves."""
 
 PULLING = {
-    **{f"pulled_{name}": edit for name, edit in {**PRESENCE, **NO_PRESENCE}.items()},
+    **{f"pulled_{name}": edit for name, edit in {**CALLS, **NO_CALLS}.items()},
     "pulled_entering_barrier": ENTERING["entering_barrier"],
 }
 """How a block learns that others have made the rows that it reads; its barrier is that of the epoch."""
 
 WEAKENED = [
     *without(APART, "dispatch", PRESENCE, FLAGS, VOTES),
-    *without(APART, "combine", PRESENCE, TAGS),
+    *without(APART, "combine", CALLS, TAGS),
 ]
 MORE = [
     *without(APART, "dispatch", PLANS, ENTERING, NO_PRESENCE, NO_ROWS),
-    *without(APART, "combine", ENTERING, NO_PRESENCE, NO_PARTIALS),
+    *without(APART, "combine", ENTERING, NO_CALLS, NO_PARTIALS),
     *without(ONE_TEAM, "combine", {f"{name}_of_block": TAGS[name] for name in ("tag_barrier", "tag_vote")}),
     *without(PULLED, "combine", PULLING),
     *without(TOGETHER, "combine", {f"{name}_of_team": TAGS[name] for name in ("tag_barrier", "tag_vote")}),

@@ -30,8 +30,9 @@ class Request(ctypes.Structure):
         ("grid", ctypes.c_uint32),
         ("block", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("wait_ms", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
+        ("running", ctypes.c_void_p),
     ]
 
 
@@ -110,7 +111,7 @@ class Kernels:
     ) -> None:
         pointers = [None if array is None else array.ctypes.data for array in (out, a, b)]
         params = Params(*pointers, n, flag)
-        request = Request(ctypes.addressof(params), grid, block, shared, 0, seed)
+        request = Request(ctypes.addressof(params), grid, block, shared, 0, seed, None)
         entry = self._library[f"{kernel}_launch"]
         entry.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
         error = ctypes.create_string_buffer(4000)

@@ -22,7 +22,7 @@ struct Params {
 
 void launch(moegen_host_entry* entry, Params params, unsigned grid, unsigned block, bool may_fail = false) {
     char error[2000];
-    const moegen_host_launch request = {&params, grid, block, 2048, 0, 0};
+    const moegen_host_launch request = {&params, grid, block, 2048, 0, 0, nullptr};
     const int failed = entry(&request, error, sizeof error);
     if (failed) std::printf("%s\n", error);
     if (failed && !may_fail) std::exit(2);
