@@ -73,6 +73,17 @@ def refuse_lazy(name: str) -> NoReturn:
     raise InputError(f"{name} is a negated or conjugated view and cannot be written to; give the tensor it views")
 
 
+def require_kept(name: str, tensor: torch.Tensor) -> None:
+    """Of memory that an earlier call has seen.
+
+    Raises:
+        InputError: it was freed since.
+    """
+    there = tensor.untyped_storage().nbytes()
+    if there < tensor.nbytes:
+        _require_memory(name, tensor, there)
+
+
 def operand(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """What an operator of torch may be given: what `read` takes, also while it requires grad, and what torch puts in
     its place while it traces.
@@ -100,36 +111,45 @@ def require_real_tensors() -> None:
             )
 
 
-def apart(outputs: Iterable[Named], inputs: Iterable[Named], taken: Iterable[Span] = ()) -> list[Span]:
-    """What a call writes is nothing that it reads, or writes as another output. Returns `taken` and where that is.
+def apart(
+    outputs: Iterable[Named], inputs: Iterable[Named], known: Sequence[Span] = (), taken: Sequence[Span] = ()
+) -> list[Span]:
+    """What a call writes is nothing that it reads, or writes as another output. Returns where its outputs are.
 
     Args:
+        known: where further outputs are, none of which shares memory with another.
         taken: other memory that it must not write.
 
     Raises:
         InputError: two of them share memory.
     """
-    spans = [*taken]
-    for is_written, named in ((True, outputs), (False, inputs)):
-        for name, tensor in named:
-            if tensor is None:
-                continue
-            start = tensor.data_ptr()
-            end = start + (tensor.nbytes if tensor.is_contiguous() else _extent(tensor))
-            for other, first, last in spans:
-                if start < last and first < end:
-                    raise InputError(
-                        f"{name} and {other} share memory, and the call would write to one while it reads or writes "
-                        "the other; give one of them memory of its own, such as a clone"
-                    )
-            if is_written:
-                spans.append((name, start, end))
+    spans = [*known]
+    for name, tensor in outputs:
+        if tensor is not None:
+            made = span(name, tensor)
+            _require_apart(made, spans)
+            _require_apart(made, taken)
+            spans.append(made)
+    if spans:
+        for name, tensor in inputs:
+            if tensor is not None:
+                _require_apart(span(name, tensor), spans)
     return spans
 
 
 def span(name: str, tensor: torch.Tensor) -> Span:
     start = tensor.data_ptr()
-    return name, start, start + _extent(tensor)
+    return name, start, start + (tensor.nbytes if tensor.is_contiguous() else _extent(tensor))
+
+
+def _require_apart(one: Span, others: Sequence[Span]) -> None:
+    name, start, end = one
+    for other, first, last in others:
+        if start < last and first < end:
+            raise InputError(
+                f"{name} and {other} share memory, and the call would write to one and use the other, too; give one of "
+                "them memory of its own, such as a clone"
+            )
 
 
 def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 MAX_SMS = 1024
 """Thread blocks per launch that a caller may ask for."""
 
+HANDLE_MEMORY = "the memory of the handle"
 _ROW_ALIGNMENT = 16
 _DTYPES = {torch.bfloat16: "bf16"}
 MAX_SLOTS = 16
@@ -69,6 +70,12 @@ def seconds(name: str, value: float) -> None:
     """From a microsecond to thirty years: kernels count nanoseconds in 64 bits."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 1e-6 <= value <= 1e9:
         raise InputError(f"{name} is a number of seconds in 1e-6..1e9; got {value!r}")
+
+
+def seconds_of_call(timeout: float | None) -> None:
+    """In place of the object's; most calls say nothing of it."""
+    if timeout is not None:
+        seconds("timeout", timeout)
 
 
 def problem(
@@ -211,17 +218,19 @@ def outputs(
     """What a call was given to write into, which shares no memory with what it reads, nor with what calls need whose
     hooks are open.
     """
+    if out is None and totals is None and waited is None:
+        return ()
     held = owner._alive().held
     others = (("total_counts", totals), ("waited_ns", waited))
     inputs = (*inputs, ("active_ranks", owner._active))
     if not isinstance(out, Dispatched):
-        admission.apart((("out", out), *others), inputs, held)
+        admission.apart((("out", out), *others), inputs, taken=held)
         return [tensor for tensor in (out, totals, waited) if tensor is not None]
     if not out.spans:
         out.spans.extend(admission.apart(zip(_RESULTS, out.allocations, strict=True), ()))
     if held:
-        admission.apart(zip(_RESULTS, out.allocations, strict=True), (), held)
-    admission.apart(others, inputs, (*out.spans, *held))
+        admission.apart(zip(_RESULTS, out.allocations, strict=True), (), taken=held)
+    admission.apart(others, inputs, out.spans, held)
     return [tensor for tensor in (*out.allocations, totals, waited) if tensor is not None]
 
 
@@ -277,6 +286,8 @@ def waiting(
     owner: ExpertParallel, timeout: float | None, waited_ns: torch.Tensor | None, renormalize: bool = False
 ) -> None:
     """How a call waits; most say nothing of it."""
+    if owner._active is not None:
+        admission.require_kept("active_ranks", owner._active)
     if timeout is not None:
         seconds("timeout", timeout)
     if (waited_ns is not None or renormalize) and not owner.problem.masked:
@@ -298,6 +309,7 @@ def handle(owner: ExpertParallel, given: Handle) -> None:
             "a later dispatch wrote its results over those of this handle, which were given to it as out; take the "
             "handle of what that dispatch returned, or give each dispatch results of its own"
         )
+    admission.require_kept(HANDLE_MEMORY, given.memory)
 
 
 def require_tensor(owner: Placed, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -236,9 +235,8 @@ class ExpertParallel(ActiveMembership, Staged):
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)
             numbers = {"num_tokens": num_tokens, "total_counts": total_counts, "waited_ns": waited_ns}
-            given = out if isinstance(out, torch.Tensor) else None
             call = partial(self.dispatch, x, topk_idx, topk_weights, out=out, timeout=timeout, **numbers)
-            parts = (x, topk_idx, topk_weights, given, *numbers.values())
+            parts = (x, topk_idx, topk_weights, out if isinstance(out, torch.Tensor) else None, *numbers.values())
             return self._comm_stream.run(None, parts, call, lambda received: received.allocations)
         ops = self._alive()
         self._raise_reported()
@@ -256,10 +254,8 @@ class ExpertParallel(ActiveMembership, Staged):
         else:
             checks.out(self, out, ops.received.tokens_shape, ops.received.dtype)
             received = ops.received.allocate(self, x.shape[0], current_stream(self.device), out)
-        written: Sequence[torch.Tensor] = ()
-        if not (out is total_counts is waited_ns is None):
-            inputs = (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights), ("num_tokens", num_tokens))
-            written = checks.outputs(self, out, total_counts, waited_ns, inputs)
+        inputs = (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights), ("num_tokens", num_tokens))
+        written = checks.outputs(self, out, total_counts, waited_ns, inputs)
         arguments = (x, topk_idx, topk_weights, num_tokens, received, total_counts, return_recv_hook)
         hook = self._launch(ops.dispatch, *arguments, timeout, waited_ns)
         admission.note_writes(written)
@@ -376,10 +372,8 @@ class ExpertParallel(ActiveMembership, Staged):
         shape = (handle.num_tokens, self.problem.hidden)
         checks.out(self, out, shape, self.dtype)
         checks.waiting(self, timeout, waited_ns, renormalize)
-        written: Sequence[torch.Tensor] = ()
-        if not (out is waited_ns is None):
-            inputs = (("y", y), ("topk_weights", topk_weights), ("the memory of the handle", handle.memory))
-            written = checks.outputs(self, out, None, waited_ns, inputs)
+        inputs = (("y", y), ("topk_weights", topk_weights), (checks.HANDLE_MEMORY, handle.memory))
+        written = checks.outputs(self, out, None, waited_ns, inputs)
         if out is None:
             out = torch.empty(shape, dtype=self.dtype, device=self.device)
         arguments = (y, handle, topk_weights, out, return_recv_hook)

@@ -212,8 +212,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         stats = payload_checks.stats(self, stats)
         payload_checks.lie_elsewhere(ops.shown, moved, topk_idx, num_tokens, stats)
         active = payload_checks.active(self, active_ranks)
-        if timeout is not None:
-            checks.seconds("timeout", timeout)
+        checks.seconds_of_call(timeout)
         widths = tuple(part.shape[1] * part.element_size() for part in moved)
         exact = payload_checks.exact(self, self._rule.is_exact(slots, sum(widths) + self.combine_bytes))
         spec = self._ready((widths, exact), active, exact, partial(dispatch_spec, self.problem, widths))
@@ -310,13 +309,9 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             self, y.dtype, handle.num_tokens, out_dtype=out_dtype, out=out, quantize=quantize,
             output_scale=output_scale, scale_layout=scale_layout,
         )  # fmt: skip
-        if to.given:
-            receive_buffer = admission.span("this object's receive buffer", ops.memory.local)
-            inputs = (("y", y), ("output_scale", to.output_scale), ("the memory of the handle", handle.memory))
-            admission.apart(to.given, inputs, (receive_buffer,))
+        payload_checks.combined_apart(to.given, ops.memory.local, y, to.output_scale, handle)
         active = payload_checks.active(self, active_ranks)
-        if timeout is not None:
-            checks.seconds("timeout", timeout)
+        checks.seconds_of_call(timeout)
         word = payload_checks.WORDS[y.dtype]
         pulls, exact = ops.holds(y), handle.exchanged is not None
         choose = partial(combine_spec, self.problem, word, to.word, pulls=pulls)
@@ -324,8 +319,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         if handle.stream != current_stream(self.device):  # the handle may be dropped before this stream has read it
             record(self.device, (handle.memory,))
         self._launch(ops.combine, spec, y, to.addresses, handle, active, timeout)
-        if to.given:
-            admission.note_writes([tensor for _, tensor in to.given])
+        admission.note_writes([tensor for _, tensor in to.given])
         return to.made
 
     @property

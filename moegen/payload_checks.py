@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moegen import checks
+from moegen import admission, checks
 from moegen.errors import CapacityError, HandleError, InputError, MissingKernelError
 from moegen.kernels.a2a import MAX_PAYLOADS, MAX_STATS, ROW_DTYPES
 from moegen.kernels.a2a_results import OUT_DTYPES
@@ -198,6 +198,7 @@ def handle(owner: OneSided, given: PayloadsHandle) -> None:
             if gone
             else "this handle comes from another OneSided; give it to that one's combine"
         )
+    admission.require_kept(checks.HANDLE_MEMORY, given.memory)
 
 
 def outputs(owner: OneSided, y: torch.Tensor, slots: int) -> torch.Tensor:
@@ -209,6 +210,19 @@ def outputs(owner: OneSided, y: torch.Tensor, slots: int) -> torch.Tensor:
             f"{owner.combine_bytes}; make it with dtype={y.dtype}"
         )
     return checks.readable(y)
+
+
+def combined_apart(
+    outputs: Sequence[admission.Named],
+    buffer: torch.Tensor,
+    y: torch.Tensor,
+    scale: torch.Tensor | None,
+    given: PayloadsHandle,
+) -> None:
+    """What a combine was given to write into."""
+    if outputs:
+        inputs = (("y", y), ("output_scale", scale), (checks.HANDLE_MEMORY, given.memory))
+        admission.apart(outputs, inputs, taken=(admission.span("this object's receive buffer", buffer),))
 
 
 def expert_rows(owner: OneSided, has_them: bool, dtype: torch.dtype | None) -> None:

@@ -79,7 +79,7 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
             )
             row_checks.rows_out(self, out, out_scales, handle.rows)
             if written:
-                inputs = (("x", data), ("scales", scales), ("the memory of the handle", handle.memory))
+                inputs = (("x", data), ("scales", scales), (checks.HANDLE_MEMORY, handle.memory))
                 admission.apart((("out", out), ("out_scales", out_scales)), inputs)
             rows = make(handle.rows, selections=False, tokens=out, scales=out_scales)
             self._note_use(handle)

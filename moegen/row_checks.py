@@ -153,6 +153,7 @@ def handle(owner: RowCalls, given: RowsHandle) -> None:
         raise HandleError(f"this object takes the handle of its dispatch; got {type(given).__name__}")
     if given.owner is not owner:
         raise HandleError("this handle comes from another object; give it to that one")
+    admission.require_kept(checks.HANDLE_MEMORY, given.memory)
 
 
 def handle_memory(owner: RowCalls, memory: torch.Tensor, words: int) -> torch.Tensor:
@@ -162,7 +163,7 @@ def handle_memory(owner: RowCalls, memory: torch.Tensor, words: int) -> torch.Te
             f"a handle of this object has {words} words int32 on {owner.device}; this is another's memory: "
             f"{memory.dtype} {list(memory.shape)} on {memory.device}"
         )
-    return checks.readable(admission.read("the memory of the handle", memory))
+    return checks.readable(admission.read(checks.HANDLE_MEMORY, memory))
 
 
 def exact(owner: RowCalls, max_rows: int | None, *outs: torch.Tensor | None) -> None:
@@ -258,5 +259,5 @@ def combined_apart(
 ) -> None:
     """What a combine writes. Element for element over a bias it may: each is read just before it is written."""
     others = [("bias", bias) for bias in biases if not admission.is_same(bias, out)]
-    inputs = [("y", y), ("topk_weights", weights), *others, ("the memory of the handle", given.memory)]
-    admission.apart([("out", out)], inputs, [admission.span("this object's receive buffer", buffer)])
+    inputs = [("y", y), ("topk_weights", weights), *others, (checks.HANDLE_MEMORY, given.memory)]
+    admission.apart([("out", out)], inputs, taken=[admission.span("this object's receive buffer", buffer)])

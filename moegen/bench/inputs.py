@@ -64,15 +64,16 @@ def plan_rotation(
     """
     token_bytes = tokens * config.row_bytes
     used = tokens * config.num_topk * config.row_bytes
+    least = max(1, config.halves)  # calls whose hooks are open write into buffers of their own
     if not memory_bytes:
-        count = min(_HOST_BUFFERS, config.ops)
+        count = max(min(_HOST_BUFFERS, config.ops), least)
         return Rotation(count, count, count * token_bytes, count * used, 0)
     local_experts = -(-config.num_experts // config.ranks)
     both = 2 * local_experts * config.ranks * max_tokens * config.row_bytes  # one for dispatch, one for combine
     room = int(memory_bytes * _MEMORY_SHARE) // ranks_per_device // both
     wanted = -(-_L2_TIMES * l2_bytes // token_bytes), -(-_L2_TIMES * l2_bytes // used)
-    token_buffers = max(1, min(config.ops, wanted[0]))
-    row_buffers = max(1, min(config.ops, wanted[1], room))
+    token_buffers = max(min(config.ops, wanted[0]), least)
+    row_buffers = max(min(config.ops, wanted[1], room), least)
     return Rotation(token_buffers, row_buffers, token_buffers * token_bytes, row_buffers * used, l2_bytes)
 
 

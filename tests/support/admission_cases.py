@@ -188,9 +188,10 @@ def test_gradients_are_not_computed_with_what_was_overwritten(device: str) -> No
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 saved.sum().backward()
         other = payloads(world)
-        lent = other.dispatch(ids, [x.new_zeros(3, 128)]).payloads[0]
+        parts = [x.new_zeros(3, 128), x.new_zeros(3, 2, dtype=torch.int32), x.new_zeros(3, 2, dtype=torch.float32)]
+        lent = other.dispatch(ids, parts).payloads[0]
         saved = factor * lent
-        other.dispatch(ids, [x.new_zeros(3, 128)])
+        other.dispatch(ids, parts)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             saved.sum().backward()
 
@@ -220,6 +221,43 @@ def test_objects_and_calls_need_real_tensors(device: str, make: Any) -> None:
             with FakeTensorMode(), pytest.raises(InputError, match="outside of it"):
                 call.without_outputs()
             call.without_outputs()
+
+    in_world(device, work)
+
+
+def test_freed_memory_of_handles(device: str) -> None:
+    def work(world: Any) -> None:
+        x, ids = torch.ones(3, 128, dtype=torch.bfloat16, device=device), torch.tensor([[0, 1]] * 3, device=device)
+        few, many, one = experts(world), rows(world), payloads(world)
+        parts = [x, x.new_zeros(3, 2, dtype=torch.int32), x.new_zeros(3, 2, dtype=torch.float32)]
+        results: list[tuple[Any, Any, Any]] = [
+            (few, few.dispatch(x[:, :64].contiguous(), ids), "tokens"),
+            (many, many.dispatch(x, ids), "tokens"),
+            (one, one.dispatch(ids, parts), "payloads"),
+        ]
+        for made, received, name in results:
+            made.synchronize()
+            y = getattr(received, name)
+            y = (y[0] if isinstance(y, tuple) else y).clone()
+            received.counts.untyped_storage().resize_(0)
+            with pytest.raises(InputError, match="the memory of the handle was freed"):
+                made.combine(y, received.handle)
+
+    in_world(device, work)
+
+
+@pytest.mark.slow
+def test_a_mask_whose_memory_was_freed(device: str) -> None:
+    """Its kernels are of no other test's shape."""
+
+    def work(world: Any) -> None:
+        x, ids = torch.ones(3, 64, dtype=torch.bfloat16, device=device), torch.tensor([[0, 1]] * 3, device=device)
+        layer = experts(world, active_ranks=True)
+        layer.dispatch(x, ids)
+        layer.synchronize()
+        layer.active_ranks.untyped_storage().resize_(0)
+        with pytest.raises(InputError, match="the memory of active_ranks was freed"):
+            layer.dispatch(x, ids)
 
     in_world(device, work)
 

@@ -69,7 +69,11 @@ def test_results_of_open_hooks(device: str, path: str) -> None:
         sums, receive = layer.combine(received.tokens.clone(), received.handle, return_recv_hook=True)
         refused(lambda: layer.combine(received.tokens.clone(), received.handle, out=sums), "out", "hook was not called")
         refused(lambda: layer.dispatch(x, ids, out=received), "the memory of out", "hook was not called")
+        own = torch.empty_like(sums)
+        _, receive_again = layer.combine(received.tokens.clone(), received.handle, out=own, return_recv_hook=True)
         receive()
+        receive_again()  # both only read what the handle is made of
+        assert torch.equal(own, sums)
         layer.dispatch(x, ids, out=received)
         layer.synchronize()
 
@@ -173,6 +177,24 @@ def test_payloads(device: str, path: str) -> None:
         refused(lambda: layer.combine(y, received.handle, out=came[0]), "out", "receive buffer")
         wanted = layer.combine(y, received.handle)
         assert torch.equal(layer.combine(y, received.handle, out=torch.empty_like(wanted)), wanted)
+
+    in_world(device, work)
+
+
+def test_rows_that_others_read(device: str) -> None:
+    """`expert_rows()` lies beside the receive buffer: rows come from there, results do not go there."""
+
+    def work(world: Any) -> None:
+        layer, new = payloads(world, expert_rows=True), Maker(device)
+        parts = [new(3, 128), new.zeros(3, 2), new(3, 2, dtype=F32)]
+        received = layer.dispatch(torch.tensor(IDS, device=device), parts)
+        y = layer.expert_rows()
+        y.copy_(received.payloads[0])
+        out = torch.empty(3, 128, dtype=BF16, device=device)
+        layer.combine(y, received.handle, out=out)
+        layer.synchronize()
+        assert torch.equal(out, parts[0])
+        refused(lambda: layer.combine(y, received.handle, out=y[0, 5:]), "out", "receive buffer")
 
     in_world(device, work)
 
