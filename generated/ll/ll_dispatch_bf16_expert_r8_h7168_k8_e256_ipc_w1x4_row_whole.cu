@@ -93,7 +93,6 @@ constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
 using Watch = PlainWatch;
-
 // The half of the receive buffers that this epoch uses.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
 
@@ -123,7 +122,7 @@ __device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watc
 
 // Whether every peer has read epoch `needed`. Out of line: one warp runs this, and the others' instructions stay in a
 // row.
-__device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t needed, Watch watch) {
+__device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t needed, PlainWatch watch) {
     const bool aborted = load_relaxed_sys(watch.aborted) != 0;
     bool ready = true;
 #pragma unroll 1

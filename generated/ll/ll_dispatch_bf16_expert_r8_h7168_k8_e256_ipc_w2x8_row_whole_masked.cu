@@ -108,11 +108,12 @@ constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
+using Watch = PlainWatch;
 // The half of the receive buffers that this epoch uses.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
 
 __device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.active, global_timer_ns(), p.timeout_ns, p.rank, p.control->epoch, p.failure, nullptr, 0};
+    return Watch{p.active, global_timer_ns(), p.timeout_ns, p.rank, p.control->epoch};
 }
 
 // The last block to get here moves on to the next epoch. A warp does this that has little else to do at the start.
@@ -138,7 +139,7 @@ __device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watc
 
 // Bit r: rank r has read epoch `needed`. One that does not in time is marked. Out of line: one warp runs this, and the
 // others' instructions stay in a row.
-__device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, uint32_t needed, Watch watch) {
+__device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, uint32_t needed, PlainWatch watch) {
     uint64_t ready = uint64_t(1) << watch.rank;
 #pragma unroll 1
     for (uint32_t first = 0; first < kRanks; first += kWarpSize) {

@@ -95,7 +95,6 @@ constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
 using Watch = PlainWatch;
-
 // The half of the receive buffers that this epoch uses.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
 

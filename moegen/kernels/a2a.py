@@ -13,7 +13,7 @@ from functools import cached_property
 
 from moegen.kernels.a2a_payloads import UNITS, BulkRow, Payload, RowBytes
 from moegen.kernels.a2a_results import RESULTS, Result, in_whole_tiles
-from moegen.kernels.call_words import FIELDS
+from moegen.kernels.call_words import FIELDS, PLACES
 from moegen.kernels.ht import require_routing
 from moegen.kernels.ll import MAX_SHARED_BYTES, ceil_div
 from moegen.kernels.params import Param, ParamStruct
@@ -401,9 +401,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
                 Param("const int32_t*", "counts", "[ranks]: rows from each source"),
                 *_BEGIN,
                 Param("const Control*", "other_control", "dispatch's"),
-                Param(
-                    "uint64_t", "calls_offset", "[half][rank] u64: call word and epoch of the combine that it has begun"
-                ),
+                *PLACES,
                 *self._places,
                 *_ROLES,
                 Param("uint32_t", "call", "call word"),

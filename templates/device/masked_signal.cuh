@@ -7,41 +7,46 @@
 namespace moegen {
 
 // What every wait of a launch needs to know.
-struct Watch {
+struct PlainWatch {
     uint32_t* active;  // [ranks]: 0: this rank neither waits for that one nor sends to it
     uint64_t started_ns;
     uint64_t timeout_ns;
     uint32_t rank;
     uint32_t epoch;
+};
+
+// The same where the peer's call word may differ, as in signal.cuh.
+struct CallWatch : PlainWatch {
     Failure* failure;
-    const uint64_t* calls;  // [ranks]: a rank's call word, and the epoch that it is of; or null
-    uint32_t call;          // this rank's
+    const uint64_t* calls;  // [parity][rank]: call words and their epochs, as published to this rank
 };
 
 // Whether the peer's call word differs, which is reported: its data is left out, but it is not marked as missing.
-__device__ __forceinline__ bool makes_different_call(const Watch& watch, Awaited what) {
-    if (watch.calls == nullptr) return false;
-    const uint64_t said = load_relaxed_sys(watch.calls + what.peer);
-    if (uint32_t(said) != watch.epoch || uint32_t(said >> 32) == watch.call) return false;
-    write_other_call(watch.failure, watch.rank, what, watch.epoch, watch.call, said >> 32);
+__device__ __forceinline__ bool makes_different_call(const PlainWatch&, Awaited) { return false; }
+
+__device__ __forceinline__ bool makes_different_call(const CallWatch& watch, Awaited what) {
+    const uint64_t here = load_relaxed_sys(watch.calls + place_of_call(watch.epoch, watch.rank));
+    const uint64_t there = load_relaxed_sys(watch.calls + place_of_call(watch.epoch, what.peer));
+    if (!are_of_different_calls(here, there, watch.epoch)) return false;
+    write_other_call(watch.failure, watch.rank, what.peer, here >> 32, there >> 32);
     return true;
 }
 
 // This rank is always active for itself.
-__device__ __forceinline__ bool is_active(const Watch& watch, uint32_t peer) {
+__device__ __forceinline__ bool is_active(const PlainWatch& watch, uint32_t peer) {
     return peer == watch.rank || load_relaxed_sys(watch.active + peer) != 0;
 }
 
 // Deadlines count from the launch, so that several missing ranks cost no more than one. What depends on more has a
 // quarter of the timeout more: a rank that was itself held up by a missing one is not marked for that.
-__device__ __forceinline__ uint64_t deadline_ns(const Watch& watch, uint32_t phase) {
+__device__ __forceinline__ uint64_t deadline_ns(const PlainWatch& watch, uint32_t phase) {
     return watch.started_ns + watch.timeout_ns + phase * (watch.timeout_ns / 4);
 }
 
 // Polls until `poll()` gives `expected`; false if its peer is not active (any more), or is marked here. The clock is
 // read before the poll: what came while this thread was not running is seen. What this rank sends itself is not timed:
 // it comes as soon as its own waits end.
-template <class Poll>
+template <class Watch, class Poll>
 __device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, uint32_t expected) {
 #pragma unroll 1
     for (uint32_t polls = 0;; ++polls) {
