@@ -99,11 +99,11 @@ __device__ __forceinline__ uint64_t tag_of(const Params& p, const Watch& watch) 
 
 // By one block, once the epoch is open (all ranks have finished the one before, so none reads its word any more) and
 // ahead of any row. A peer that makes a different call then fails at once, where it would wait for rows until it times
-// out.
-__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch) {
+// out. Out of line: inlined, dispatch spills.
+__device__ __noinline__ void publish_call(const Params& p, uint32_t epoch) {
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_relaxed_sys(call_at(p, watch.epoch, peer, p.rank), with_call(call_word(p), watch.epoch));
+        store_relaxed_sys(call_at(p, epoch, peer, p.rank), with_call(call_word(p), epoch));
     }
 }
 
@@ -437,7 +437,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_combine
     await_launch_before();
     const Watch watch = start_watch(p);
     if (open_epoch(p, watch)) {
-        if (blockIdx.x == 0) publish_call(p, watch);
+        if (blockIdx.x == 0) publish_call(p, watch.epoch);
         if (is_one_of(p.senders)) send_partials(p, watch);
         if (is_one_of(p.receivers)) reduce_tokens(p, watch, min(uint32_t(*p.tokens_sent), p.tokens));
     }

@@ -117,11 +117,11 @@ __device__ __forceinline__ uint64_t tag_of(const Params& p, const Watch& watch) 
 
 // By one block, once the epoch is open (all ranks have finished the one before, so none reads its word any more) and
 // ahead of any row. A peer that makes a different call then fails at once, where it would wait for rows until it times
-// out.
-__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch) {
+// out. Out of line: inlined, dispatch spills.
+__device__ __noinline__ void publish_call(const Params& p, uint32_t epoch) {
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_relaxed_sys(call_at(p, watch.epoch, peer, p.rank), with_call(call_word(p), watch.epoch));
+        store_relaxed_sys(call_at(p, epoch, peer, p.rank), with_call(call_word(p), epoch));
     }
 }
 
@@ -435,7 +435,7 @@ __device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch,
         store_whole_relaxed_sys(counts_at(p, rank, p.rank) + piece,
                                 make_uint4(words[0], words[1], words[2], watch.epoch));
     }
-    publish_call(p, watch);
+    publish_call(p, watch.epoch);
 }
 
 // Chunks are dealt to the receiving blocks, which have nothing to do yet. All count first; then each adds up what lies
