@@ -220,6 +220,8 @@ class ExpertParallel(ActiveMembership, Staged):
             InputError: an argument does not fit; nothing was launched.
             SlotError: more hooks are open than there are slots; nothing was launched.
             PeerTimeoutError: this or an earlier call waited for a rank in vain.
+            DifferentCallError: an earlier combine had topk_weights on some ranks only; raised from then on until
+                `destroy()`.
             InvalidRoutingError: an earlier call on a GPU met an id that names no expert (on the CPU ids are checked
                 before anything is launched). This call was not launched: make it again, the other ranks wait for it.
             LaunchError: the driver refused the launch.
