@@ -226,6 +226,8 @@ class ExpertParallel(ActiveMembership, Staged):
             SlotError: more hooks are open than there are slots; nothing was launched.
             PeerTimeoutError: this or an earlier call waited for a rank in vain.
             LeftOutError: the other ranks have left this one out; once. This call was not launched: make it again.
+            DifferentCallError: an earlier combine had topk_weights on some ranks only; raised from then on until
+                `destroy()`.
             InvalidRoutingError: an earlier call on a GPU met an id that names no expert (on the CPU ids are checked
                 before anything is launched). This call was not launched: make it again, the other ranks wait for it.
             LaunchError: the driver refused the launch.

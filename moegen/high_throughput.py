@@ -251,6 +251,8 @@ class HighThroughput(RowCalls, Staged):
         Raises:
             InputError: an argument does not fit; nothing was launched.
             PeerTimeoutError: this or an earlier call waited for a rank in vain.
+            DifferentCallError: this or an earlier call had a mode, a handle, weights or `weighted` on some ranks only;
+                raised from then on until `destroy()`.
             InvalidRoutingError: an earlier call on a GPU met an id that names no expert.
             CapacityError: more tokens than this object was made for; in mode "exact" every rank raises it if any has
                 too many. Or more rows came to an earlier call than fitted.

@@ -194,6 +194,8 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         Raises:
             InputError: an argument does not fit; nothing was launched.
             CapacityError: more tokens, or wider payloads, than there is room for; nothing was launched.
+            DifferentCallError: this or an earlier call had payloads, max_tokens, stats or active_ranks that differ
+                between ranks; raised from then on until `destroy()`.
             PeerTimeoutError: this or an earlier call waited for a rank in vain.
             InvalidRoutingError: an earlier call on a GPU met an id that names no expert.
             MissingKernelError: the first dispatch of this set of payloads, while a stream captures.

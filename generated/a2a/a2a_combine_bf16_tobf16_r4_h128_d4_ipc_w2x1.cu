@@ -38,7 +38,8 @@ struct Params {
     uint64_t presence_offset;      // [rank] u64: the last dispatch that it has done with
     uint64_t timeout_ns;           // how long one wait may take
     const Control* other_control;  // dispatch's
-    uint64_t calls_offset;         // [half][rank] u64: call word and epoch of the combine that it has begun
+    const uint64_t* calls;         // [parity][rank]: call words published to this rank, with their epochs
+    uint64_t calls_offset;         // where they lie in every rank's symmetric memory
     uint64_t rows_offset;          // [half][rank][max_tokens] rows
     uint64_t half_bytes;           // of a half: room for the longest rows, whatever this kernel's
     uint64_t tags_offset;          // [half][rank][max_tokens] u32: epoch of the row there
@@ -51,7 +52,7 @@ struct Params {
     uint32_t call;                 // call word
 };
 
-static_assert(sizeof(Params) == 208);
+static_assert(sizeof(Params) == 216);
 
 __device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
 __device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
@@ -72,21 +73,17 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
     return sum < kRanks ? sum : sum - kRanks;
 }
 
-using Watch = CallWatch;
+using Watch = CallWatch<Params>;
 
 // Double buffering of staging and of call words.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
 
 // Where `from` publishes to `rank` that it begins a combine: call word and epoch.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + half_of(epoch) * kRanks + from;
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
 }
 
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    const uint32_t epoch = p.control->epoch;
-    return Watch{{p.aborted, p.failure, p.timeout_ns, p.rank, epoch}, call_at(p, epoch, p.rank, 0), p.call};
-}
-
+__device__ __forceinline__ Watch start_watch(const Params& p) { return Watch{&p, p.control->epoch}; }
 __device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
 
 // Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.
@@ -102,7 +99,7 @@ __device__ __forceinline__ void tell_presence(const Params& p, const Watch& watc
     for (uint32_t at = kBlockThreads - 1 - threadIdx.x; at < 2 * kRanks; at += kBlockThreads) {
         const uint32_t peer = at % kRanks;
         uint64_t* to = at < kRanks ? presence_at(p, peer, p.rank) : call_at(p, watch.epoch, peer, p.rank);
-        if (is_active(p, peer)) store_release_sys(to, at < kRanks ? done : with_call(watch.call, watch.epoch));
+        if (is_active(p, peer)) store_release_sys(to, at < kRanks ? done : with_call(p.call, watch.epoch));
     }
 }
 
@@ -113,8 +110,8 @@ __device__ __forceinline__ bool await_calls(const Params& p, const Watch& watch,
 #pragma unroll 1
     for (uint32_t peer = thread; peer < kRanks; peer += threads) {
         if (!is_active(p, peer)) continue;
-        const uint64_t* word = watch.calls + peer;
-        came &= wait_for(watch, Awaited{kPresence, peer, -1}, with_call(watch.call, watch.epoch),
+        const uint64_t* word = p.calls + place_of_call(watch.epoch, peer);
+        came &= wait_for(watch, Awaited{kPresence, peer, -1}, with_call(p.call, watch.epoch),
                          [=] { return load_acquire_sys(word); });
     }
     return came;
@@ -353,7 +350,7 @@ __device__ __forceinline__ void add_tokens(const Params& p, const Watch& watch, 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_combine_bf16_tobf16_r4_h128_d4_ipc_w2x1(const __grid_constant__ Params p) {
     await_launch_before();
     const Watch watch = start_watch(p);
-    const bool sound = load_relaxed_sys(watch.aborted) == 0;
+    const bool sound = load_relaxed_sys(p.aborted) == 0;
     const bool tells = blockIdx.x == p.receivers.first;
     if (tells && sound) tell_presence(p, watch);
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);

@@ -409,7 +409,7 @@ __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch
         } else {
             const uint64_t call = uint64_t(first.z) << 32 | (first.y & ~kBlocksMask);
             if (call != p.call) {
-                report_other_call(watch, Awaited{kCounts, source, -1}, p.call, call);
+                report_other_call(p, source, p.call, call);
                 first = {};
             }
         }

@@ -50,7 +50,7 @@ __device__ __forceinline__ bool belongs_here(const Params& p, const Header& head
     }
     const uint64_t word = uint64_t(header.word[1]) << 32 | header.word[0];
     if (word == p.word) return true;
-    write_other_call(p.failure, p.rank, Awaited{0, source, -1}, call, p.word, word);
+    write_other_call(p.failure, p.rank, source, p.word, word);
     return false;
 }
 

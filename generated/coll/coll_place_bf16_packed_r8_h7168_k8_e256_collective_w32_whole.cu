@@ -95,7 +95,7 @@ __device__ __forceinline__ bool belongs_here(const Params& p, uint32_t rank) {
         return false;
     }
     if (header.word == call_word(p)) return true;
-    write_other_call(p.failure, p.rank, Awaited{0, rank, -1}, call, call_word(p), header.word);
+    write_other_call(p.failure, p.rank, rank, call_word(p), header.word);
     return false;
 }
 

@@ -49,7 +49,8 @@ struct Params {
     uint32_t* aborted;           // this object's abort word
     Failure* failure;            // where the host reads what went wrong
     uint64_t consumed_offset;    // [rank] u32: the last epoch that the peer has finished
-    uint64_t calls_offset;       // [rank] u64: call word and epoch of its launch
+    const uint64_t* calls;       // [parity][rank]: call words published to this rank, with their epochs
+    uint64_t calls_offset;       // where they lie in every rank's symmetric memory
     uint64_t rows_offset;        // [source][max_tokens] records, each at its token's number
     uint64_t tags_offset;        // [source][max_tokens] u64: call word and epoch of the row there
     uint64_t timeout_ns;         // how long one wait may take
@@ -69,7 +70,7 @@ struct Params {
     uint32_t wide_ids;           // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 392);
+static_assert(sizeof(Params) == 400);
 
 // Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
 // they index anything.
@@ -91,26 +92,32 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
     return sum < kRanks ? sum : sum - kRanks;
 }
 
-using Watch = CallWatch;
+// Waits for rows compare call words, but not behind counts, which have been compared then.
+using Watch = PlainWatch;
 
 // Where `from` publishes its call word to `rank`.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + from;
+__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
 }
 
+// The phase, which is equal on all ranks that make the same call.
+__device__ __forceinline__ uint32_t call_word(const Params&) { return 1; }
 __device__ __forceinline__ Watch start_watch(const Params& p) {
-    constexpr uint32_t kCall = 1;  // by the phase, which is the same on all ranks
-    return Watch{{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch}, call_at(p, p.rank, 0), kCall};
+    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
+}
+
+// What a row's tag is.
+__device__ __forceinline__ uint64_t tag_of(const Params& p, const Watch& watch) {
+    return with_call(call_word(p), watch.epoch);
 }
 
 // By one block, once the epoch is open (all ranks have finished the one before, so none reads its word any more) and
 // ahead of any row. A peer that makes a different call then fails at once, where it would wait for rows until it times
-// out.
-__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch) {
-    if (blockIdx.x != 0) return;
+// out. Out of line: inlined, dispatch spills.
+__device__ __noinline__ void publish_call(const Params& p, uint32_t epoch) {
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_relaxed_sys(call_at(p, peer, p.rank), with_call(watch.call, watch.epoch));
+        store_relaxed_sys(call_at(p, epoch, peer, p.rank), with_call(call_word(p), epoch));
     }
 }
 
@@ -124,7 +131,7 @@ __device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank,
 // launch.
 __device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch) {
     const uint32_t needed = epoch_before(watch.epoch);
-    bool ready = load_relaxed_sys(watch.aborted) == 0;
+    bool ready = load_relaxed_sys(p.aborted) == 0;
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
         const uint32_t* word = consumed_at(p, p.rank, peer);
@@ -353,7 +360,8 @@ __device__ __forceinline__ uint32_t count_word(const Params& p, const Chunk& chu
     return chunk.before[counter] + counted_before(chunk, counter, kChunk);
 }
 
-// After the last chunk: every rank hears how many rows it gets, also if there are none.
+// After the last chunk: every rank hears how many rows it gets, also if there are none. Behind the counts goes the call
+// word, for ranks that wait for no counts.
 __device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch, uint32_t tokens, const Chunk& chunk) {
 #pragma unroll 1
     for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
@@ -363,11 +371,12 @@ __device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch,
 #pragma unroll
         for (uint32_t word = 0; word < kPieceWords; ++word) {
             const uint32_t at = piece * kPieceWords + word;
-            words[word] = at == kCallWord ? watch.call : count_word(p, chunk, tokens, rank, at);
+            words[word] = at == kCallWord ? call_word(p) : count_word(p, chunk, tokens, rank, at);
         }
         store_whole_relaxed_sys(counts_at(p, rank, p.rank) + piece,
                                 make_uint4(words[0], words[1], words[2], watch.epoch));
     }
+    publish_call(p, watch.epoch);
 }
 
 // Chunks are dealt to the receiving blocks, which have nothing to do yet. All count first; then each adds up what lies
@@ -414,15 +423,16 @@ __device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t s
 // the call word; a source whose word differs has no rows. All receiving blocks wait for the
 // same words: if every thread of theirs polled, what is waited for could hardly be written.
 __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch, Arrivals& arrivals) {
+    const CallWatch<Params> comparing{&p, watch.epoch};
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
         uint4 last;
         const Awaited what{kCounts, source, -1};
-        const bool came = wait_for_whole(watch, what, counts_at(p, p.rank, source) + kCountPieces - 1, last);
+        const bool came = wait_for_whole(comparing, what, counts_at(p, p.rank, source) + kCountPieces - 1, last);
         const uint32_t words[kPieceWords] = {last.x, last.y, last.z};
         const uint32_t call = words[kCallWord % kPieceWords];
-        arrivals.belong[source] = came && call == watch.call;
-        if (came && call != watch.call) report_other_call(watch, what, watch.call, call);
+        arrivals.belong[source] = came && call == call_word(p);
+        if (came && call != call_word(p)) report_other_call(p, source, call_word(p), call);
     }
     __syncthreads();
 #pragma unroll 1
@@ -556,7 +566,6 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_dispatc
     await_launch_before();
     const Watch watch = start_watch(p);
     if (open_epoch(p, watch)) {
-        publish_call(p, watch);
         const uint32_t tokens = tokens_of_this_call(p);
         if (is_one_of(p.receivers)) plan_rows(p, watch, tokens);
         if (is_one_of(p.receivers)) receive_rows(p, watch);

@@ -51,7 +51,8 @@ struct Params {
     uint32_t* aborted;           // this object's abort word
     Failure* failure;            // where the host reads what went wrong
     uint64_t consumed_offset;    // [rank] u32: the last epoch that the peer has finished
-    uint64_t calls_offset;       // [rank] u64: call word and epoch of its launch
+    const uint64_t* calls;       // [parity][rank]: call words published to this rank, with their epochs
+    uint64_t calls_offset;       // where they lie in every rank's symmetric memory
     uint64_t rows_offset;        // [source][max_tokens] records, each at its token's number
     uint64_t tags_offset;        // [source][max_tokens] u64: call word and epoch of the row there
     uint64_t timeout_ns;         // how long one wait may take
@@ -71,7 +72,7 @@ struct Params {
     uint32_t wide_ids;           // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 392);
+static_assert(sizeof(Params) == 400);
 
 // Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
 // they index anything.
@@ -95,26 +96,32 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
 
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
 
-using Watch = CallWatch;
+// Waits for rows compare call words.
+using Watch = CallWatch<Params>;
 
 // Where `from` publishes its call word to `rank`.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + from;
+__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
 }
 
+// The phase, which is equal on all ranks that make the same call.
+__device__ __forceinline__ uint32_t call_word(const Params&) { return 2; }
 __device__ __forceinline__ Watch start_watch(const Params& p) {
-    constexpr uint32_t kCall = 2;  // by the phase, which is the same on all ranks
-    return Watch{{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch}, call_at(p, p.rank, 0), kCall};
+    return Watch{&p, p.control->epoch};
+}
+
+// What a row's tag is.
+__device__ __forceinline__ uint64_t tag_of(const Params& p, const Watch& watch) {
+    return with_call(call_word(p), watch.epoch);
 }
 
 // By one block, once the epoch is open (all ranks have finished the one before, so none reads its word any more) and
 // ahead of any row. A peer that makes a different call then fails at once, where it would wait for rows until it times
-// out.
-__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch) {
-    if (blockIdx.x != 0) return;
+// out. Out of line: inlined, dispatch spills.
+__device__ __noinline__ void publish_call(const Params& p, uint32_t epoch) {
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_relaxed_sys(call_at(p, peer, p.rank), with_call(watch.call, watch.epoch));
+        store_relaxed_sys(call_at(p, epoch, peer, p.rank), with_call(call_word(p), epoch));
     }
 }
 
@@ -128,7 +135,7 @@ __device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank,
 // launch.
 __device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch) {
     const uint32_t needed = epoch_before(watch.epoch);
-    bool ready = load_relaxed_sys(watch.aborted) == 0;
+    bool ready = load_relaxed_sys(p.aborted) == 0;
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
         const uint32_t* word = consumed_at(p, p.rank, peer);
@@ -178,7 +185,7 @@ __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch
     bool arrived = true;
     if (lane_id() == 0) {
         const uint64_t* tag = tag_at(p, p.rank, what.peer, uint32_t(what.index));
-        arrived = wait_for(watch, what, with_call(watch.call, watch.epoch), [=] { return load_acquire_sys(tag); });
+        arrived = wait_for(watch, what, tag_of(p, watch), [=] { return load_acquire_sys(tag); });
     }
     const bool verdict = __all_sync(kFullWarp, arrived) != 0;
     __syncwarp();  // lane 0 has acquired the row, and a vote orders nothing
@@ -229,8 +236,7 @@ __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, ui
     __syncwarp();
 #pragma unroll 1
     for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) {
-        if ((ranks >> rank & 1) != 0)
-            store_release_sys(tag_at(p, rank, p.rank, token), with_call(watch.call, watch.epoch));
+        if ((ranks >> rank & 1) != 0) store_release_sys(tag_at(p, rank, p.rank, token), tag_of(p, watch));
     }
 }
 
@@ -351,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_dispatc
     await_launch_before();
     const Watch watch = start_watch(p);
     if (open_epoch(p, watch)) {
-        publish_call(p, watch);
+        if (blockIdx.x == 0) publish_call(p, watch.epoch);
         const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
         if (is_one_of(p.senders)) send_rows(p, watch, tokens);
         if (is_one_of(p.receivers)) receive_rows(p, watch);

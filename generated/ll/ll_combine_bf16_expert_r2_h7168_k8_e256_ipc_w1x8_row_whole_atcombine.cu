@@ -43,20 +43,22 @@ struct Params {
     uint32_t* aborted;            // this object's abort word
     Failure* failure;             // where the host reads what went wrong
     uint64_t consumed_offset;     // [rank] u32: the last epoch that the peer has read
-    uint64_t rows_offset;         // [half][source][max_tokens] records, each at its token's number
-    uint64_t tags_offset;         // [half][source][max_tokens] u64: epoch of the row there
-    uint64_t calls_offset;        // [half][rank] u64: call word and epoch of its launch
-    uint64_t weights_offset;      // [half][source][max_tokens][weight pieces]
+    uint64_t rows_offset;         // [half][source][capacity] records, each at its token's number
+    uint64_t tags_offset;         // [half][source][capacity] u64: epoch of the row there
+    const uint64_t* calls;        // [parity][rank]: call words published to this rank, with their epochs
+    uint64_t calls_offset;        // where they lie in every rank's symmetric memory
+    uint64_t weights_offset;      // [half][source][capacity][weight pieces]
     uint64_t timeout_ns;          // how long one wait may take
     Blocks senders;               // blocks that send
     Blocks receivers;             // blocks that receive; the same ones where there are too few
     uint32_t rank;                // this rank
     uint32_t tokens;              // rows of this rank's token tensor
-    uint32_t max_tokens;          // capacity: tokens that a rank may send
+    uint32_t capacity;            // tokens of a source that receive buffers have room for
+    uint32_t max_tokens;          // tokens that a rank may send in this call, up to the capacity
     uint32_t call;                // call word: one bit
 };
 
-static_assert(sizeof(Params) == 192);
+static_assert(sizeof(Params) == 208);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
@@ -82,25 +84,24 @@ constexpr uint32_t kRecordPieces = kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = 2;
 
-using Watch = CallWatch;
-
+using Watch = CallWatch<Params>;
 // The half of the receive buffers that this epoch uses.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
 
 // Where `from` publishes its call word to `rank`.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + half_of(epoch) * kRanks + from;
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
 }
 
+// The flag of a partial sum: its epoch, with the call word (one bit: weights are given to combine) added to the lowest
+// bit. That bit is redundant: it selects the half of the receive buffers.
+constexpr uint32_t kCallWord = 1;
+__device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.epoch ^ kCallWord; }
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     const uint32_t epoch = p.control->epoch;
-    const uint64_t* calls = call_at(p, epoch, p.rank, 0);
-    return Watch{{p.aborted, p.failure, p.timeout_ns, p.rank, epoch}, calls, p.call};
+    const CallWatch<Params> watch{&p, epoch};
+    return watch;
 }
-
-// The flag of a partial sum: its epoch, with the call word (one bit) added to the lowest bit. That bit is redundant: it
-// selects the half of the receive buffers.
-__device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.epoch ^ watch.call; }
 
 // The last block to get here moves on to the next epoch. A warp does this that has little else to do at the start.
 __device__ __forceinline__ void leave_epoch(const Params& p, const Watch& watch) {
@@ -127,13 +128,13 @@ __device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watc
 __device__ __forceinline__ void publish_call(const Params& p, const Watch& watch) {
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_relaxed_sys(call_at(p, watch.epoch, peer, p.rank), with_call(watch.call, watch.epoch));
+        store_relaxed_sys(call_at(p, watch.epoch, peer, p.rank), with_call(kCallWord, watch.epoch));
     }
 }
 
 // Whether every peer has read epoch `needed`. Out of line: one warp runs this, and the others' instructions stay in a
 // row.
-__device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t needed, Watch watch) {
+__device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t needed, PlainWatch watch) {
     const bool aborted = load_relaxed_sys(watch.aborted) != 0;
     bool ready = true;
 #pragma unroll 1
@@ -154,7 +155,7 @@ __device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t ne
 __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, bool& opened) {
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
     const uint32_t needed = epoch_before(epoch_before(watch.epoch));
-    const bool ready = all_have_read(consumed_at(p, p.rank, 0), needed, watch);
+    const bool ready = all_have_read(consumed_at(p, p.rank, 0), needed, plain(watch));
     if (lane_id() == 0) opened = ready;
 }
 
@@ -166,10 +167,10 @@ struct Row {
     uint4 vectors[kSteps];
 };
 
-// Receive buffers are [half][source][max_tokens].
+// Receive buffers are [half][source][capacity].
 __device__ __forceinline__ uint64_t place_in_buffer(const Params& p, const Watch& watch, uint32_t source,
                                                     uint32_t row) {
-    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.max_tokens + row;
+    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.capacity + row;
 }
 
 // The record of (source, row) in the symmetric memory of `rank`.

@@ -43,25 +43,28 @@ struct Params {
     const int32_t* tokens_sent;   // one number: the tokens of that dispatch
     Control* control;             // this op's epoch
     uint32_t* active;             // [ranks]: 0: that rank is missing
+    const Liveness* liveness;     // where ranks show that they are alive, and which ones they have left out
     uint32_t* verdicts;           // [ranks]: what the blocks of a launch agreed on
     uint64_t* waited_ns;          // [ranks], to which the ns waited for each are added; or null
     Failure* failure;             // where the host reads what went wrong
     uint64_t consumed_offset;     // [rank] u32: the last epoch that the peer has read
-    uint64_t rows_offset;         // [half][source][max_tokens] records, each at its token's number
-    uint64_t tags_offset;         // [half][source][max_tokens] u64: epoch of the row there
-    uint64_t calls_offset;        // [half][rank] u64: call word and epoch of its launch
-    uint64_t weights_offset;      // [half][source][max_tokens][weight pieces]
+    uint64_t rows_offset;         // [half][source][capacity] records, each at its token's number
+    uint64_t tags_offset;         // [half][source][capacity] u64: epoch of the row there
+    const uint64_t* calls;        // [parity][rank]: call words published to this rank, with their epochs
+    uint64_t calls_offset;        // where they lie in every rank's symmetric memory
+    uint64_t weights_offset;      // [half][source][capacity][weight pieces]
     uint64_t timeout_ns;          // how long one wait may take
     Blocks senders;               // blocks that send
     Blocks receivers;             // blocks that receive; the same ones where there are too few
     uint32_t rank;                // this rank
     uint32_t tokens;              // rows of this rank's token tensor
-    uint32_t max_tokens;          // capacity: tokens that a rank may send
+    uint32_t capacity;            // tokens of a source that receive buffers have room for
+    uint32_t max_tokens;          // tokens that a rank may send in this call, up to the capacity
     uint32_t call;                // call word: one bit
     uint32_t renormalize;         // 1: the weights of what was added make up for what is missing
 };
 
-static_assert(sizeof(Params) == 280);
+static_assert(sizeof(Params) == 296);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
@@ -90,23 +93,24 @@ constexpr uint32_t kRecordPieces = kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = 1;
 
+using Watch = WatchOf<Params>;
 // The half of the receive buffers that this epoch uses.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
 
 // Where `from` publishes its call word to `rank`.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + half_of(epoch) * kRanks + from;
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
 }
 
+// The flag of a partial sum: its epoch, with the call word (one bit: weights are given to combine) added to the lowest
+// bit. That bit is redundant: it selects the half of the receive buffers.
+constexpr uint32_t kCallWord = 0;
+__device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.epoch ^ kCallWord; }
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     const uint32_t epoch = p.control->epoch;
-    const uint64_t* calls = call_at(p, epoch, p.rank, 0);
-    return Watch{p.active, global_timer_ns(), p.timeout_ns, p.rank, epoch, p.failure, calls, p.call};
+    const WatchOf<Params> watch{&p, global_timer_ns(), p.rank, epoch};
+    return watch;
 }
-
-// The flag of a partial sum: its epoch, with the call word (one bit) added to the lowest bit. That bit is redundant: it
-// selects the half of the receive buffers.
-__device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.epoch ^ watch.call; }
 
 // The last block to get here moves on to the next epoch. A warp does this that has little else to do at the start.
 __device__ __forceinline__ void leave_epoch(const Params& p, const Watch& watch) {
@@ -135,18 +139,21 @@ __device__ __forceinline__ void publish_call(const Params& p, const Watch& watch
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
         if ((opened >> peer & 1) == 0) continue;
-        store_relaxed_sys(call_at(p, watch.epoch, peer, p.rank), with_call(watch.call, watch.epoch));
+        store_relaxed_sys(call_at(p, watch.epoch, peer, p.rank), with_call(kCallWord, watch.epoch));
     }
 }
 
-// Bit r: rank r has read epoch `needed`. One that does not in time is marked. Out of line: one warp runs this, and the
-// others' instructions stay in a row.
-__device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, uint32_t needed, Watch watch) {
+constexpr uint64_t kAllRanks = ~uint64_t(0) >> (64 - kRanks);
+
+// Bit r: rank r is active and has read epoch `needed`. One that does not in time is left out. Out of line: one warp
+// runs this, and the others' instructions stay in a row.
+__device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, uint32_t needed, uint64_t active,
+                                                      Watch watch) {
     uint64_t ready = uint64_t(1) << watch.rank;
 #pragma unroll 1
     for (uint32_t first = 0; first < kRanks; first += kWarpSize) {
         const uint32_t peer = first + lane_id();
-        bool has_read = peer < kRanks && peer != watch.rank && is_active(watch, peer);
+        bool has_read = peer < kRanks && peer != watch.rank && (active >> peer & 1) != 0;
         if (has_read) {
             const uint32_t* word = consumed + peer;
             has_read = wait_for(watch, Awaited{kPeerReady, peer, -1}, needed, [=] {
@@ -161,12 +168,15 @@ __device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, 
 
 // Nothing is written to a peer before it has read what this half of its buffers held two epochs ago, and nothing to one
 // that is missing. One warp waits, while the others ask for what they need; after the caller's next barrier `opened`
-// has a bit for each rank that this block may write to, itself included. A launch says first of all what this rank has
-// read: ranks that are active again, after epochs in which they were told nothing, wait for that word of this launch.
+// has a bit for each rank that this block may write to, itself included. A launch first publishes what this rank has
+// read, and whom it has left out: ranks that are active again, after epochs without such words, wait for those of this
+// launch.
 __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, uint64_t& opened) {
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
     const uint32_t needed = epoch_before(epoch_before(watch.epoch));
-    const uint64_t ready = ranks_that_have_read(consumed_at(p, p.rank, 0), needed, watch);
+    const uint64_t active = ranks_that_are_active<kRanks>(watch);
+    if (active != kAllRanks && lane_id() == 0) publish_left_out(watch, kAllRanks & ~active);
+    const uint64_t ready = ranks_that_have_read(consumed_at(p, p.rank, 0), needed, active, watch);
     if (lane_id() == 0) opened = ready;
 }
 
@@ -178,10 +188,10 @@ struct Row {
     uint4 vectors[kSteps];
 };
 
-// Receive buffers are [half][source][max_tokens].
+// Receive buffers are [half][source][capacity].
 __device__ __forceinline__ uint64_t place_in_buffer(const Params& p, const Watch& watch, uint32_t source,
                                                     uint32_t row) {
-    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.max_tokens + row;
+    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.capacity + row;
 }
 
 // The record of (source, row) in the symmetric memory of `rank`.
@@ -489,13 +499,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
 __device__ __forceinline__ uint64_t active_ranks(const Watch& watch) {
     __shared__ uint64_t active;
     if (warp_id() == 0) {
-        uint64_t seen = 0;
-#pragma unroll 1
-        for (uint32_t first = 0; first < kRanks; first += kWarpSize) {
-            const uint32_t rank = first + lane_id();
-            const bool here = rank < kRanks && is_active(watch, rank);
-            seen |= uint64_t(__ballot_sync(kFullWarp, here)) << first;
-        }
+        const uint64_t seen = ranks_that_are_active<kRanks>(watch);
         if (lane_id() == 0) active = seen;
     }
     __syncthreads();

@@ -45,25 +45,26 @@ struct Params {
     const int32_t* num_tokens;  // one number: tokens of this call; null: `tokens`
     int32_t* tokens_sent;       // one number: the tokens of this call
     uint64_t x_stride;          // bytes from one token of x to the next
-    uint64_t routes_offset;     // [half][source][1 + max_tokens * route pieces]
+    uint64_t routes_offset;     // [half][source][1 + capacity * route pieces]
     Control* control;           // this op's epoch
     uint32_t* aborted;          // this object's abort word
     Failure* failure;           // where the host reads what went wrong
     uint64_t consumed_offset;   // [rank] u32: the last epoch that the peer has read
-    uint64_t rows_offset;       // [half][source][max_tokens] records, each at its token's number
-    uint64_t tags_offset;       // [half][source][max_tokens] u64: epoch of the row there
+    uint64_t rows_offset;       // [half][source][capacity] records, each at its token's number
+    uint64_t tags_offset;       // [half][source][capacity] u64: epoch of the row there
     uint64_t timeout_ns;        // how long one wait may take
     Blocks senders;             // blocks that send
     Blocks receivers;           // blocks that receive; the same ones where there are too few
     uint32_t rank;              // this rank
     uint32_t tokens;            // rows of this rank's token tensor
-    uint32_t max_tokens;        // capacity: tokens that a rank may send
+    uint32_t capacity;          // tokens of a source that receive buffers have room for
+    uint32_t max_tokens;        // tokens that a rank may send in this call, up to the capacity
     uint32_t tellers;           // first blocks, which tell the routes
     uint32_t shares;            // that a token's destinations are dealt out to
     uint32_t wide_ids;          // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 248);
+static_assert(sizeof(Params) == 256);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
@@ -93,7 +94,6 @@ constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
 using Watch = PlainWatch;
-
 // The half of the receive buffers that this epoch uses.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
 
@@ -123,7 +123,7 @@ __device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watc
 
 // Whether every peer has read epoch `needed`. Out of line: one warp runs this, and the others' instructions stay in a
 // row.
-__device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t needed, Watch watch) {
+__device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t needed, PlainWatch watch) {
     const bool aborted = load_relaxed_sys(watch.aborted) != 0;
     bool ready = true;
 #pragma unroll 1
@@ -156,10 +156,10 @@ struct Row {
     uint4 vectors[kSteps];
 };
 
-// Receive buffers are [half][source][max_tokens].
+// Receive buffers are [half][source][capacity].
 __device__ __forceinline__ uint64_t place_in_buffer(const Params& p, const Watch& watch, uint32_t source,
                                                     uint32_t row) {
-    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.max_tokens + row;
+    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.capacity + row;
 }
 
 // The record of (source, row) in the symmetric memory of `rank`.
@@ -240,7 +240,7 @@ constexpr int32_t kAgain = 1 << 14;
 
 // Ahead of the tokens' routes, a piece says how many there are.
 __device__ __forceinline__ uint64_t pieces_of_source(const Params& p) {
-    return 1 + uint64_t(p.max_tokens) * kRoutePieces;
+    return 1 + uint64_t(p.capacity) * kRoutePieces;
 }
 
 // The routes of a source's tokens in the symmetric memory of `rank`.
@@ -342,6 +342,12 @@ __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch,
     tell_consumed(p, watch);
 }
 
+// How many tokens a source says that it has; none, if they are more than this call has room for: it makes another one.
+__device__ __forceinline__ uint32_t tokens_of_source(const Params& p, uint32_t source, uint32_t number) {
+    if (number > p.max_tokens) store_relaxed_sys(&p.failure->mismatched, source + 1);
+    return number > p.max_tokens ? 0 : number;
+}
+
 // All tokens are numbered through, those of source 0 first. Every receiving block asks for itself how many each source
 // has: `first` gets the number of its first token, and in the end how many there are.
 __device__ __forceinline__ void receive_sources(const Params& p, const Watch& watch, uint32_t (&first)[kRanks + 1]) {
@@ -350,7 +356,7 @@ __device__ __forceinline__ void receive_sources(const Params& p, const Watch& wa
         uint4 piece;
         const uint4* from = routes_at(p, watch, p.rank, source);
         const bool arrived = wait_for_whole(watch, Awaited{kRoutes, source, -1}, from, piece);
-        first[source + 1] = arrived ? min(piece.x, p.max_tokens) : 0;
+        first[source + 1] = arrived ? tokens_of_source(p, source, piece.x) : 0;
     }
     __syncthreads();
     if (threadIdx.x == 0) {

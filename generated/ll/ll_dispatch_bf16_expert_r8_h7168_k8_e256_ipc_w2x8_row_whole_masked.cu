@@ -47,27 +47,29 @@ struct Params {
     const int32_t* num_tokens;  // one number: tokens of this call; null: `tokens`
     int32_t* tokens_sent;       // one number: the tokens of this call
     uint64_t x_stride;          // bytes from one token of x to the next
-    uint64_t routes_offset;     // [half][source][1 + max_tokens * route pieces]
+    uint64_t routes_offset;     // [half][source][1 + capacity * route pieces]
     Control* control;           // this op's epoch
     uint32_t* active;           // [ranks]: 0: that rank is missing
+    const Liveness* liveness;   // where ranks show that they are alive, and which ones they have left out
     uint32_t* verdicts;         // [ranks]: what the blocks of a launch agreed on
     uint64_t* waited_ns;        // [ranks], to which the ns waited for each are added; or null
     Failure* failure;           // where the host reads what went wrong
     uint64_t consumed_offset;   // [rank] u32: the last epoch that the peer has read
-    uint64_t rows_offset;       // [half][source][max_tokens] records, each at its token's number
-    uint64_t tags_offset;       // [half][source][max_tokens] u64: epoch of the row there
+    uint64_t rows_offset;       // [half][source][capacity] records, each at its token's number
+    uint64_t tags_offset;       // [half][source][capacity] u64: epoch of the row there
     uint64_t timeout_ns;        // how long one wait may take
     Blocks senders;             // blocks that send
     Blocks receivers;           // blocks that receive; the same ones where there are too few
     uint32_t rank;              // this rank
     uint32_t tokens;            // rows of this rank's token tensor
-    uint32_t max_tokens;        // capacity: tokens that a rank may send
+    uint32_t capacity;          // tokens of a source that receive buffers have room for
+    uint32_t max_tokens;        // tokens that a rank may send in this call, up to the capacity
     uint32_t tellers;           // first blocks, which tell the routes
     uint32_t shares;            // that a token's destinations are dealt out to
     uint32_t wide_ids;          // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 328);
+static_assert(sizeof(Params) == 344);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
@@ -108,11 +110,12 @@ constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
+using Watch = WatchOf<Params>;
 // The half of the receive buffers that this epoch uses.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
 
 __device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.active, global_timer_ns(), p.timeout_ns, p.rank, p.control->epoch, p.failure, nullptr, 0};
+    return Watch{&p, global_timer_ns(), p.rank, p.control->epoch};
 }
 
 // The last block to get here moves on to the next epoch. A warp does this that has little else to do at the start.
@@ -136,14 +139,17 @@ __device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watc
     }
 }
 
-// Bit r: rank r has read epoch `needed`. One that does not in time is marked. Out of line: one warp runs this, and the
-// others' instructions stay in a row.
-__device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, uint32_t needed, Watch watch) {
+constexpr uint64_t kAllRanks = ~uint64_t(0) >> (64 - kRanks);
+
+// Bit r: rank r is active and has read epoch `needed`. One that does not in time is left out. Out of line: one warp
+// runs this, and the others' instructions stay in a row.
+__device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, uint32_t needed, uint64_t active,
+                                                      Watch watch) {
     uint64_t ready = uint64_t(1) << watch.rank;
 #pragma unroll 1
     for (uint32_t first = 0; first < kRanks; first += kWarpSize) {
         const uint32_t peer = first + lane_id();
-        bool has_read = peer < kRanks && peer != watch.rank && is_active(watch, peer);
+        bool has_read = peer < kRanks && peer != watch.rank && (active >> peer & 1) != 0;
         if (has_read) {
             const uint32_t* word = consumed + peer;
             has_read = wait_for(watch, Awaited{kPeerReady, peer, -1}, needed, [=] {
@@ -158,12 +164,15 @@ __device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, 
 
 // Nothing is written to a peer before it has read what this half of its buffers held two epochs ago, and nothing to one
 // that is missing. One warp waits, while the others ask for what they need; after the caller's next barrier `opened`
-// has a bit for each rank that this block may write to, itself included. A launch says first of all what this rank has
-// read: ranks that are active again, after epochs in which they were told nothing, wait for that word of this launch.
+// has a bit for each rank that this block may write to, itself included. A launch first publishes what this rank has
+// read, and whom it has left out: ranks that are active again, after epochs without such words, wait for those of this
+// launch.
 __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, uint64_t& opened) {
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
     const uint32_t needed = epoch_before(epoch_before(watch.epoch));
-    const uint64_t ready = ranks_that_have_read(consumed_at(p, p.rank, 0), needed, watch);
+    const uint64_t active = ranks_that_are_active<kRanks>(watch);
+    if (active != kAllRanks && lane_id() == 0) publish_left_out(watch, kAllRanks & ~active);
+    const uint64_t ready = ranks_that_have_read(consumed_at(p, p.rank, 0), needed, active, watch);
     if (lane_id() == 0) opened = ready;
 }
 
@@ -175,10 +184,10 @@ struct Row {
     uint4 vectors[kSteps];
 };
 
-// Receive buffers are [half][source][max_tokens].
+// Receive buffers are [half][source][capacity].
 __device__ __forceinline__ uint64_t place_in_buffer(const Params& p, const Watch& watch, uint32_t source,
                                                     uint32_t row) {
-    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.max_tokens + row;
+    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.capacity + row;
 }
 
 // The record of (source, row) in the symmetric memory of `rank`.
@@ -259,7 +268,7 @@ constexpr int32_t kAgain = 1 << 14;
 
 // Ahead of the tokens' routes, a piece says how many there are.
 __device__ __forceinline__ uint64_t pieces_of_source(const Params& p) {
-    return 1 + uint64_t(p.max_tokens) * kRoutePieces;
+    return 1 + uint64_t(p.capacity) * kRoutePieces;
 }
 
 // The routes of a source's tokens in the symmetric memory of `rank`.
@@ -350,7 +359,10 @@ __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch,
 #pragma unroll 1
         for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
             if ((opened >> peer & 1) == 0) continue;
-            store_whole_relaxed_sys(routes_at(p, watch, peer, p.rank), make_uint4(tokens, 0, 0, watch.epoch));
+            // Beside them stands whom this rank has left out.
+            const uint64_t missing = kAllRanks & ~opened;
+            store_whole_relaxed_sys(routes_at(p, watch, peer, p.rank),
+                                    make_uint4(tokens, uint32_t(missing), uint32_t(missing >> 32), watch.epoch));
         }
     }
 #pragma unroll 1
@@ -363,12 +375,20 @@ __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch,
     if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
 }
 
+// How many tokens a source says that it has; none, if they are more than this call has room for: it makes another one.
+__device__ __forceinline__ uint32_t tokens_of_source(const Params& p, uint32_t source, uint32_t number) {
+    if (number > p.max_tokens) store_relaxed_sys(&p.failure->mismatched, source + 1);
+    return number > p.max_tokens ? 0 : number;
+}
+
 // The first block takes the time.
 __device__ __forceinline__ bool await_number(const Params& p, const Watch& watch, uint32_t source, uint4& piece) {
     const bool active = is_active(watch, source);
     const bool measures = active && blockIdx.x == 0 && source != p.rank && p.waited_ns != nullptr;
     const uint64_t since = measures ? global_timer_ns() : 0;
     const bool came = wait_for_whole(watch, Awaited{kRoutes, source, -1}, routes_at(p, watch, p.rank, source), piece);
+    const uint64_t left_out = uint64_t(piece.z) << 32 | piece.y;
+    if (active && came && left_out != 0) adopt_left_out(watch, left_out);
     if (measures) p.waited_ns[source] += global_timer_ns() - since;
     return active && came;
 }
@@ -395,7 +415,7 @@ __device__ __forceinline__ void receive_whole_sources(const Params& p, const Wat
         uint4 piece;
         const bool came = await_number(p, watch, source, piece);
         missing[source] = came ? 0 : 1;
-        first[source + 1] = came ? min(piece.x, p.max_tokens) : 0;
+        first[source + 1] = came ? tokens_of_source(p, source, piece.x) : 0;
     }
     __syncthreads();
 #pragma unroll 1
@@ -407,7 +427,7 @@ __device__ __forceinline__ void receive_whole_sources(const Params& p, const Wat
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
         const bool taken = agreed(p.verdicts + source, watch.epoch, missing[source] == 0);
         const uint4* number = routes_at(p, watch, p.rank, source);
-        first[source + 1] = taken ? min(load_whole_relaxed_sys(number).x, p.max_tokens) : 0;
+        first[source + 1] = taken ? tokens_of_source(p, source, load_whole_relaxed_sys(number).x) : 0;
     }
 }
 

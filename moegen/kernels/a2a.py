@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from moegen.kernels.a2a_params import BEGIN, ROLES
 from moegen.kernels.a2a_payloads import UNITS, BulkRow, Payload, RowBytes
 from moegen.kernels.a2a_results import RESULTS, Result, in_whole_tiles
-from moegen.kernels.call_words import FIELDS
+from moegen.kernels.call_words import FIELDS, PLACES
 from moegen.kernels.ht import require_routing
 from moegen.kernels.ll import MAX_SHARED_BYTES, ceil_div
 from moegen.kernels.params import Param, ParamStruct
@@ -90,24 +91,6 @@ class OneSidedSpec(Spec):
             f"warp groups times warps is 1..{MAX_BLOCK_WARPS}; got {self.groups}",
         )
         self.require(groups <= 15 or warps == 1, f"at most 15 warp groups of several warps; got {self.groups}")
-
-
-_BEGIN = (
-    Param("Control*", "control", "this op's epoch"),
-    Param("uint32_t*", "aborted", "this object's abort word"),
-    Param("Failure*", "failure", "where the host reads what went wrong"),
-    Param("uint64_t", "active", "bit r: rank r takes part"),
-    Param("uint64_t", "presence_offset", "[rank] u64: the last dispatch that it has done with"),
-    Param("uint64_t", "timeout_ns", "how long one wait may take"),
-)
-_ROLES = (
-    Param("Blocks", "senders", "blocks that send"),
-    Param("Blocks", "receivers", "blocks that receive; the same one if there is only one"),
-    Param("uint32_t", "rank", "this rank"),
-    Param("uint32_t", "tokens", "tokens of this rank"),
-    Param("uint32_t", "slots", "rows that a source may send to a rank in this call"),
-    Param("uint32_t", "max_tokens", "the same in any call"),
-)
 
 
 @dataclass(frozen=True)
@@ -249,14 +232,14 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
                 Param("const int32_t*", "stats", "[stats words] of this rank, or null"),
                 Param("int32_t*", "gathered", "[ranks, stats words]"),
                 Param("int32_t*", "unused_ids", "[ranks, slots, id words]: filled behind a source's rows; or null"),
-                *_BEGIN,
+                *BEGIN,
                 Param("uint64_t", "call", "call word, whose lowest bits are zero"),
                 Param("uint64_t", "counts_offset", "[half][source] pieces"),
                 Param("uint64_t", "stats_offset", "[half][source][stats pieces]"),
                 Param(
                     "uint64_t", "flags_offset", f"[source][{MAX_SENDERS}] u32: the last epoch whose rows it has sent"
                 ),
-                *_ROLES,
+                *ROLES,
                 Param("uint32_t", "stats_words", "statistics of a rank"),
                 Param("uint32_t", "id_words", "of a row of unused_ids"),
                 Param("int32_t", "unused_id", "what it is filled with"),
@@ -399,13 +382,11 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
                 Param("const int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 Param("const int32_t*", "counts", "[ranks]: rows from each source"),
-                *_BEGIN,
+                *BEGIN,
                 Param("const Control*", "other_control", "dispatch's"),
-                Param(
-                    "uint64_t", "calls_offset", "[half][rank] u64: call word and epoch of the combine that it has begun"
-                ),
+                *PLACES,
                 *self._places,
-                *_ROLES,
+                *ROLES,
                 Param("uint32_t", "call", "call word"),
             )
         )

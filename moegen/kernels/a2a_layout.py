@@ -15,6 +15,7 @@ from moegen.kernels.a2a import (
     OneSidedCombine,
     OneSidedDispatch,
 )
+from moegen.kernels.call_words import REGION_BYTES
 from moegen.kernels.ll import REGION_ALIGNMENT, ceil_div
 
 HALVES = 2
@@ -55,7 +56,7 @@ def regions(num_ranks: int, max_tokens: int, payload_bytes: int, combine_bytes: 
     slots = num_ranks * max_tokens
     sizes = (
         num_ranks * 8,
-        HALVES * num_ranks * 8,
+        REGION_BYTES,
         HALVES * num_ranks * PIECE_BYTES,
         HALVES * num_ranks * ceil_div(MAX_STATS, PIECE_WORDS) * PIECE_BYTES,
         num_ranks * MAX_SENDERS * 4,

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from moegen.kernels.params import Param
+from moegen.kernels.spec import MAX_RANKS
+
 ON_PATH_COLLECTIVE = {
     "coll_place": "ht_dispatch",
     "coll_reduce": "ht_combine",
@@ -45,7 +48,6 @@ class Field:
     text: Callable[[int], str] | None
 
 
-PHASES = ("whole", "plan", "rows")
 ROW_DTYPES = ("bf16", "fp16", "fp32", "e4m3")
 
 FIELDS: dict[str, tuple[Field, ...]] = {
@@ -92,6 +94,16 @@ def differences(op: str, here: int, there: int, rank: int, peer: int) -> list[st
                 found[-1] += f" ({mine} on rank {rank}, {theirs} on rank {peer})"
         here, there = here >> field.bits, there >> field.bits
     return found
+
+
+PLACES = (
+    Param("const uint64_t*", "calls", "[parity][rank]: call words published to this rank, with their epochs"),
+    Param("uint64_t", "calls_offset", "where they lie in every rank's symmetric memory"),
+)
+"""Parameters of the kernels that publish call words."""
+
+REGION_BYTES = 2 * MAX_RANKS * 8
+"""Of these words, whatever the number of ranks is."""
 
 
 @lru_cache(1024)

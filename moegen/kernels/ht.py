@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moegen.kernels.call_words import pack
+from moegen.kernels.call_words import PLACES, REGION_BYTES, pack
 from moegen.kernels.ll import FP8_GROUP, MAX_SHARED_BYTES, REGION_ALIGNMENT, ceil_div
 from moegen.kernels.params import Param, ParamStruct
 from moegen.kernels.spec import (
@@ -185,7 +185,7 @@ _COMMON = (
     Param("uint32_t*", "aborted", "this object's abort word"),
     Param("Failure*", "failure", "where the host reads what went wrong"),
     Param("uint64_t", "consumed_offset", "[rank] u32: the last epoch that the peer has finished"),
-    Param("uint64_t", "calls_offset", "[rank] u64: call word and epoch of its launch"),
+    *PLACES,
     Param("uint64_t", "rows_offset", "[source][max_tokens] records, each at its token's number"),
     Param("uint64_t", "tags_offset", "[source][max_tokens] u64: call word and epoch of the row there"),
     Param("uint64_t", "timeout_ns", "how long one wait may take"),
@@ -390,7 +390,7 @@ def regions(spec: HighThroughputDispatch | HighThroughputCombine, max_tokens: in
         counts, entries = spec.num_ranks * spec.count_pieces, rows * spec.entry_pieces
     sizes = (
         spec.num_ranks * 4,
-        spec.num_ranks * 8,
+        REGION_BYTES,
         counts * PIECE_BYTES,
         entries * PIECE_BYTES,
         rows * spec.record_bytes,

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from moegen.kernels import masked
+from moegen.kernels import call_words, masked
 from moegen.kernels.params import Param, ParamStruct
 from moegen.kernels.spec import (
     DTYPE_BYTES,
@@ -321,7 +321,7 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
                 *(masked.SELECTED if self.masked else ()),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 *_common(self),
-                Param("uint64_t", "calls_offset", "[half][rank] u64: call word and epoch of its launch"),
+                *call_words.PLACES,
                 Param("uint64_t", "weights_offset", "[half][source][capacity][weight pieces]"),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_COMMON_32,
@@ -352,7 +352,7 @@ def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start
     rows = HALVES * spec.num_ranks * max_tokens
     sizes = (
         spec.num_ranks * 4,
-        0 if isinstance(spec, LowLatencyDispatch) else HALVES * spec.num_ranks * 8,
+        0 if isinstance(spec, LowLatencyDispatch) else call_words.REGION_BYTES,
         _routes_bytes(spec, max_tokens) if isinstance(spec, LowLatencyDispatch) else 0,
         rows * spec.record_bytes,
         rows * 8 if spec.wire == "row" else 0,

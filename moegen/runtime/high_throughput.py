@@ -145,6 +145,7 @@ class HighThroughputOps:
             "aborted": self._control[2].data_ptr(),
             "failure": failure,
             "consumed_offset": at.consumed,
+            "calls": self.memory.local.data_ptr() + at.calls,
             "calls_offset": at.calls,
             "rows_offset": at.rows,
             "tags_offset": at.tags,

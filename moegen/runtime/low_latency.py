@@ -168,6 +168,7 @@ class LowLatency:
             varying = (*_DISPATCH_VARYING, "scales") if spec.scale_words else _DISPATCH_VARYING
         else:
             fixed["weights_offset"], fixed["calls_offset"] = at.weights, at.calls
+            fixed["calls"] = self.memory.local.data_ptr() + at.calls
         if self.active is None:
             fixed["aborted"] = self.control[-1].data_ptr()
         else:

@@ -130,7 +130,8 @@ class OneSidedOps(BoundKernels):
         if isinstance(spec, OneSidedDispatch):
             fixed |= {"counts_offset": at.counts, "stats_offset": at.stats, "flags_offset": at.flags}
         else:
-            fixed |= {"other_control": self._control[_DISPATCH].data_ptr(), "calls_offset": at.calls}
+            fixed["other_control"] = self._control[_DISPATCH].data_ptr()
+            fixed |= {"calls": self.memory.local.data_ptr() + at.calls, "calls_offset": at.calls}
         if isinstance(spec, OneSidedCombine) and spec.pulls:
             fixed |= {"rows_offset": at.expert_rows}
         elif isinstance(spec, OneSidedCombine):

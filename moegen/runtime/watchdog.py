@@ -33,10 +33,9 @@ _FIELDS = (
     "call_here_high",
     "call_there",
     "call_there_high",
+    "other_caller",
     "left_out_by",
 )
-_OTHER_CALL = 2
-"""What `valid` is then; see enum Report."""
 _FAILURE_BYTES = 4 * len(_FIELDS)
 
 
@@ -67,7 +66,7 @@ class Watchdog:
             return
         for kernel, stem in enumerate(self._stems):
             words = self._failure(kernel)
-            if words["valid"] == _OTHER_CALL:
+            if words["other_caller"]:
                 raise self._other_call(stem, words)
             if words["valid"]:
                 raise self._expired(stem, words)
@@ -142,9 +141,9 @@ class Watchdog:
     @staticmethod
     def _other_call(stem: str, seen: Mapping[str, int]) -> DifferentCallError:
         here, there = (seen[f"{side}_high"] << 32 | seen[side] for side in ("call_here", "call_there"))
-        op = "_".join(stem.split("_")[:2])
-        found = differences(op, here, there, seen["rank"], seen["peer"])
-        return DifferentCallError(stem, seen["rank"], seen["peer"], tuple(found))
+        op, peer = "_".join(stem.split("_")[:2]), seen["other_caller"] - 1
+        found = differences(op, here, there, seen["rank"], peer)
+        return DifferentCallError(stem, seen["rank"], peer, tuple(found))
 
     def _expired(self, stem: str, seen: Mapping[str, int]) -> PeerTimeoutError:
         return PeerTimeoutError(

@@ -21,7 +21,7 @@ struct Control {
 
 // Report of the first wait that fails, in pinned host memory. `valid` is written last.
 struct Failure {
-    uint32_t valid;  // a Report
+    uint32_t valid;  // 1: a wait has expired
     uint32_t phase;
     uint32_t rank;
     uint32_t peer;
@@ -33,28 +33,35 @@ struct Failure {
     uint32_t mismatched;     // 1 + a rank whose rows belong to another call than this rank's; 0: none
     uint32_t rows_needed;    // more rows came than there was room for: room for at least so many; 0: all had room
     uint32_t call_here[2];   // this rank's call word: its low half first
-    uint32_t call_there[2];  // that of `peer`
+    uint32_t call_there[2];  // that of the next
+    uint32_t other_caller;   // 1 + a rank that makes a different call; 0: none. Written behind the call words
     uint32_t left_out_by;    // 1 + a rank that has left this one out; 0: none
 };
-
-// kExpired: phase to seen describe the wait. kOtherCall: the call words of rank and peer differ.
-enum Report : uint32_t { kNone, kExpired, kOtherCall };
 
 // A call word packs the arguments of a call that must be equal on all ranks (moegen.kernels.call_words has the fields).
 // Kernels compare it as a whole. In a 64-bit word it stands above the epoch.
 __device__ __forceinline__ uint64_t with_call(uint32_t call, uint32_t epoch) { return uint64_t(call) << 32 | epoch; }
 
-// Reports that a peer's call word differs. Several threads may write the same report at once.
-__device__ __forceinline__ void write_other_call(Failure* failure, uint32_t rank, Awaited what, uint32_t epoch,
-                                                 uint64_t here, uint64_t there) {
+// Published call words lie as [parity][rank] in every rank's symmetric memory, with room for all ranks that may be.
+constexpr uint32_t kMostRanks = 64;
+__device__ __forceinline__ uint32_t place_of_call(uint32_t epoch, uint32_t rank) {
+    return (epoch & 1) * kMostRanks + rank;
+}
+
+// Whether two published words are of this launch and of different calls.
+__device__ __forceinline__ bool are_of_different_calls(uint64_t here, uint64_t there, uint32_t epoch) {
+    return uint32_t(here) == epoch && uint32_t(there) == epoch && here != there;
+}
+
+// Reports that a peer's call word differs. Several threads may write such reports at once: one of them stays.
+__device__ __forceinline__ void write_other_call(Failure* failure, uint32_t rank, uint32_t peer, uint64_t here,
+                                                 uint64_t there) {
     store_relaxed_sys(&failure->rank, rank);
-    store_relaxed_sys(&failure->peer, what.peer);
-    store_relaxed_sys(&failure->epoch, epoch);
     store_relaxed_sys(&failure->call_here[0], uint32_t(here));
     store_relaxed_sys(&failure->call_here[1], uint32_t(here >> 32));
     store_relaxed_sys(&failure->call_there[0], uint32_t(there));
     store_relaxed_sys(&failure->call_there[1], uint32_t(there >> 32));
-    store_release_sys(&failure->valid, kOtherCall);
+    store_release_sys(&failure->other_caller, peer + 1);
 }
 
 // Epochs run from 2 to 2**32 - 1 and begin again: 0, which fresh memory holds, is never current, and even and odd ones

@@ -25,12 +25,6 @@ struct WatchOf {
     uint32_t epoch;
 };
 
-// This rank's call word.
-template <class Params>
-__device__ __forceinline__ uint32_t call_of(const WatchOf<Params>& watch) {
-    return watch.p->call;
-}
-
 // A beat moves every 2**17 ns (131 us), and is looked at as often: both touch memory that other ranks read.
 constexpr uint32_t kBeatBits = 17;
 
@@ -104,16 +98,15 @@ __device__ __forceinline__ void report_if_left_out(const Watch& watch, uint32_t 
     store_relaxed_sys(&watch.p->liveness->failure->left_out_by, by + 1);
 }
 
-// Whether the peer's call word differs, where calls have one; that is reported. Its data is left out, but not the rank.
+// Whether the peer's call word differs, where calls have one, as in signal.cuh. That is reported: the peer's data is
+// left out, but the peer is not.
 template <class Watch>
-__device__ __forceinline__ bool makes_different_call(const Watch& watch, Awaited what) {
-    if constexpr (requires { watch.p->calls_offset; }) {
-        constexpr uint32_t kRanks = sizeof(watch.p->peers) / sizeof(watch.p->peers[0]);
-        const uint8_t* calls = watch.p->peers[watch.rank] + watch.p->calls_offset;
-        const uint32_t place = (watch.epoch & 1) * kRanks + what.peer;
-        const uint64_t said = load_relaxed_sys(reinterpret_cast<const uint64_t*>(calls) + place);
-        if (uint32_t(said) != watch.epoch || uint32_t(said >> 32) == watch.p->call) return false;
-        write_other_call(watch.p->failure, watch.rank, what, watch.epoch, watch.p->call, said >> 32);
+__device__ __forceinline__ bool makes_different_call(const Watch& watch, uint32_t peer) {
+    if constexpr (requires { watch.p->calls; }) {
+        const uint64_t here = load_relaxed_sys(watch.p->calls + place_of_call(watch.epoch, watch.rank));
+        const uint64_t there = load_relaxed_sys(watch.p->calls + place_of_call(watch.epoch, peer));
+        if (!are_of_different_calls(here, there, watch.epoch)) return false;
+        write_other_call(watch.p->failure, watch.rank, peer, here >> 32, there >> 32);
         return true;
     }
     return false;
@@ -155,7 +148,7 @@ __device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, 
         looked = due;
         if (!gone) {
             store_relaxed_sys(watch.p->liveness->beats[watch.rank], due);
-            if (makes_different_call(watch, what)) return false;
+            if (makes_different_call(watch, what.peer)) return false;
             gone = is_left_out_by(watch, what.peer) || is_silent(watch, what.peer, now_ns);
         }
         if (!gone) continue;

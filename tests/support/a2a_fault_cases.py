@@ -23,7 +23,7 @@ from moegen.kernels.a2a import (
     OneSidedDispatch,
 )
 from moegen.kernels.ll import ceil_div
-from moegen.kernels.spec import Spec
+from moegen.kernels.spec import MAX_RANKS, Spec
 from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.one_sided import combine_word, dispatch_word
 from moegen.runtime.streams import current_stream
@@ -71,7 +71,11 @@ def begin_next(layer: PayloadLayer) -> None:
     """Rank 1 has consumed the first dispatch and begun the first combine."""
     at, spec = layer.ranks[0]._alive().at, layer.ranks[0]._combine_spec(torch.bfloat16, torch.bfloat16)
     poke(layer, at.presence + 8 * ABSENT, [FIRST_EPOCH])
-    poke(layer, of_absent(at.calls, 8), [FIRST_EPOCH, combine_word(spec, SHAPE.max_tokens, EVERYONE)])
+    poke(
+        layer,
+        at.calls + 8 * ((FIRST_EPOCH & 1) * MAX_RANKS + ABSENT),
+        [FIRST_EPOCH, combine_word(spec, SHAPE.max_tokens, EVERYONE)],
+    )
 
 
 def arguments(layer: PayloadLayer, ids: list[list[int]]) -> tuple[torch.Tensor, list[torch.Tensor]]:

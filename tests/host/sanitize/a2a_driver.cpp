@@ -133,6 +133,7 @@ void Ranks::combine_with(Rank& rank, Round& round, std::vector<uint8_t>& result)
     auto p = common_params<Params>(rank, round, 1, variant_.combine_roles);
     p.other_control = &rank.control[0];
     p.calls_offset = kAt.calls;
+    p.calls = reinterpret_cast<const uint64_t*>(rank.memory.get() + kAt.calls);
     p.out = result.data();
     if constexpr (requires { p.y; }) {
         p.y = reinterpret_cast<const uint8_t*>(round.y.data());
