@@ -211,8 +211,7 @@ class ExpertParallel(ActiveMembership, Staged):
                 `Dispatched.tokens`. It shares no memory with an input, nor with what a call needs whose hook is open.
             total_counts: int32 [local experts] on the device, to which the counts of this call are added.
             timeout: seconds, for this call in place of the object's.
-            waited_ns: int64 [ranks] on the device, to which the nanoseconds are added that this call waited for each
-                other rank's number of tokens. Needs `active_ranks`.
+            waited_ns: int64 [ranks], to which the nanoseconds waited for each rank are added. Needs `active_ranks`.
             return_recv_hook: only send now; the second result is a function to be called once, on the same stream,
                 which receives. Nothing of the result may be read before it was called. In between no multiprocessor is
                 busy with this call, `x` may be overwritten by what follows on the stream, and other calls may be made;
@@ -225,14 +224,13 @@ class ExpertParallel(ActiveMembership, Staged):
             InputError: an argument does not fit; nothing was launched.
             SlotError: more hooks are open than there are slots; nothing was launched.
             PeerTimeoutError: this or an earlier call waited for a rank in vain.
-            LeftOutError: the other ranks have left this one out; once. This call was not launched: make it again.
-            DifferentCallError: an earlier combine had topk_weights on some ranks only; raised from then on until
-                `destroy()`.
+            LeftOutError: the others have left this rank out; once. This call was not launched: make it again.
+            DifferentCallError: an earlier combine had topk_weights on some ranks only; from then on.
             InvalidRoutingError: an earlier call on a GPU met an id that names no expert (on the CPU ids are checked
                 before anything is launched). This call was not launched: make it again, the other ranks wait for it.
             LaunchError: the driver refused the launch.
             DestroyedError: after `destroy()`.
-            BusyError: another thread is inside a call of this object; nothing was launched.
+            BusyError: another thread is inside a call; nothing was launched.
         """
         if async_finish:
             self._check_hook(return_recv_hook, async_finish)

@@ -187,15 +187,13 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
             stats: int32 [words], at most 1,024: numbers of this rank that every rank gets with the call. Those of ranks
                 that take no part are zeros.
             active_ranks: bit r: rank r takes part. The others are neither sent to nor waited for, and make no calls;
-                an object whose ranks have not all made the same calls cannot have them back. A call
-                that needs a kernel that is not loaded yet raises MissingKernelError then. None: all ranks.
+                they cannot return. A kernel that is not loaded raises MissingKernelError then. None: all ranks.
             timeout: seconds, for this call in place of the object's.
 
         Raises:
             InputError: an argument does not fit; nothing was launched.
             CapacityError: more tokens, or wider payloads, than there is room for; nothing was launched.
-            DifferentCallError: this or an earlier call had payloads, max_tokens, stats or active_ranks that differ
-                between ranks; raised from then on until `destroy()`.
+            DifferentCallError: ranks gave different payloads, max_tokens, stats or active_ranks; from then on.
             PeerTimeoutError: this or an earlier call waited for a rank in vain.
             InvalidRoutingError: an earlier call on a GPU met an id that names no expert.
             MissingKernelError: the first dispatch of this set of payloads, while a stream captures.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`OneSided` between processes: gloo groups on the CPU, and on all GPUs of the machine (two ranks share a single one)."""
+"""`OneSided` between processes: gloo groups on the CPU; all GPUs of the machine (two ranks share a single one)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import gc
 import os
 from dataclasses import replace
 from pathlib import Path
-
 from typing import Any
 
 import pytest

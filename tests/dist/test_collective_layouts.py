@@ -70,7 +70,9 @@ def compare_rows(rank: int, device: str, layout: str, mode: str) -> str:
             used = used_rows(received)
             kept = (received.tokens, received.scales, received.topk_idx, received.topk_weights, again.tokens)
             rows = [None if part is None else part[used] for part in kept]
-            found.append([used, *rows, received.counts, received.source_starts, received.source_counts, combined, summed])
+            found.append(
+                [used, *rows, received.counts, received.source_starts, received.source_counts, combined, summed]
+            )
         for one, two in zip(*found, strict=True):
             assert (one is None) == (two is None)
             assert one is None or same(one, two)
@@ -179,7 +181,7 @@ def mix_up(rank: int, device: str, mode: str) -> str:
             assert not strangers.any()  # their rows are left out
             layer.synchronize()
         except errors.WorldError as error:
-            assert "belongs to another call" in str(error)
+            assert "belongs to another call" in str(error)  # noqa: PT017 - only one of the ranks may see it
             return "noticed"
     return "unnoticed"
 
@@ -194,9 +196,11 @@ def chosen(rank: int, device: str, peer_access: str) -> list[str]:
     os.environ["MOEGEN_PEER_ACCESS"] = peer_access
     try:
         shape = Shape(torch.distributed.get_world_size(), 9, 3, 128, 24)
-        with make(group_of(device), rows_shape("token", "capacity"), device=device) as rows:
-            with make_layer(shape, device, group=group_of(device)) as experts:
-                return [rows.problem.path, experts.problem.path]
+        with (
+            make(group_of(device), rows_shape("token", "capacity"), device=device) as rows,
+            make_layer(shape, device, group=group_of(device)) as experts,
+        ):
+            return [rows.problem.path, experts.problem.path]
     finally:
         del os.environ["MOEGEN_PEER_ACCESS"]
 

@@ -17,7 +17,10 @@ from support.processes import Processes, devices, round_trip_in_process
 
 SIZE = 8
 LL = Shape(SIZE, 20, 3, 64, 16)
-HT = (RowsShape(SIZE, 20, 3, 128, "token", max_tokens=12), RowsShape(SIZE, 20, 3, 128, "packed", "given", max_tokens=12))
+HT = (
+    RowsShape(SIZE, 20, 3, 128, "token", max_tokens=12),
+    RowsShape(SIZE, 20, 3, 128, "packed", "given", max_tokens=12),
+)
 A2A = (
     PayloadShape(SIZE, 20, 3, 64, "layer", "pulled", max_tokens=24),
     PayloadShape(SIZE, 20, 3, 64, "layer", "pushed", max_tokens=24),

@@ -119,7 +119,7 @@ def test_virtual_ranks_exchange_on_the_current_stream(device: str) -> None:
     """Which is not the rank's own where calls are asynchronous."""
 
     def work(world: Any) -> None:
-        with CommStream(world.device):
+        with CommStream(world.device).behind():
             given = torch.zeros(world.size * 1024, dtype=torch.uint8, device=world.device)
             came = torch.empty_like(given)
             for step in range(1, 9):
