@@ -82,7 +82,7 @@ __device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank,
 __device__ __forceinline__ void tell_presence(const Params& p, const Watch& watch) {
 #pragma unroll 1
     for (uint32_t peer = kBlockThreads - 1 - threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if (is_active(p, peer)) store_release_sys(presence_at(p, peer, p.rank), epoch_before(watch.epoch));
+        if (is_active(p, peer)) store_release_sys(presence_at(p, peer, p.rank), uint64_t(epoch_before(watch.epoch)));
     }
 }
 
