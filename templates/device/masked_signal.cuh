@@ -15,10 +15,11 @@ struct Liveness {
     uint4* const* left_out;  // [ranks]: {ranks low, ranks high, epoch}: whom each rank has left out, and since when
 };
 
-// What every wait of a launch needs to know: the kernel's parameters, where they lie, and what differs from launch to
-// launch. Waits run out of line, where each word of this takes a register.
+// What every wait of a launch needs to know. Waits run out of line, where each word of this takes a register: what only
+// their slow path needs is read from the kernel's parameters, through a pointer that the constant cache does not serve.
 template <class Params>
 struct WatchOf {
+    uint32_t* active;  // [ranks]: 0: this rank neither waits for that one nor sends to it
     const Params* p;
     uint64_t started_ns;
     uint32_t rank;
@@ -38,7 +39,7 @@ constexpr uint64_t kPatientTimeouts = 8;
 // This rank is always active for itself.
 template <class Watch>
 __device__ __forceinline__ bool is_active(const Watch& watch, uint32_t peer) {
-    return peer == watch.rank || load_relaxed_sys(watch.p->active + peer) != 0;
+    return peer == watch.rank || load_relaxed_sys(watch.active + peer) != 0;
 }
 
 // Bit r: rank r is active. For a whole warp.
@@ -65,7 +66,7 @@ __device__ __forceinline__ void publish_left_out(const Watch& watch, uint64_t ra
 // launch publishes both.
 template <class Watch>
 __device__ __forceinline__ void leave_out(const Watch& watch, uint32_t peer) {
-    store_relaxed_sys(watch.p->active + peer, 0);
+    store_relaxed_sys(watch.active + peer, 0);
     const uint4 seen = load_whole_relaxed_sys(watch.p->liveness->left_out[watch.rank]);
     const uint64_t before = seen.z == watch.epoch ? uint64_t(seen.y) << 32 | seen.x : 0;
     publish_left_out(watch, before | uint64_t(1) << peer);
@@ -93,8 +94,8 @@ __device__ __forceinline__ bool is_left_out_by(const Watch& watch, uint32_t peer
 // The first such peer is reported, once: this rank's own element of the mask says that it was.
 template <class Watch>
 __device__ __forceinline__ void report_if_left_out(const Watch& watch, uint32_t by) {
-    if (!is_left_out_by(watch, by) || load_relaxed_sys(watch.p->active + watch.rank) == 0) return;
-    store_relaxed_sys(watch.p->active + watch.rank, 0);
+    if (!is_left_out_by(watch, by) || load_relaxed_sys(watch.active + watch.rank) == 0) return;
+    store_relaxed_sys(watch.active + watch.rank, 0);
     store_relaxed_sys(&watch.p->liveness->failure->left_out_by, by + 1);
 }
 

@@ -86,8 +86,7 @@ def test_views_of_rows(device: str, shape: RowsShape, op: str, change: Callable[
 
 
 @pytest.mark.parametrize("rows", ["pushed", "pulled"])
-def test_all_of_a_handle_of_payloads(device: str, rows: str) -> None:
-    """Counts, which the result shows, and what lies beside them: masks, slots, the number of tokens."""
+def test_counts_of_payloads(device: str, rows: str) -> None:
     shape = PayloadShape(2, 4, 2, 64, "layer", max_tokens=8)
     for value in VALUES:
         layer = PayloadLayer(replace(shape, rows=rows), device, timeout=0.2)
@@ -100,7 +99,7 @@ def test_all_of_a_handle_of_payloads(device: str, rows: str) -> None:
             y = received.payloads[0].clone()
             if rows == "pulled":
                 y = rank.expert_rows().copy_(y)
-            received.handle.memory.fill_(value)
+            received.counts.fill_(value)
             layer.step(world)
             rank.combine(y, received.handle)
 
