@@ -39,7 +39,7 @@ struct Params {
     uint64_t timeout_ns;           // how long one wait may take
     const Control* other_control;  // dispatch's
     const uint64_t* calls;         // [parity][rank]: call words published to this rank, with their epochs
-    uint64_t calls_offset;         // where they lie in every rank's symmetric memory
+    uint64_t calls_offset;         // where published call words lie in every rank's symmetric memory
     uint64_t rows_offset;          // [half][rank][max_tokens] rows
     uint64_t half_bytes;           // of a half: room for the longest rows, whatever this kernel's
     uint64_t tags_offset;          // [half][rank][max_tokens] u32: epoch of the row there
@@ -73,7 +73,11 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
     return sum < kRanks ? sum : sum - kRanks;
 }
 
-using Watch = CallWatch<Params>;
+using Watch = PlainWatch;
+
+__device__ __forceinline__ Watch start_watch(const Params& p) {
+    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
+}
 
 // Double buffering of staging and of call words.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
@@ -83,7 +87,6 @@ __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, ui
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
 }
 
-__device__ __forceinline__ Watch start_watch(const Params& p) { return Watch{&p, p.control->epoch}; }
 __device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
 
 // Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.
@@ -291,11 +294,6 @@ __device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const S
     }
 }
 
-// Users may overwrite the handle's memory: values from it are clamped before they index anything.
-__device__ __forceinline__ uint32_t slot_in_bounds(const Params& p, int32_t slot) {
-    return min(uint32_t(slot), p.slots - 1);
-}
-
 // A team waits for the rows of all these ranks. If one does not come, the host is told, and the sum means nothing.
 __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, uint64_t ranks, const int32_t* slots) {
     uint32_t index = 0;
@@ -303,7 +301,7 @@ __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, 
     for (uint64_t rest = ranks; rest != 0; rest &= rest - 1, ++index) {
         const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
         if (rank == p.rank || !is_active(p, rank) || index % kTeamThreads != team_thread()) continue;
-        const uint32_t slot = slot_in_bounds(p, slots[index]);
+        const uint32_t slot = uint32_t(slots[index]);
         const uint32_t* tag = tag_at(p, watch, p.rank, rank, slot);
         const Awaited what{kPartial, rank, int32_t(slot)};
         wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(tag); });
@@ -316,7 +314,7 @@ __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, u
                                           uint8_t* out) {
     const bool has_own = (ranks >> p.rank & 1) != 0;
     const int32_t own_slot = has_own ? slots[__popcll(ranks & ((uint64_t(1) << p.rank) - 1))] : 0;
-    const uint4* own_row = reinterpret_cast<const uint4*>(y_at(p, p.rank, slot_in_bounds(p, own_slot)));
+    const uint4* own_row = reinterpret_cast<const uint4*>(y_at(p, p.rank, uint32_t(own_slot)));
     Part own = has_own ? load_part(own_row, 0) : Part{};
     await_rows(p, watch, ranks, slots);
 #pragma unroll 1
@@ -330,8 +328,7 @@ __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, u
             const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
             if (!is_active(p, rank)) continue;
             const Part part = next;
-            const uint32_t slot = slot_in_bounds(p, slots[index]);
-            next = rank == p.rank ? own : load_part(record_at(p, watch, p.rank, rank, slot), first);
+            next = rank == p.rank ? own : load_part(record_at(p, watch, p.rank, rank, uint32_t(slots[index])), first);
             add(sums, part);
         }
         add(sums, next);

@@ -38,7 +38,7 @@ struct Params {
     uint64_t timeout_ns;           // how long one wait may take
     const Control* other_control;  // dispatch's
     const uint64_t* calls;         // [parity][rank]: call words published to this rank, with their epochs
-    uint64_t calls_offset;         // where they lie in every rank's symmetric memory
+    uint64_t calls_offset;         // where published call words lie in every rank's symmetric memory
     uint64_t rows_offset;          // [source][slots, hidden]: what the experts of each rank made
     Blocks senders;                // blocks that send
     Blocks receivers;              // blocks that receive; the same one if there is only one
@@ -62,7 +62,11 @@ __device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
 
 __device__ __forceinline__ uint32_t teams_of(Blocks blocks) { return blocks.blocks * kTeams; }
 
-using Watch = CallWatch<Params>;
+using Watch = PlainWatch;
+
+__device__ __forceinline__ Watch start_watch(const Params& p) {
+    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
+}
 
 // Double buffering of staging and of call words.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
@@ -72,7 +76,6 @@ __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, ui
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
 }
 
-__device__ __forceinline__ Watch start_watch(const Params& p) { return Watch{&p, p.control->epoch}; }
 __device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
 
 // Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.
@@ -189,11 +192,6 @@ __device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const S
     }
 }
 
-// Users may overwrite the handle's memory: values from it are clamped before they index anything.
-__device__ __forceinline__ uint32_t slot_in_bounds(const Params& p, int32_t slot) {
-    return min(uint32_t(slot), p.slots - 1);
-}
-
 // A row that `rank` has made of this rank's token, in the symmetric memory of that rank.
 __device__ __forceinline__ const uint4* row_at(const Params& p, uint32_t rank, uint32_t slot) {
     return reinterpret_cast<const uint4*>(p.peers[rank] + p.rows_offset) +
@@ -212,7 +210,7 @@ __device__ __forceinline__ Sums sums_of(const Params& p, uint64_t ranks, const i
         for (uint32_t row = 0; row < kRowsAhead; ++row) {
             if (rest == 0) break;
             const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
-            const uint32_t slot = slot_in_bounds(p, *slots++);
+            const uint32_t slot = uint32_t(*slots++);
             rest &= rest - 1;
             if (!is_active(p, rank)) continue;
             parts[row] = load_part(row_at(p, rank, slot), first);

@@ -51,8 +51,7 @@ struct Params {
     uint32_t* aborted;           // this object's abort word
     Failure* failure;            // where the host reads what went wrong
     uint64_t consumed_offset;    // [rank] u32: the last epoch that the peer has finished
-    const uint64_t* calls;       // [parity][rank]: call words published to this rank, with their epochs
-    uint64_t calls_offset;       // where they lie in every rank's symmetric memory
+    uint64_t calls_offset;       // where published call words lie in every rank's symmetric memory
     uint64_t rows_offset;        // [source][max_tokens] records, each at its token's number
     uint64_t tags_offset;        // [source][max_tokens] u64: call word and epoch of the row there
     uint64_t timeout_ns;         // how long one wait may take
@@ -72,7 +71,7 @@ struct Params {
     uint32_t wide_ids;           // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 400);
+static_assert(sizeof(Params) == 392);
 
 // Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
 // they index anything.
@@ -96,8 +95,7 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
 
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
 
-// Waits for rows compare call words.
-using Watch = CallWatch<Params>;
+using Watch = PlainWatch;
 
 // Where `from` publishes its call word to `rank`.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
@@ -107,7 +105,7 @@ __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, ui
 // The phase, which is equal on all ranks that make the same call.
 __device__ __forceinline__ uint32_t call_word(const Params&) { return 2; }
 __device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{&p, p.control->epoch};
+    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
 
 // What a row's tag is.

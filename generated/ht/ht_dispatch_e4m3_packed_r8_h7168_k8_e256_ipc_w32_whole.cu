@@ -51,8 +51,7 @@ struct Params {
     uint32_t* aborted;           // this object's abort word
     Failure* failure;            // where the host reads what went wrong
     uint64_t consumed_offset;    // [rank] u32: the last epoch that the peer has finished
-    const uint64_t* calls;       // [parity][rank]: call words published to this rank, with their epochs
-    uint64_t calls_offset;       // where they lie in every rank's symmetric memory
+    uint64_t calls_offset;       // where published call words lie in every rank's symmetric memory
     uint64_t rows_offset;        // [source][max_tokens] records, each at its token's number
     uint64_t tags_offset;        // [source][max_tokens] u64: call word and epoch of the row there
     uint64_t timeout_ns;         // how long one wait may take
@@ -72,7 +71,7 @@ struct Params {
     uint32_t wide_ids;           // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 400);
+static_assert(sizeof(Params) == 392);
 
 // Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
 // they index anything.
@@ -97,7 +96,6 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
 constexpr uint32_t kScaleWords = 56;  // of a row; they follow it
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
 
-// Waits for rows compare call words, but not behind counts, which have been compared then.
 using Watch = PlainWatch;
 
 // Where `from` publishes its call word to `rank`.
@@ -534,12 +532,11 @@ __device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t s
 // the call word; a source whose word differs has no rows. All receiving blocks wait for the
 // same words: if every thread of theirs polled, what is waited for could hardly be written.
 __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch, Arrivals& arrivals) {
-    const CallWatch<Params> comparing{&p, watch.epoch};
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
         uint4 last;
         const Awaited what{kCounts, source, -1};
-        const bool came = wait_for_whole(comparing, what, counts_at(p, p.rank, source) + kCountPieces - 1, last);
+        const bool came = wait_for_whole(watch, what, counts_at(p, p.rank, source) + kCountPieces - 1, last);
         const uint32_t words[kPieceWords] = {last.x, last.y, last.z};
         const uint32_t call = words[kCallWord % kPieceWords];
         arrivals.belong[source] = came && call == call_word(p);

@@ -45,8 +45,7 @@ struct Params {
     uint64_t consumed_offset;     // [rank] u32: the last epoch that the peer has read
     uint64_t rows_offset;         // [half][source][capacity] records, each at its token's number
     uint64_t tags_offset;         // [half][source][capacity] u64: epoch of the row there
-    const uint64_t* calls;        // [parity][rank]: call words published to this rank, with their epochs
-    uint64_t calls_offset;        // where they lie in every rank's symmetric memory
+    uint64_t calls_offset;        // where published call words lie in every rank's symmetric memory
     uint64_t weights_offset;      // [half][source][capacity][weight pieces]
     uint64_t timeout_ns;          // how long one wait may take
     Blocks senders;               // blocks that send
@@ -58,7 +57,7 @@ struct Params {
     uint32_t call;                // call word: one bit
 };
 
-static_assert(sizeof(Params) == 224);
+static_assert(sizeof(Params) == 216);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
@@ -84,7 +83,7 @@ constexpr uint32_t kRecordPieces = kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = 2;
 
-using Watch = CallWatch<Params>;
+using Watch = PlainWatch;
 // The half of the receive buffers that this epoch uses.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
 
@@ -99,7 +98,7 @@ constexpr uint32_t kCallWord = 1;
 __device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.epoch ^ kCallWord; }
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     const uint32_t epoch = p.control->epoch;
-    const CallWatch<Params> watch{&p, epoch};
+    const PlainWatch watch{p.aborted, p.failure, p.timeout_ns, p.rank, epoch};
     return watch;
 }
 
@@ -155,7 +154,7 @@ __device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t ne
 __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, bool& opened) {
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
     const uint32_t needed = epoch_before(epoch_before(watch.epoch));
-    const bool ready = all_have_read(consumed_at(p, p.rank, 0), needed, plain(watch));
+    const bool ready = all_have_read(consumed_at(p, p.rank, 0), needed, watch);
     if (lane_id() == 0) opened = ready;
 }
 

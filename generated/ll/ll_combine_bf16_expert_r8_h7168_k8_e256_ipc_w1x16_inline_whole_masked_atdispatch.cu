@@ -50,8 +50,7 @@ struct Params {
     uint64_t consumed_offset;     // [rank] u32: the last epoch that the peer has read
     uint64_t rows_offset;         // [half][source][capacity] records, each at its token's number
     uint64_t tags_offset;         // [half][source][capacity] u64: epoch of the row there
-    const uint64_t* calls;        // [parity][rank]: call words published to this rank, with their epochs
-    uint64_t calls_offset;        // where they lie in every rank's symmetric memory
+    uint64_t calls_offset;        // where published call words lie in every rank's symmetric memory
     uint64_t weights_offset;      // [half][source][capacity][weight pieces]
     uint64_t timeout_ns;          // how long one wait may take
     Blocks senders;               // blocks that send
@@ -64,7 +63,7 @@ struct Params {
     uint32_t renormalize;         // 1: the weights of what was added make up for what is missing
 };
 
-static_assert(sizeof(Params) == 296);
+static_assert(sizeof(Params) == 288);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
@@ -108,7 +107,7 @@ constexpr uint32_t kCallWord = 0;
 __device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.epoch ^ kCallWord; }
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     const uint32_t epoch = p.control->epoch;
-    const WatchOf<Params> watch{&p, global_timer_ns(), p.rank, epoch};
+    const WatchOf<Params> watch{p.active, &p, global_timer_ns(), p.rank, epoch};
     return watch;
 }
 

@@ -44,8 +44,7 @@ struct Params {
     uint64_t consumed_offset;     // [rank] u32: the last epoch that the peer has read
     uint64_t rows_offset;         // [half][source][capacity] records, each at its token's number
     uint64_t tags_offset;         // [half][source][capacity] u64: epoch of the row there
-    const uint64_t* calls;        // [parity][rank]: call words published to this rank, with their epochs
-    uint64_t calls_offset;        // where they lie in every rank's symmetric memory
+    uint64_t calls_offset;        // where published call words lie in every rank's symmetric memory
     uint64_t weights_offset;      // [half][source][capacity][weight pieces]
     uint64_t timeout_ns;          // how long one wait may take
     Blocks senders;               // blocks that send
@@ -57,7 +56,7 @@ struct Params {
     uint32_t call;                // call word: one bit
 };
 
-static_assert(sizeof(Params) == 256);
+static_assert(sizeof(Params) == 248);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
@@ -84,7 +83,7 @@ constexpr uint32_t kRecordPieces = kRowPieces;
 constexpr uint32_t kResident = 2;
 
 // `mark`: see mark_of(); one kernel receives what either kernel sends.
-struct Watch : CallWatch<Params> {
+struct Watch : PlainWatch {
     uint32_t mark;
 };
 
@@ -101,7 +100,7 @@ __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, ui
 __device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.mark; }
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     const uint32_t epoch = p.control->epoch;
-    const CallWatch<Params> watch{&p, epoch};
+    const PlainWatch watch{p.aborted, p.failure, p.timeout_ns, p.rank, epoch};
     return Watch{watch, epoch ^ p.call};
 }
 

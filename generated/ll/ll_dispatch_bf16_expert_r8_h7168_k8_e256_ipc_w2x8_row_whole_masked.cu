@@ -115,7 +115,7 @@ using Watch = WatchOf<Params>;
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
 
 __device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{&p, global_timer_ns(), p.rank, p.control->epoch};
+    return Watch{p.active, &p, global_timer_ns(), p.rank, p.control->epoch};
 }
 
 // The last block to get here moves on to the next epoch. A warp does this that has little else to do at the start.

@@ -14,7 +14,7 @@ from functools import cached_property
 from moegen.kernels.a2a_params import BEGIN, ROLES
 from moegen.kernels.a2a_payloads import UNITS, BulkRow, Payload, RowBytes
 from moegen.kernels.a2a_results import RESULTS, Result, in_whole_tiles
-from moegen.kernels.call_words import FIELDS, PLACES
+from moegen.kernels.call_words import FIELDS, PLACE
 from moegen.kernels.ht import require_routing
 from moegen.kernels.ll import MAX_SHARED_BYTES, ceil_div
 from moegen.kernels.params import Param, ParamStruct
@@ -384,7 +384,10 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
                 Param("const int32_t*", "counts", "[ranks]: rows from each source"),
                 *BEGIN,
                 Param("const Control*", "other_control", "dispatch's"),
-                *PLACES,
+                Param(
+                    "const uint64_t*", "calls", "[parity][rank]: call words published to this rank, with their epochs"
+                ),
+                PLACE,
                 *self._places,
                 *ROLES,
                 Param("uint32_t", "call", "call word"),

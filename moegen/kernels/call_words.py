@@ -96,11 +96,8 @@ def differences(op: str, here: int, there: int, rank: int, peer: int) -> list[st
     return found
 
 
-PLACES = (
-    Param("const uint64_t*", "calls", "[parity][rank]: call words published to this rank, with their epochs"),
-    Param("uint64_t", "calls_offset", "where they lie in every rank's symmetric memory"),
-)
-"""Parameters of the kernels that publish call words."""
+PLACE = Param("uint64_t", "calls_offset", "where published call words lie in every rank's symmetric memory")
+"""Parameter of the kernels that publish call words."""
 
 REGION_BYTES = 2 * MAX_RANKS * 8
 """Of these words, whatever the number of ranks is."""

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moegen.kernels.call_words import PLACES, REGION_BYTES, pack
+from moegen.kernels.call_words import PLACE, REGION_BYTES, pack
 from moegen.kernels.ll import FP8_GROUP, MAX_SHARED_BYTES, REGION_ALIGNMENT, ceil_div
 from moegen.kernels.params import Param, ParamStruct
 from moegen.kernels.spec import (
@@ -185,7 +185,7 @@ _COMMON = (
     Param("uint32_t*", "aborted", "this object's abort word"),
     Param("Failure*", "failure", "where the host reads what went wrong"),
     Param("uint64_t", "consumed_offset", "[rank] u32: the last epoch that the peer has finished"),
-    *PLACES,
+    PLACE,
     Param("uint64_t", "rows_offset", "[source][max_tokens] records, each at its token's number"),
     Param("uint64_t", "tags_offset", "[source][max_tokens] u64: call word and epoch of the row there"),
     Param("uint64_t", "timeout_ns", "how long one wait may take"),

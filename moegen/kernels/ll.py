@@ -321,7 +321,7 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
                 *(masked.SELECTED if self.masked else ()),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 *_common(self),
-                *call_words.PLACES,
+                call_words.PLACE,
                 Param("uint64_t", "weights_offset", "[half][source][capacity][weight pieces]"),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_COMMON_32,

@@ -124,6 +124,7 @@ class HighThroughputOps:
             at = combine if isinstance(spec, HighThroughputCombine) else dispatch
             name = spec.phase if isinstance(spec, HighThroughputDispatch) else "combine"
             failure = self._watchdog.address(number)
+            self._watchdog.compare_calls(number, self.memory, at.calls)
             self._to_bind[name] = kernel, at, failure
             self._bound[name, None] = self._bind(kernel, at, failure, num_sms)
         before = 0xFFFFFFFF if first_epoch == FIRST_EPOCH else first_epoch - 1
@@ -145,7 +146,6 @@ class HighThroughputOps:
             "aborted": self._control[2].data_ptr(),
             "failure": failure,
             "consumed_offset": at.consumed,
-            "calls": self.memory.local.data_ptr() + at.calls,
             "calls_offset": at.calls,
             "rows_offset": at.rows,
             "tags_offset": at.tags,

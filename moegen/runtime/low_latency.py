@@ -116,7 +116,8 @@ class LowLatency:
         pinned = world.device.type == "cuda"
         self.control = torch.zeros(2 * slots + 1, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._verdicts = torch.zeros(2 * slots, problem.num_ranks, dtype=torch.int32, device=world.device)
-        self._watchdog = Watchdog([kernel.spec.stem for kernel in kernels], PHASES, timeout, pinned=pinned)
+        stems = [kernel.spec.stem for kernel in kernels]
+        self._watchdog = Watchdog(stems * slots, PHASES, timeout, pinned=pinned)
         self._tables: list[torch.Tensor] = []
         if active is not None:
             self._beats = liveness_of(world)
@@ -146,6 +147,7 @@ class LowLatency:
     def _bind(self, launch: Launch) -> BoundKernel:
         world, selection, slot = self._world, self._selection, launch[0]
         number, kernel = self._kernels[launch[1:]]
+        number += slot * len(self._kernels)
         spec = kernel.spec
         assert isinstance(spec, (LowLatencyDispatch, LowLatencyCombine))
         dispatch = isinstance(spec, LowLatencyDispatch)
@@ -168,7 +170,7 @@ class LowLatency:
             varying = (*_DISPATCH_VARYING, "scales") if spec.scale_words else _DISPATCH_VARYING
         else:
             fixed["weights_offset"], fixed["calls_offset"] = at.weights, at.calls
-            fixed["calls"] = self.memory.local.data_ptr() + at.calls
+            self._watchdog.compare_calls(number, self.memory, at.calls)
         if self.active is None:
             fixed["aborted"] = self.control[-1].data_ptr()
         else:

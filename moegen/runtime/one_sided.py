@@ -132,6 +132,7 @@ class OneSidedOps(BoundKernels):
         else:
             fixed["other_control"] = self._control[_DISPATCH].data_ptr()
             fixed |= {"calls": self.memory.local.data_ptr() + at.calls, "calls_offset": at.calls}
+            watchdog.compare_calls(0, self.memory, at.calls)
         if isinstance(spec, OneSidedCombine) and spec.pulls:
             fixed |= {"rows_offset": at.expert_rows}
         elif isinstance(spec, OneSidedCombine):

@@ -14,8 +14,9 @@ from moegen.errors import (
     PeerTimeoutError,
     WorldError,
 )
-from moegen.kernels.call_words import differences
-from moegen.runtime.memory import HostWords
+from moegen.kernels.call_words import REGION_BYTES, differences
+from moegen.kernels.spec import MAX_RANKS
+from moegen.runtime.memory import HostWords, SymmetricMemory
 
 _FIELDS = (
     "valid",
@@ -53,10 +54,17 @@ class Watchdog:
         self._words = HostWords(len(stems) * len(_FIELDS), pinned=pinned)
         self._all = memoryview(self._words.words).cast("B")
         self._nothing = bytes(len(self._all))
+        self._calls: dict[int, tuple[SymmetricMemory, int]] = {}
 
     def address(self, kernel: int) -> int:
         """Of the kernel's struct Failure."""
         return self._words.address + kernel * _FAILURE_BYTES
+
+    def compare_calls(self, kernel: int, memory: SymmetricMemory, offset: int) -> None:
+        """Call words of that kernel's launches are published at this offset of the memory: a wait that expires may have
+        expired because a rank made a different call.
+        """
+        self._calls[kernel] = memory, offset
 
     def raise_expired(self) -> None:
         """Raises PeerTimeoutError or DifferentCallError, on this and every later call, if a wait failed; all else is
@@ -69,7 +77,7 @@ class Watchdog:
             if words["other_caller"]:
                 raise self._other_call(stem, words)
             if words["valid"]:
-                raise self._expired(stem, words)
+                raise self._by_different_call(kernel, stem, words) or self._expired(stem, words)
 
     def raise_mismatched(self) -> None:
         """Raises WorldError, once, if a rank's part belongs to another call; all else is left for later."""
@@ -143,6 +151,23 @@ class Watchdog:
         here, there = (seen[f"{side}_high"] << 32 | seen[side] for side in ("call_here", "call_there"))
         op, peer = "_".join(stem.split("_")[:2]), seen["other_caller"] - 1
         found = differences(op, here, there, seen["rank"], peer)
+        return DifferentCallError(stem, seen["rank"], peer, tuple(found))
+
+    def _by_different_call(self, kernel: int, stem: str, seen: Mapping[str, int]) -> DifferentCallError | None:
+        """Of ranks that have published another call word for this launch, the one that was waited for, or any."""
+        if kernel not in self._calls:
+            return None
+        memory, offset = self._calls[kernel]
+        published = memory.local[offset : offset + REGION_BYTES].cpu().numpy().view("<u8")
+        words = published.reshape(2, MAX_RANKS)[seen["epoch"] % 2].tolist()
+        calls = {rank: word >> 32 for rank, word in enumerate(words) if word & 0xFFFFFFFF == seen["epoch"]}
+        here = calls.get(seen["rank"])
+        others = [rank for rank, call in calls.items() if call != here]
+        if here is None or not others:
+            return None
+        peer = seen["peer"] if seen["peer"] in others else others[0]
+        op = "_".join(stem.split("_")[:2])
+        found = differences(op, here, calls[peer], seen["rank"], peer)
         return DifferentCallError(stem, seen["rank"], peer, tuple(found))
 
     def _expired(self, stem: str, seen: Mapping[str, int]) -> PeerTimeoutError:

@@ -103,9 +103,11 @@ __device__ __forceinline__ void report_if_left_out(const Watch& watch, uint32_t 
 // left out, but the peer is not.
 template <class Watch>
 __device__ __forceinline__ bool makes_different_call(const Watch& watch, uint32_t peer) {
-    if constexpr (requires { watch.p->calls; }) {
-        const uint64_t here = load_relaxed_sys(watch.p->calls + place_of_call(watch.epoch, watch.rank));
-        const uint64_t there = load_relaxed_sys(watch.p->calls + place_of_call(watch.epoch, peer));
+    if constexpr (requires { watch.p->calls_offset; }) {
+        const uint8_t* published = watch.p->peers[watch.rank] + watch.p->calls_offset;
+        const uint64_t* calls = reinterpret_cast<const uint64_t*>(published);
+        const uint64_t here = load_relaxed_sys(calls + place_of_call(watch.epoch, watch.rank));
+        const uint64_t there = load_relaxed_sys(calls + place_of_call(watch.epoch, peer));
         if (!are_of_different_calls(here, there, watch.epoch)) return false;
         write_other_call(watch.p->failure, watch.rank, peer, here >> 32, there >> 32);
         return true;

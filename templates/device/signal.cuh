@@ -15,24 +15,14 @@ struct PlainWatch {
     uint32_t epoch;
 };
 
-// Of waits for a peer whose call word may differ: every rank publishes its own to every rank, itself included, when it
-// begins, and the slow path of the wait compares the peer's. What else that path needs is in the kernel's parameters:
-// it costs no registers.
+// A peer makes a different call: nothing that it sends may be used.
 template <class Params>
-struct CallWatch {
-    const Params* params;
-    uint32_t epoch;
-};
-
-__device__ __forceinline__ const PlainWatch& plain(const PlainWatch& watch) { return watch; }
-
-template <class Params>
-__device__ __forceinline__ PlainWatch plain(const CallWatch<Params>& watch) {
-    const Params& p = *watch.params;
-    return PlainWatch{p.aborted, p.failure, p.timeout_ns, p.rank, watch.epoch};
+__device__ __forceinline__ void report_other_call(const Params& p, uint32_t peer, uint64_t here, uint64_t there) {
+    write_other_call(p.failure, p.rank, peer, here, there);
+    store_relaxed_sys(p.aborted, 1);
 }
 
-// Only the first expired wait of an object reports.
+// Only the first expired wait of an object reports. If the peer's call word differs, the host sees that.
 __device__ __noinline__ void report_expired(PlainWatch watch, Awaited what, uint32_t expected, uint32_t seen) {
     if (atomic_cas_acq_rel_gpu(watch.aborted, 0, 1) != 0) return;
     Failure* failure = watch.failure;
@@ -46,31 +36,10 @@ __device__ __noinline__ void report_expired(PlainWatch watch, Awaited what, uint
     store_release_sys(&failure->valid, 1);
 }
 
-// The peer makes a different call: nothing that it sends may be used.
-template <class Params>
-__device__ __forceinline__ void report_other_call(const Params& p, uint32_t peer, uint64_t here, uint64_t there) {
-    write_other_call(p.failure, p.rank, peer, here, there);
-    store_relaxed_sys(p.aborted, 1);
-}
-
-__device__ __forceinline__ void compare_calls(const PlainWatch&, uint32_t) {}
-
-// Out of line, with few arguments: the registers of a wait's callees add to those of the kernel.
-template <class Params>
-__device__ __noinline__ void compare_calls(const Params& p, uint32_t epoch, uint32_t peer) {
-    const uint64_t here = load_relaxed_sys(p.calls + place_of_call(epoch, p.rank));
-    const uint64_t there = load_relaxed_sys(p.calls + place_of_call(epoch, peer));
-    if (are_of_different_calls(here, there, epoch)) report_other_call(p, peer, here >> 32, there >> 32);
-}
-
-template <class Params>
-__device__ __forceinline__ void compare_calls(const CallWatch<Params>& watch, uint32_t peer) {
-    compare_calls(*watch.params, watch.epoch, peer);
-}
-
-// Polls until `poll()` gives `expected`; false if the wait failed. Phases that wait for more have a little more time,
-// so that the report names the first cause. Out of line: there are many waits, and what most of them wait for is there
-// already. Instructions are fetched once per launch, and every jump to another line of them takes its time.
+// Polls until `poll()` gives `expected`; false if that did not happen in time, or another wait gave up. Phases that
+// wait for more have a little more time, so that the report names the first cause. Out of line: there are many waits,
+// and what most of them wait for is there already. Instructions are fetched once per launch, and every jump to another
+// line of them takes its time.
 template <class Watch, class Word, class Poll>
 __device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, Word expected) {
     uint64_t deadline_ns = 0;
@@ -80,11 +49,9 @@ __device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, 
         if (seen == expected) return true;
         if (polls % kPollsPerCheck == 0) {
             const uint64_t now = global_timer_ns();
-            const uint64_t timeout_ns = plain(watch).timeout_ns;
-            if (deadline_ns == 0) deadline_ns = now + timeout_ns + what.phase * (timeout_ns / 16);
-            if (now > deadline_ns) report_expired(plain(watch), what, uint32_t(expected), uint32_t(seen));
-            compare_calls(watch, what.peer);
-            if (load_relaxed_sys(plain(watch).aborted) != 0) return false;
+            if (deadline_ns == 0) deadline_ns = now + watch.timeout_ns + what.phase * (watch.timeout_ns / 16);
+            if (now > deadline_ns) report_expired(watch, what, uint32_t(expected), uint32_t(seen));
+            if (load_relaxed_sys(watch.aborted) != 0) return false;
         }
         poll_pause();
     }

@@ -85,7 +85,6 @@ Params Ranks::common_params(Rank& rank, Round& round, uint32_t op, const Regions
     p.failure = &rank.failure[op];
     p.consumed_offset = at.consumed;
     p.calls_offset = at.calls;
-    p.calls = reinterpret_cast<const uint64_t*>(rank.memory.get() + at.calls);
     p.rows_offset = at.rows;
     p.tags_offset = at.tags;
     p.timeout_ns = timeout_ns_;

@@ -174,7 +174,6 @@ void Ranks::combine_with(Rank& rank, Round& round, std::vector<Bf16>& result) {
         p.renormalize = 1;  // by 1 where nobody is missing
     }
     p.calls_offset = variant_.combine_at.calls;
-    p.calls = reinterpret_cast<const uint64_t*>(rank.memory.get() + variant_.combine_at.calls);
     p.call = variant_.late;
     p.weights_offset = variant_.combine_at.weights;
     p.y = reinterpret_cast<const uint8_t*>(round.y.data());
