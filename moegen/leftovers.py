@@ -3,7 +3,7 @@
 the next that starts.
 
 An owner holds a lock on what is its own. The system takes the lock away when the last process that holds it ends,
-however that ends; so what can be locked belongs to nobody. This also holds where processes do not see each other (PID
+however that ends; so what can be locked has no owner. This also holds where processes do not see each other (PID
 namespaces), and for forked processes that use what their parent has made.
 """
 
@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = "moegen-owned-"
-"""Names of what may be removed when nobody holds its lock."""
+"""Names of what may be removed when its lock is free."""
 
 SHARED = Path("/dev/shm")
 

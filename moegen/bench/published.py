@@ -50,7 +50,7 @@ class Target:
 NCCL_EP, PPLX, UCCL_EP = "NCCL EP, H100", "pplx, H100", "UCCL-EP, H200"
 """By their own pages."""
 DEEPEP_V1, DEEPEP_V2 = "DeepEP V1, H200", "DeepEP V2, H200"
-"""1.2.1, with 24 multiprocessors and without its layout kernel; 2.1.0, with 64, its epilogue included. Measured on two
+"""1.2.1, with 24 SMs and without its layout kernel; 2.1.0, with 64, its epilogue included. Measured on two
 H200, 2026-11-23.
 """
 FLASHINFER = "FlashInfer fb28d72, H200"

@@ -39,7 +39,7 @@ class FewerTokens(ExpertParallel):
         self._whole._ops = ops
 
     def _raise_reported(self) -> None:
-        """What kernels report is that object's to tell, in its own way."""
+        """Kernels report to that object, which raises in its own way."""
         self._whole._raise_reported()
 
     @property

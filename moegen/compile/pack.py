@@ -32,7 +32,7 @@ from moegen.kernels.spec import SCHEMA
 
 MOST_MANIFEST_BYTES = 64 << 20
 MOST_BINARY_BYTES = 256 << 20
-"""Far above any that there is: a binary takes up to a few MiB, and what is told of it a KiB."""
+"""Far above any that there is: a binary takes up to a few MiB, and its manifest entry a KiB."""
 
 _STEM, _DIGEST = re.compile(r"\w{1,200}"), re.compile(r"[0-9a-f]{64}")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's earliest date: equal binaries give equal packs

@@ -118,7 +118,7 @@ class GroupExchange:
         return MissingRanksError(self._rank, silent, what, waited) if silent else None
 
     def give_up(self, why: BaseException) -> None:
-        """No exchange can be made any more, and the other ranks are told so."""
+        """No exchange can be made any more; the other ranks read so in the store."""
         if self._broken is not None:
             return
         if isinstance(why, WorldError):
@@ -204,7 +204,7 @@ def exchange_of(group: Any) -> GroupExchange | None:
                 store = dist.distributed_c10d._get_process_group_store(group)
                 made = GroupExchange(store, dist.get_rank(group), dist.get_world_size(group)) if store else None
             except (KeyError, AttributeError, WorldError) as error:
-                if isinstance(error.__cause__, dist.DistNetworkError):  # there is one, and nobody behind it
+                if isinstance(error.__cause__, dist.DistNetworkError):  # there is one, without a server
                     raise
                 log.info("a process group has no store that answers (%s): exchanges cannot name missing ranks", error)
             _of_groups[group] = made
@@ -212,7 +212,7 @@ def exchange_of(group: Any) -> GroupExchange | None:
 
 
 def exchange_in_group(group: Any, value: T, what: str, seconds: float) -> list[T]:
-    """As GroupExchange; for a group without a store by torch's object collective, where nobody knows who is missing."""
+    """As GroupExchange; for a group without a store by torch's object collective, which does not know who is missing."""
     exchange = exchange_of(group)
     if exchange is not None:
         return exchange(value, what, seconds)

@@ -99,7 +99,7 @@ class SharedFile:
         return str(named)
 
     def close(self) -> None:
-        """Nobody can map it any more; the mappings stay."""
+        """It cannot be mapped any more; the mappings stay."""
         if self._named is not None:
             self._named.unlink(missing_ok=True)
         self._named = None
@@ -193,7 +193,7 @@ def _map_all(own: SharedFile, rank: int, size: int, places: Sequence[_Place]) ->
             else:
                 files.append(open_shared_file(path, identity, size))
                 files[-1].close()
-    except Exception as error:  # told to the other ranks
+    except Exception as error:  # the other ranks get it below
         return [], f"cannot map a peer's memory: {error}"
     return files, ""
 

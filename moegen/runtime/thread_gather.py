@@ -62,7 +62,7 @@ class ThreadGather:
             self._changed.notify_all()
 
     def fail(self, why: str) -> None:
-        """Nobody is to wait for anybody any more."""
+        """Ends all waits, now and later."""
         with self._changed:
             self._failure = self._failure or why
             self._changed.notify_all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `get_local_buffer_tensor` gives: memory for the caller, of as many bytes as the constructor was told."""
+"""What `get_local_buffer_tensor` gives: memory for the caller, of the number of bytes given to the constructor."""
 
 from __future__ import annotations
 
