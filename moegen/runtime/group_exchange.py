@@ -212,7 +212,7 @@ def exchange_of(group: Any) -> GroupExchange | None:
 
 
 def exchange_in_group(group: Any, value: T, what: str, seconds: float) -> list[T]:
-    """As GroupExchange; for a group without a store by torch's object collective, which does not know who is missing."""
+    """As GroupExchange; for a group without a store by torch's object collective, which cannot name who is missing."""
     exchange = exchange_of(group)
     if exchange is not None:
         return exchange(value, what, seconds)
