@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from moegen import admission
@@ -59,6 +60,13 @@ def integer(name: str, value: object) -> int:
     if number is None:
         raise InputError(f"{name} must be an integer; got {value!r}")
     return number
+
+
+def flag(name: str, value: object) -> bool:
+    """The value as Python's own bool, for a kernel's arguments."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise InputError(f"{name} must be True or False; got {value!r}")
+    return bool(value)
 
 
 def num_sms(value: object) -> int | None:

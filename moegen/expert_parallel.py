@@ -371,6 +371,7 @@ class ExpertParallel(ActiveMembership, Staged):
         topk_weights = checks.topk_weights(self, topk_weights, handle.num_tokens)
         shape = (handle.num_tokens, self.problem.hidden)
         checks.out(self, out, shape, self.dtype)
+        renormalize = checks.flag("renormalize", renormalize)
         checks.waiting(self, timeout, waited_ns, renormalize)
         inputs = (("y", y), ("topk_weights", topk_weights), (checks.HANDLE_MEMORY, handle.memory))
         written = checks.outputs(self, out, None, waited_ns, inputs)

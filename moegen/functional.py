@@ -142,7 +142,7 @@ def combine(layer: HighThroughput, y: torch.Tensor, handle: Handle, *, weighted:
     if handle.layer != layer.number:
         raise HandleError("this handle comes from another layer; give it to that one")
     if not torch.compiler.is_compiling():
-        y = _operand(layer, "y", y)
+        y, weighted = _operand(layer, "y", y), checks.flag("weighted", weighted)
         for name, part in (("row_weights", handle.row_weights), ("memory", handle.memory)):
             _operand(layer, f"the handle's {name}", part)
     weighted = weighted and layer.problem.layout == "packed"

@@ -197,6 +197,7 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
         shape = (handle.num_tokens, self.problem.hidden)
         biases = row_checks.biases(self, bias, shape)
         row_checks.combined_out(self, out, shape)
+        weighted = checks.flag("weighted", weighted)
         num_sms = row_checks.launch(num_sms, timeout)
         given = out
         if given is not None:

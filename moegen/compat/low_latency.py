@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from moegen import checks
+from moegen import admission, checks
 from moegen.compat.fewer_tokens import Sizes, whole_of
 from moegen.compat.groups import rank_and_size, usual_device
 from moegen.errors import HandleError, InputError, LeftOutError
@@ -210,6 +210,7 @@ class RoutedIds:
                 f"topk_idx and topk_weights must have the shape of the dispatch's topk_idx, {list(self._ids.shape)}; "
                 f"got {list(topk_idx.shape)}, {list(topk_weights.shape)}"
             )
+        topk_idx, topk_weights = admission.read("topk_idx", topk_idx), admission.read("topk_weights", topk_weights)
         if self._version is not None and self._version == _version(topk_idx) and self._are(topk_idx):
             return topk_weights
         if topk_idx.device != topk_weights.device:

@@ -33,6 +33,9 @@ T = TypeVar("T")
 DEFAULT_TIMEOUT = 1800.0
 """Seconds that exchanges wait for ranks, where no object says how long; torch's own default for gloo."""
 
+MAX_LOCAL_RANKS = 1024
+"""Of one process: each is a thread. It is more than any kernel is for, whose Specs say how many that is."""
+
 DEFAULT_CONNECTIONS = 8
 MAX_CONNECTIONS = 32
 """Hardware queues per CUDA context without and with CUDA_DEVICE_MAX_CONNECTIONS at its most: streams beyond that
@@ -124,8 +127,8 @@ class LocalWorld(ProcessBound):
     """`num_ranks` virtual ranks in one process, each a thread (and a stream, on a GPU): for tests, demos, debugging.
 
     Args:
-        num_ranks: 1 or more. On a GPU at most 8, or 32 if CUDA_DEVICE_MAX_CONNECTIONS=32 was set before CUDA started
-            (it is set here if CUDA has not started yet). Up to 16 are tested on a GPU.
+        num_ranks: 1 to 1,024; kernels are for up to 64. On a GPU at most 8, or 32 if CUDA_DEVICE_MAX_CONNECTIONS=32 was
+            set before CUDA started (it is set here if CUDA has not started yet). Up to 16 are tested on a GPU.
         device: "cpu", "cuda" or "cuda:N"; all ranks share it.
 
     Raises:
@@ -135,8 +138,8 @@ class LocalWorld(ProcessBound):
     def __init__(self, num_ranks: int, device: str | torch.device = "cpu") -> None:
         self.device = _without_cpu_index(torch.device(device))
         number = as_int(num_ranks)
-        if number is None or number < 1:
-            raise InputError(f"num_ranks is an integer, 1 or more; got {num_ranks!r}")
+        if number is None or not 1 <= number <= MAX_LOCAL_RANKS:
+            raise InputError(f"num_ranks is an integer in 1..{MAX_LOCAL_RANKS}; got {num_ranks!r}")
         self.size = num_ranks = number
         if self.device.type == "cuda":
             self.device = _cuda_device_for_many_streams(self.device, num_ranks)

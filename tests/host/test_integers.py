@@ -49,7 +49,7 @@ def test_numpys_integers(cls: Any) -> None:
 
 
 def test_worlds() -> None:
-    for wrong in (1.0, True, "1", None, 0):
+    for wrong in (1.0, True, "1", None, 0, 1025, 2**62):
         with pytest.raises(InputError, match="num_ranks is an integer"):
             moegen.LocalWorld(wrong)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moegen import checks
+from moegen import admission, checks
 from moegen.compat.deep_ep.config import Config, combine_config, dispatch_config, low_latency_size_hint
 from moegen.compat.deep_ep.local_memory import LocalMemory
 from moegen.compat.deep_ep.normal import NormalMode
@@ -269,6 +269,7 @@ class Buffer(NormalMode):
         if mask_status.dtype != torch.int32 or mask_status.shape != active.shape:
             given = f"{mask_status.dtype} {list(mask_status.shape)}"
             raise InputError(f"mask_status is torch.int32 [{self.group_size}]; got {given}")
+        admission.written("mask_status", mask_status)
         write_anyway(mask_status, active == 0)
 
     @exclusive

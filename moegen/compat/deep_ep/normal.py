@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moegen import checks
+from moegen import admission, checks
 from moegen.compat.deep_ep.config import Config
 from moegen.compat.deep_ep.normal_handle import NormalHandle
 from moegen.compat.deep_ep.streams import Streams
@@ -179,6 +179,10 @@ class NormalMode(Exclusive):
         if is_token_in_rank.shape != (len(parts[0]), self.group_size):
             got = list(is_token_in_rank.shape)
             raise InputError(f"is_token_in_rank is [{len(parts[0])}, {self.group_size}]; got {got}")
+        if is_token_in_rank.dtype != torch.bool:
+            raise InputError(f"is_token_in_rank is torch.bool; got {is_token_in_rank.dtype}")
+        is_token_in_rank = admission.read("is_token_in_rank", is_token_in_rank)
+        num_tokens_per_expert = admission.read("num_tokens_per_expert", num_tokens_per_expert)
         topk = self.group_size if topk_idx is None else topk_idx.shape[-1]
         shape = Shape(0, topk, num_experts).of(x)
         routing = (is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights)

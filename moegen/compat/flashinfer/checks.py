@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from moegen import admission
 from moegen.errors import InputError
 from moegen.kernels.integers import as_int
 
@@ -142,7 +143,7 @@ def mask_bits(mask: Tensor | None, enabled: bool, ep_rank: int, ep_size: int) ->
             f"active_rank_mask is uint64 [{RANK_MASK_WORDS}] on the CPU, as moe_a2a_active_rank_mask makes it; got "
             f"{mask.dtype} {_shape(mask)} on {mask.device}"
         )
-    bits = int(mask.item()) & ((1 << ep_size) - 1)
+    bits = int(admission.read("active_rank_mask", mask).item()) & ((1 << ep_size) - 1)
     if not bits >> ep_rank & 1:
         raise CallError(f"active_rank_mask leaves out rank {ep_rank}, which makes this call: its own bit is always set")
     return bits
@@ -153,6 +154,7 @@ def combine_payload(payload: Tensor, ep_size: int, slots: int) -> None:
         raise CallError(f"payload is [{ep_size}, {slots}, hidden], as the dispatch's results; got {_shape(payload)}")
     if payload.dtype not in COMBINE_DTYPES:
         raise CallError(f"payload is {' or '.join(map(str, COMBINE_DTYPES))}; got {payload.dtype}")
+    admission.read("payload", payload)
 
 
 def output_dtype(wanted: torch.dtype | None, scales: Tensor | None) -> None:

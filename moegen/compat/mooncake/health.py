@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from moegen import admission
 from moegen.compat.low_latency import Layers
 from moegen.errors import InputError
 from moegen.runtime.ownership import write_anyway
@@ -48,6 +49,7 @@ class Health:
                 f"active_ranks is a contiguous torch.int32 [{self._num_ranks}] on {device}, one number per rank (1: it "
                 f"takes part); got {said}"
             )
+        admission.written("active_ranks", given)
 
 
 def _nothing() -> None:
