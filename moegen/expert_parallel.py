@@ -40,8 +40,7 @@ class ExpertParallel(ActiveMembership, Staged):
     Args:
         group_or_world: a torch process group (gloo or nccl; None: the default one), or the rank_world that
             `LocalWorld.run` passes to its function.
-        num_experts: experts of all ranks together; rank r holds a contiguous share, the first `num_experts % ranks`
-            ranks one more than the others.
+        num_experts: of all ranks; shares are contiguous, the first `num_experts % ranks` ranks hold one more each.
         num_topk: experts that a token selects.
         hidden: elements of a token; a token is a multiple of 16 bytes.
         max_tokens_per_rank: capacity: tokens that a rank may dispatch in one call. Sizes the buffers.
