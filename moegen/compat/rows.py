@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from moegen import checks
-from moegen.errors import CapacityError, InputError
+from moegen.errors import CapacityError, HandleError, InputError
 from moegen.high_throughput import HighThroughput
 from moegen.kernels.integers import settle_integers
 from moegen.kernels.problem import Problem
@@ -152,7 +152,7 @@ class RowLayers(ProcessBound):
         """The object that moves rows of this shape by a handle, and the handle as that object takes it: where rows go
         does not depend on what they hold.
         """
-        owner = _owner(handle)
+        owner = self._owner(handle)
         if (shape.hidden, shape.dtype, shape.scale_dtype) == (owner.problem.hidden, owner.dtype, owner.scale_dtype):
             return owner, handle
         layer = self.with_room(shape, owner.problem.max_tokens)
@@ -160,8 +160,15 @@ class RowLayers(ProcessBound):
 
     def for_sums(self, shape: Shape, handle: RowsHandle) -> tuple[HighThroughput, RowsHandle]:
         """The same for combine, which is the same whatever dispatch sent."""
-        owner = _owner(handle)
+        owner = self._owner(handle)
         return (owner, handle) if owner.problem.hidden == shape.hidden else self.for_handle(shape, handle)
+
+    def _owner(self, handle: RowsHandle) -> HighThroughput:
+        owner = handle.owner
+        assert isinstance(owner, HighThroughput)
+        if owner not in self._all and not owner.destroyed:  # the error of destroyed ones is their own
+            raise HandleError("this handle comes from another buffer; give it to the one whose dispatch returned it")
+        return owner
 
     def _make(self, shape: Shape, tokens: int) -> HighThroughput:
         layer = HighThroughput(
@@ -190,11 +197,6 @@ class RowLayers(ProcessBound):
 def capacity_for(tokens: int) -> int:
     """Tokens per rank that an object is made for."""
     return max(SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length())
-
-
-def _owner(handle: RowsHandle) -> HighThroughput:
-    assert isinstance(handle.owner, HighThroughput)
-    return handle.owner
 
 
 def rounded_up(counts: list[int], alignment: int) -> list[int]:

@@ -5,8 +5,6 @@ wrong numbers or leave an object that does not work. `tests.support.fuzz_cases` 
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +12,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from support import fuzz_draw
 from support.fuzz_cases import Case
-from support.fuzz_troupe import Troupe
+from support.fuzz_faults import crash, err, hang
 from support.fuzz_worker import Worker
-
-import moegen
 
 FEW, MANY = 300, 10_000
 HOW: dict[str, Any] = {
@@ -40,25 +36,6 @@ def test_what_happens_is_told(worker: Worker) -> None:
     assert "no end in 1 s" in worker(hang, seconds=1)
     assert "combine: the result is wrong" in worker(err)
     assert worker(Case("experts-ipc", 1, seed=1)) == ""
-
-
-def crash(_: Troupe) -> str:
-    os.abort()
-
-
-def hang(_: Troupe) -> str:
-    time.sleep(60)
-    return ""
-
-
-def err(troupe: Troupe) -> str:
-    right = moegen.ExpertParallel.combine
-    assert troupe(Case("experts-ipc", 1, seed=1)) == ""
-    moegen.ExpertParallel.combine = lambda *given, **named: right(*given, **named).mul_(1.125)  # type: ignore[method-assign,assignment]
-    try:
-        return troupe(Case("experts-ipc", 1, seed=1))
-    finally:
-        moegen.ExpertParallel.combine = right  # type: ignore[method-assign,assignment]
 
 
 @settings(max_examples=FEW, derandomize=True, **HOW)

@@ -11,7 +11,7 @@ import torch
 
 import moegen
 from moegen.compat import deep_ep, mooncake
-from moegen.errors import InputError
+from moegen.errors import HandleError, InputError
 from support.object_kinds import KINDS, Data, Kind
 
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -68,6 +68,20 @@ def test_a_layout_of_the_normal_mode_whose_memory_was_freed(device: str) -> None
                 made.dispatch(data.x, is_token_in_rank=other[0], num_tokens_per_expert=other[1], **given)
 
     in_ranks(device, BY_NAME["deep_ep.Buffer-normal"], work)
+
+
+def test_a_handle_of_another_buffer(device: str) -> None:
+    kind = BY_NAME["deep_ep.Buffer-normal"]
+
+    def work(made: deep_ep.Buffer, data: Data) -> None:
+        rows, _, _, _, handle, _ = kind.dispatch(made, data)
+        other = deep_ep.Buffer(made.group, 4096)
+        for call in (lambda: other.combine(rows, handle), lambda: other.dispatch(data.x, handle)):
+            with pytest.raises(HandleError, match="another buffer"):
+                call()
+        other.destroy()
+
+    in_ranks(device, kind, work)
 
 
 @pytest.mark.parametrize("name", ["HighThroughput-packed", "functional"])

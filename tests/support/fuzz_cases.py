@@ -273,8 +273,11 @@ def judge(stage: Stage, case: Case, calls: list[list[Call]]) -> bool:
         of_call = next((known for of, known in stage.handles if of[0] is handles[0]), trip)
         if not all(call.trusted for call in of_step) or case.scribble or _is_altered(case, number):
             return harmed
-        if not _is_written_over(stage, case, number):
+        try:
             _judge(step, of_call, of_step)
+        except FaultError:
+            if not _is_written_over(stage, case, number):
+                raise
         _remember(stage, step, trip, of_step)
     return harmed
 

@@ -200,12 +200,21 @@ def _weights_that_came(index: int) -> Param:
 BIAS = Param("tensor", lambda s: s.floats(TOKENS, s.surface.hidden), optional=True)
 
 
+def _timed(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def timed(world: Any) -> Any:
+        made = make(world)
+        made.timeout = TIMEOUT
+        return made
+
+    return timed
+
+
 def _normal() -> Surface:
     def laid(index: int) -> Param:
         return Param("tensor", lambda s: s.kept["layout"][index], read=False)
 
     return Surface(
-        "deep_ep.Buffer-normal", 8, 4, HIDDEN, lambda world: deep_ep.Buffer(world, 4096),
+        "deep_ep.Buffer-normal", 8, 4, HIDDEN, _timed(lambda world: deep_ep.Buffer(world, 4096)),
         (
             Step("layout", lambda made: made.get_dispatch_layout,
                  {"topk_idx": IDS, "num_experts": EXPERTS, "async_finish": FLAG}, lambda trip, calls: None,
@@ -367,15 +376,6 @@ def _moe_alltoall() -> Surface:
         ),
         settle=settle,
     )  # fmt: skip
-
-
-def _timed(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def timed(world: Any) -> Any:
-        made = make(world)
-        made.timeout = TIMEOUT
-        return made
-
-    return timed
 
 
 COMPAT = (

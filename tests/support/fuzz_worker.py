@@ -30,14 +30,14 @@ class Worker:
         if self._process is None:
             self._start()
         log = Path(self._folder.name) / "stderr"
-        self._pipe.send(case)
         try:
+            self._pipe.send(case)
             if self._pipe.poll(seconds):
                 return str(self._pipe.recv())
             os.kill(self._process.pid, signal.SIGUSR1)
             self._process.join(1)
             return f"no end in {seconds:.0f} s: {case}\n{self._ended()}{_tail(log)}"
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionResetError, BrokenPipeError):
             self._process.join(5)
             return f"the process ended with {self._process.exitcode}: {case}\n{self._ended()}{_tail(log)}"
 
