@@ -73,6 +73,9 @@ class Sizes:
         """For so many tokens per rank, if that number was seen before."""
         return self._by_tokens.get(max_tokens)
 
+    def has(self, whole: ExpertParallel) -> bool:
+        return any(each is whole for each in self._wholes)
+
     def add(self, max_tokens: int, make: Callable[[int], ExpertParallel]) -> ExpertParallel:
         """For a number that is new. `make` gives an object for so many tokens per rank, on all ranks together."""
         checks.in_range("num_max_dispatch_tokens_per_rank", max_tokens, 1, MAX_TOKENS_PER_RANK)

@@ -126,6 +126,20 @@ class Layers(ProcessBound):
             self._active = active
         return self._active
 
+    def own(self, handle: Any) -> LowLatencyHandle:
+        """The handle, if a dispatch of one of these objects returned it.
+
+        Raises:
+            HandleError: it is something else.
+        """
+        if not isinstance(handle, LowLatencyHandle):
+            raise HandleError("the handle is the tuple that dispatch returned, itself: a copy cannot be used")
+        whole = whole_of(handle.owner)
+        # The error of a destroyed object is its own.
+        if not whole.destroyed and not any(sizes.has(whole) for sizes in self._made.values()):
+            raise HandleError("this handle comes from another Buffer; give it to the one whose dispatch returned it")
+        return handle
+
     def destroy(self) -> None:
         for sizes in self._made.values():
             sizes.destroy()
@@ -175,17 +189,6 @@ class LowLatencyHandle(ProcessBound, tuple[Any, ...]):
         handle.owner, handle.received = owner, received
         handle.routed, handle.buffer = RoutedIds(topk_idx), None
         return handle
-
-
-def own_handle(handle: Any) -> LowLatencyHandle:
-    """What dispatch returned.
-
-    Raises:
-        HandleError: it is something else.
-    """
-    if not isinstance(handle, LowLatencyHandle):
-        raise HandleError("the handle is the tuple that dispatch returned, itself: a copy cannot be used")
-    return handle
 
 
 class RoutedIds:

@@ -84,6 +84,19 @@ def test_a_handle_of_another_buffer(device: str) -> None:
     in_ranks(device, kind, work)
 
 
+def test_a_low_latency_handle_of_another_buffer(device: str) -> None:
+    kind = BY_NAME["deep_ep.Buffer-low-latency"]
+
+    def work(made: deep_ep.Buffer, data: Data) -> None:
+        received, _, handle, _, _ = made.low_latency_dispatch(data.x, data.ids, 8, data.kind.experts, use_fp8=False)
+        other = deep_ep.Buffer(made.group, low_latency_mode=True)
+        with pytest.raises(HandleError, match="another Buffer"):
+            other.low_latency_combine(received, data.ids, data.weights, handle)  # type: ignore[arg-type]
+        other.destroy()
+
+    in_ranks(device, kind, work)
+
+
 @pytest.mark.parametrize("name", ["HighThroughput-packed", "functional"])
 @pytest.mark.parametrize("weighted", [None, "yes", 1, torch.ones(1)])
 def test_flags_are_flags(device: str, name: str, weighted: Any) -> None:

@@ -12,7 +12,6 @@ import torch
 
 import moegen
 from moegen.compat import deep_ep, fewer_tokens
-from moegen.compat.low_latency import own_handle
 from moegen.runtime.worlds import RankWorld
 
 MAX_TOKENS = 40
@@ -120,7 +119,7 @@ def round_trip_of_rank(buffer: deep_ep.Buffer, world: RankWorld, case: Case, mod
         x, ids, case.max_tokens, case.experts, cumulative_local_expert_recv_stats=stats, **case.options, **asked
     )
     settle(event, hook, mode)
-    layer = own_handle(handle).owner
+    layer = handle.owner
     layer.synchronize()
     world.barrier()
     y = check_dispatch(case, world.rank, received, count, handle).bfloat16()
@@ -258,7 +257,7 @@ def test_numbers_of_tokens_share_objects(device: str) -> None:
         assert not buffer.low_latency_combine(y, ids, weights, early)[0].any()  # type: ignore[arg-type]
         (sizes,) = buffer._layers._made.values()
         assert [whole.problem.max_tokens for whole in sizes._wholes] == [20, 40]
-        old = own_handle(early).owner
+        old = early.owner
         rank.barrier()
         buffer.destroy()
         assert old.destroyed
@@ -314,7 +313,7 @@ def test_more_tokens_than_another_ranks_number_are_reported(device: str) -> None
         settled(rank)
         _, count, handle, _, _ = buffer.low_latency_dispatch(x, ids, (8, 4)[rank.rank], SMALL.experts)
         rank.barrier()
-        layer = own_handle(handle).owner
+        layer = handle.owner
         if rank.rank == 0:
             layer.synchronize()
             assert int(count.sum()) == 16

@@ -13,7 +13,6 @@ import torch
 import moegen
 from moegen import errors
 from moegen.compat import mooncake
-from moegen.compat.low_latency import own_handle
 from moegen.runtime.worlds import RankWorld
 from support.deep_ep_cases import (
     BF16,
@@ -53,7 +52,7 @@ def calls_of_rank(buffer: mooncake.Buffer, world: RankWorld, case: Case, mode: s
         x, ids, active_ranks, case.max_tokens, case.experts, 60_000_000, use_fp8=case.options["use_fp8"], **asked
     )
     settle_all(event, hook, mode)
-    layer = own_handle(handle).owner
+    layer = handle.owner
     layer.synchronize()
     world.barrier()
     y = check_dispatch(case, world.rank, received, count, handle).bfloat16()

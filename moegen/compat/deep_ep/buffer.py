@@ -13,7 +13,7 @@ from moegen.compat.deep_ep.config import Config, combine_config, dispatch_config
 from moegen.compat.deep_ep.local_memory import LocalMemory
 from moegen.compat.deep_ep.normal import NormalMode
 from moegen.compat.deep_ep.utils import CallEvent, EventHandle, EventOverlap
-from moegen.compat.low_latency import CombineBuffers, Layers, LowLatencyHandle, mode, own_handle, unpacked
+from moegen.compat.low_latency import CombineBuffers, Layers, LowLatencyHandle, mode, unpacked
 from moegen.errors import InputError
 from moegen.runtime.ownership import exclusive, lasting, write_anyway
 
@@ -201,7 +201,7 @@ class Buffer(NormalMode):
             InputError: arguments that do not fit; or zero_copy, and the tensor was not asked for.
         """
         self._check_stats("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
-        given = own_handle(handle)
+        given = self._layers.own(handle)
         answer = given.owner.combine(
             self._combine_buffers.input_of(given, x, zero_copy),
             given.received.handle,
@@ -219,7 +219,7 @@ class Buffer(NormalMode):
         """A bfloat16 tensor [local experts, ranks * max tokens, hidden] for the outputs that the next combine of this
         handle reads: one of two per shape, which handles take in turns.
         """
-        return self._combine_buffers.next(own_handle(handle))
+        return self._combine_buffers.next(self._layers.own(handle))
 
     @exclusive
     @lasting()

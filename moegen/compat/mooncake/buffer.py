@@ -10,7 +10,7 @@ import torch
 
 from moegen import checks, env
 from moegen.compat.deep_ep.utils import EventHandle, EventOverlap
-from moegen.compat.low_latency import CombineBuffers, Layers, LowLatencyHandle, mode, own_handle, unpacked
+from moegen.compat.low_latency import CombineBuffers, Layers, LowLatencyHandle, mode, unpacked
 from moegen.compat.mooncake.health import Health
 from moegen.errors import InputError
 from moegen.runtime.ownership import Exclusive, exclusive
@@ -153,7 +153,7 @@ class Buffer(Exclusive):
             DestroyedError: `update_ep_member()` or `destroy()` came after the dispatch.
         """
         timeout = self._seconds(timeout_us)
-        given = own_handle(handle)
+        given = self._layers.own(handle)
         y = self._combine_buffers.input_of(given, x, zero_copy)
         topk_weights = given.routed.weights_of(topk_idx, topk_weights)
         settle = self._health.of_call(active_ranks, y.device)
@@ -170,7 +170,7 @@ class Buffer(Exclusive):
         Raises:
             HandleError: `handle` is not what dispatch returned.
         """
-        return self._combine_buffers.next(own_handle(handle))
+        return self._combine_buffers.next(self._layers.own(handle))
 
     def _seconds(self, timeout_us: int) -> float:
         timeout_us = checks.integer("timeout_us", timeout_us)
