@@ -9,6 +9,7 @@ import torch
 
 from support.a2a_data import Batch, PayloadShape, random_batch
 from support.a2a_layer import make
+from support.capturing import captured
 
 SHAPES = (
     PayloadShape(2, 16, 4, 512, "layer", "pulled"),
@@ -75,7 +76,7 @@ def replays(world: Any, shape: PayloadShape) -> int:
         layer.synchronize()
         world.barrier()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        with captured(graph):
             received = layer.dispatch(static.ids, static.payloads, num_tokens=static.number)
             kept = [plane.view(torch.uint8).clone() for plane in received.payloads]
             combined = layer.combine(y, received.handle, out_dtype=shape.out_dtype)

@@ -36,9 +36,10 @@ def in_ranks(device: str, kind: Kind, work: Any) -> None:
 
 def test_a_mask_of_mooncake_whose_memory_was_freed(device: str) -> None:
     def work(made: mooncake.Buffer, data: Data) -> None:
-        for active in (freed(data.active), torch._efficientzerotensor(data.active.shape, dtype=torch.int32)):
+        zeros = torch._efficientzerotensor(data.active.shape, dtype=torch.int32, device=data.device)
+        for active in (freed(data.active), zeros):
             with pytest.raises(InputError, match="active_ranks"):
-                made.dispatch(data.x, data.ids, active.to(data.device), 8, data.kind.experts, -1, use_fp8=False)
+                made.dispatch(data.x, data.ids, active, 8, data.kind.experts, -1, use_fp8=False)
 
     in_ranks(device, BY_NAME["mooncake.Buffer"], work)
 

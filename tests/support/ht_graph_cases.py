@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from support.capturing import captured
 from support.ht_layer import RowsShape, expert_outputs, inputs_of, make
 from support.layer import random_routing
 
@@ -43,7 +44,7 @@ def replays(world: Any, shape: RowsShape) -> int:
         layer.synchronize()
         world.barrier()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        with captured(graph):
             received = layer.dispatch(x, ids, weights, num_tokens=count)
             combined, _ = layer.combine(expert_outputs(received), received.handle)
             again = layer.dispatch(x, handle=received.handle)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 import moegen
+from support.capturing import captured
 from support.layer import RankResult, Shape, expert_outputs
 from support.processes import routing_of, verified_round_trip
 
@@ -22,7 +23,7 @@ class Replayed:
         self.counts: list[torch.Tensor] = []
         self.combined: list[torch.Tensor] = []
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        with captured(self.graph):
             for op in ops:
                 self._record(op)
 
