@@ -21,6 +21,9 @@ Named = tuple[str, torch.Tensor | None]
 Span = tuple[str, int, int]
 """An argument, and the addresses of its first byte and of the first one behind it."""
 
+RECEIVE_BUFFER = "this object's receive buffer"
+"""Its name in errors."""
+
 _keys: Any = torch._C._dispatch_keys
 """A tensor's dispatch keys say all at once what torch thinks it is: its backend and layout, a subclass or a transform
 that has wrapped it, whether its values are to be negated or conjugated when they are read.
@@ -139,7 +142,7 @@ def apart(
 
 def span(name: str, tensor: torch.Tensor) -> Span:
     start = tensor.data_ptr()
-    return name, start, start + (tensor.nbytes if tensor.is_contiguous() else _extent(tensor))
+    return name, start, start + _extent(tensor)
 
 
 def _require_apart(one: Span, others: Sequence[Span]) -> None:
@@ -150,6 +153,14 @@ def _require_apart(one: Span, others: Sequence[Span]) -> None:
                 f"{name} and {other} share memory, and the call would write to one and use the other, too; give one of "
                 "them memory of its own, such as a clone"
             )
+
+
+def refuse_received(name: str) -> NoReturn:
+    """An input of a dispatch that lies where the other ranks may write as soon as they begin it."""
+    raise InputError(
+        f"{name} lies in {RECEIVE_BUFFER}, as what an earlier dispatch returned does; other ranks write there during "
+        f"this call: give a clone of {name}"
+    )
 
 
 def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -296,8 +296,7 @@ def waiting(
     """How a call waits; most say nothing of it."""
     if owner._active is not None:
         admission.require_kept("active_ranks", owner._active)
-    if timeout is not None:
-        seconds("timeout", timeout)
+    seconds_of_call(timeout)
     if (waited_ns is not None or renormalize) and not owner.problem.masked:
         name = "renormalize" if waited_ns is None else "waited_ns"
         raise InputError(f"this object's kernels have no {name}; make it with active_ranks=True")

@@ -119,17 +119,10 @@ def lie_elsewhere(
     """Inputs of a dispatch, which others may write over as soon as it begins where they lie in its own results."""
     for index, part in enumerate(moved):
         if part.data_ptr() in shown:
-            _refuse_own_results(f"payloads[{index}]")
+            admission.refuse_received(f"payloads[{index}]")
     for name, tensor in (("topk_idx", ids), ("num_tokens", num_tokens), ("stats", stats)):
         if tensor is not None and tensor.data_ptr() in shown:
-            _refuse_own_results(name)
-
-
-def _refuse_own_results(name: str) -> None:
-    raise InputError(
-        f"{name} lies in this object's receive buffer, as what an earlier dispatch returned does; other ranks write "
-        f"there during this call: give a clone of {name}"
-    )
+            admission.refuse_received(name)
 
 
 def unused_ids(given: tuple[int, int] | None, moved: Sequence[torch.Tensor]) -> tuple[int, int] | None:
@@ -222,7 +215,7 @@ def combined_apart(
     """What a combine was given to write into."""
     if outputs:
         inputs = (("y", y), ("output_scale", scale), (checks.HANDLE_MEMORY, given.memory))
-        admission.apart(outputs, inputs, taken=(admission.span("this object's receive buffer", buffer),))
+        admission.apart(outputs, inputs, taken=(admission.span(admission.RECEIVE_BUFFER, buffer),))
 
 
 def expert_rows(owner: OneSided, has_them: bool, dtype: torch.dtype | None) -> None:

@@ -79,8 +79,7 @@ def borrowed(owner: RowCalls, exact: bool, *made: object) -> None:
 
 def launch(num_sms: int | None, timeout: float | None) -> int | None:
     """How a call is launched and waits; most say nothing of it. Thread blocks, as Python's own integer."""
-    if timeout is not None:
-        checks.seconds("timeout", timeout)
+    checks.seconds_of_call(timeout)
     return checks.num_sms(num_sms)
 
 
@@ -204,10 +203,7 @@ def lie_elsewhere(owner: RowCalls, buffer: torch.Tensor, data: torch.Tensor, sca
     first, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
     for name, tensor in (("x", data), ("scales", scales)):
         if tensor is not None and first <= tensor.data_ptr() < end:
-            raise InputError(
-                f"{name} lies in this object's receive buffer, as rows that an earlier dispatch has lent do; other "
-                f"ranks write there during this call: give a clone of {name}"
-            )
+            admission.refuse_received(name)
 
 
 def outputs(owner: RowCalls, y: torch.Tensor, rows: int) -> torch.Tensor:
@@ -260,4 +256,4 @@ def combined_apart(
     """What a combine writes. Element for element over a bias it may: each is read just before it is written."""
     others = [("bias", bias) for bias in biases if not admission.is_same(bias, out)]
     inputs = [("y", y), ("topk_weights", weights), *others, (checks.HANDLE_MEMORY, given.memory)]
-    admission.apart([("out", out)], inputs, taken=[admission.span("this object's receive buffer", buffer)])
+    admission.apart([("out", out)], inputs, taken=[admission.span(admission.RECEIVE_BUFFER, buffer)])

@@ -79,7 +79,7 @@ __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
 
-// Double buffering of staging and of call words.
+// Double buffering of staging.
 __device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
 
 // Where `from` publishes to `rank` that it begins a combine: call word and epoch.

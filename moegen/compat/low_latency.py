@@ -75,8 +75,10 @@ class Layers(ProcessBound):
             raise InputError(f"num_experts is a multiple of the {self.size} ranks; got {num_experts}")
         key = (x.shape[1], topk_idx.shape[1], num_experts, quantize, x.device)
         sizes = self._made.get(key) or Sizes()
-        layer = sizes.of(max_tokens) or sizes.add(max_tokens, partial(self._make, *key))
-        self._made[key] = sizes
+        layer = sizes.of(max_tokens)
+        if layer is None:
+            layer = sizes.add(max_tokens, partial(self._make, *key))
+            self._made[key] = sizes
         return layer
 
     def _make(

@@ -108,7 +108,7 @@ class LowLatency:
         self._world, self._selection, self._num_sms = world, selection, num_sms
         self.local_experts = len(problem.local_experts(world.rank))
         self.received = Received(problem, self.local_experts, world.device)
-        self._stride = regions(selection.combine, problem.max_tokens, self._combine_start(selection)).end
+        self._stride = regions(selection.combine, problem.max_tokens, self._combine_start()).end
         self._verdicts_start = slots * self._stride
         self.buffer_bytes = self._verdicts_start + (0 if active is None else 2 * slots * LEFT_OUT_BYTES)
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
@@ -118,7 +118,8 @@ class LowLatency:
         self._verdicts = torch.zeros(2 * slots, problem.num_ranks, dtype=torch.int32, device=world.device)
         stems = [kernel.spec.stem for kernel in kernels]
         self._watchdog = Watchdog(stems * slots, PHASES, timeout, pinned=pinned)
-        self._tables: list[torch.Tensor] = []
+        self._tables: dict[int, torch.Tensor] = {}
+        """Of kernels whose ranks may be missing, by number: objects for fewer tokens use them as well."""
         if active is not None:
             self._beats = liveness_of(world)
         self._halves = OpenHalves(slots)
@@ -128,7 +129,7 @@ class LowLatency:
         for kind in self._kernels:
             for slot in range(slots):
                 self._bind((slot, *kind))
-        self._set_epoch(first_epoch, selection)
+        self._set_epoch(first_epoch)
 
     def for_fewer(self, max_tokens: int) -> LowLatency:
         """The same buffers, slots and epochs, for calls of at most so many tokens per rank: their results and handles
@@ -141,8 +142,8 @@ class LowLatency:
         fewer._bound = {}
         return fewer
 
-    def _combine_start(self, selection: Selection) -> int:
-        return regions(selection.dispatch, self._capacity, 0).end
+    def _combine_start(self) -> int:
+        return regions(self._selection.dispatch, self._capacity, 0).end
 
     def _bind(self, launch: Launch) -> BoundKernel:
         world, selection, slot = self._world, self._selection, launch[0]
@@ -151,7 +152,7 @@ class LowLatency:
         spec = kernel.spec
         assert isinstance(spec, (LowLatencyDispatch, LowLatencyCombine))
         dispatch = isinstance(spec, LowLatencyDispatch)
-        start = slot * self._stride + (0 if dispatch else self._combine_start(selection))
+        start = slot * self._stride + (0 if dispatch else self._combine_start())
         at = regions(spec, self._capacity, start)
         fixed: dict[str, int | Sequence[int]] = {
             "peers": self.memory.peers,
@@ -176,8 +177,9 @@ class LowLatency:
         else:
             fixed["active"] = self.active.data_ptr()
             verdicts = self._verdicts_start + (2 * slot + (not dispatch)) * LEFT_OUT_BYTES
-            self._tables.append(self._beats.table(self.memory, verdicts, self._watchdog.address(number)))
-            fixed["liveness"] = self._tables[-1].data_ptr()
+            if number not in self._tables:
+                self._tables[number] = self._beats.table(self.memory, verdicts, self._watchdog.address(number))
+            fixed["liveness"] = self._tables[number].data_ptr()
             fixed["verdicts"] = self._verdicts[2 * slot + (not dispatch)].data_ptr()
             varying = (*varying, *_MASKED_VARYING[spec.op])
         tuned_sms = selection.dispatch_sms if dispatch else selection.combine_sms
@@ -189,14 +191,14 @@ class LowLatency:
         bound = self._bound[launch] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying)
         return bound
 
-    def _set_epoch(self, epoch: int, selection: Selection) -> None:
+    def _set_epoch(self, epoch: int) -> None:
         """As if everybody had read all epochs before; before any rank may launch."""
         before = 0xFFFFFFFF if epoch == FIRST_EPOCH else epoch - 1
         self.control[:-1, 0] = signed(epoch)
         self._verdicts.fill_(signed(before << 1 & 0xFFFFFFFF))
         words = self.memory.local.view(torch.int32)
         for slot in range(self.slots):
-            for start in (0, self._combine_start(selection)):
+            for start in (0, self._combine_start()):
                 at = (slot * self._stride + start) // 4
                 words[at : at + self.problem.num_ranks] = signed(before)
 

@@ -65,9 +65,9 @@ def dispatch_word(
 
 
 @lru_cache(_KEPT_WORDS)
-def combine_word(spec: OneSidedCombine, slots: int, active: int) -> int:
+def combine_word(dtype: str, pulls: bool, slots: int, active: int) -> int:
     """Call word of a combine."""
-    return pack("a2a_combine", ROW_DTYPES.index(spec.dtype), spec.pulls, of_ranks(active), slots - 1)
+    return pack("a2a_combine", ROW_DTYPES.index(dtype), pulls, of_ranks(active), slots - 1)
 
 
 def _combine_varying(spec: OneSidedCombine) -> tuple[str, ...]:
@@ -238,7 +238,7 @@ class OneSidedOps(BoundKernels):
         kernel, watchdog = self._bound[spec]
         nanoseconds = self._nanoseconds(watchdog, timeout)
         rows = () if spec.pulls else (y.data_ptr(),)
-        call = combine_word(spec, handle.max_tokens, active)
+        call = combine_word(spec.dtype, spec.pulls, handle.max_tokens, active)
         kernel(*rows, *results, *handle.addresses, active, call, nanoseconds, handle.num_tokens, handle.max_tokens)
 
     def _nanoseconds(self, watchdog: Watchdog, timeout: float | None) -> int:

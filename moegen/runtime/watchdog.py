@@ -149,9 +149,7 @@ class Watchdog:
     @staticmethod
     def _other_call(stem: str, seen: Mapping[str, int]) -> DifferentCallError:
         here, there = (seen[f"{side}_high"] << 32 | seen[side] for side in ("call_here", "call_there"))
-        op, peer = "_".join(stem.split("_")[:2]), seen["other_caller"] - 1
-        found = differences(op, here, there, seen["rank"], peer)
-        return DifferentCallError(stem, seen["rank"], peer, tuple(found))
+        return _different_call(stem, here, there, seen["rank"], seen["other_caller"] - 1)
 
     def _by_different_call(self, kernel: int, stem: str, seen: Mapping[str, int]) -> DifferentCallError | None:
         """Of ranks that have published another call word for this launch, the one that was waited for, or any."""
@@ -166,9 +164,7 @@ class Watchdog:
         if here is None or not others:
             return None
         peer = seen["peer"] if seen["peer"] in others else others[0]
-        op = "_".join(stem.split("_")[:2])
-        found = differences(op, here, calls[peer], seen["rank"], peer)
-        return DifferentCallError(stem, seen["rank"], peer, tuple(found))
+        return _different_call(stem, here, calls[peer], seen["rank"], peer)
 
     def _expired(self, stem: str, seen: Mapping[str, int]) -> PeerTimeoutError:
         return PeerTimeoutError(
@@ -182,3 +178,8 @@ class Watchdog:
             seen=seen["seen"],
             timeout=self.timeout,
         )
+
+
+def _different_call(stem: str, here: int, there: int, rank: int, peer: int) -> DifferentCallError:
+    op = "_".join(stem.split("_")[:2])
+    return DifferentCallError(stem, rank, peer, tuple(differences(op, here, there, rank, peer)))

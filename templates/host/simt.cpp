@@ -134,7 +134,7 @@ std::string objection(const moegen_host_launch& request) {
 
 constexpr int kDone = 0, kFailed = 1, kRunsOn = 2;
 
-int tell(const std::string& text, char* error, unsigned long error_bytes) {
+int report(const std::string& text, char* error, unsigned long error_bytes) {
     if (error_bytes != 0) std::snprintf(error, error_bytes, "%s", text.c_str());
     return text.empty() ? kDone : kFailed;
 }
@@ -150,16 +150,16 @@ bool is_over(Launch& launch, uint32_t wait_ms) {
 int start_and_wait(const moegen_host_kernel& kernel, const moegen_host_launch& request, char* error,
                    unsigned long error_bytes) {
     std::string text = objection(request);
-    if (!text.empty()) return tell(text, error, error_bytes);
+    if (!text.empty()) return report(text, error, error_bytes);
     auto running = std::make_unique<moegen_host_running>();
     Launch& launch = running->launch;
     launch.kernel = &kernel;
     launch.request = request;
     launch.running = request.grid;
     const std::vector<Worker*> workers = take_workers(request.grid);
-    if (workers.empty()) return tell("the system starts no more threads", error, error_bytes);
+    if (workers.empty()) return report("the system starts no more threads", error, error_bytes);
     for (uint32_t i = 0; i < request.grid; ++i) workers[i]->give(launch, i);
-    if (is_over(launch, request.wait_ms)) return tell(launch.error, error, error_bytes);
+    if (is_over(launch, request.wait_ms)) return report(launch.error, error, error_bytes);
     *request.running = running.release();
     return kRunsOn;
 }
@@ -179,7 +179,7 @@ int moegen_host_wait(moegen_host_running* running, unsigned wait_ms, char* error
     if (!moegen::host::is_over(running->launch, std::max(wait_ms, 1u))) return moegen::host::kRunsOn;
     const std::unique_ptr<moegen_host_running> owned(running);
     *running->launch.request.running = nullptr;
-    return moegen::host::tell(running->launch.error, error, error_bytes);
+    return moegen::host::report(running->launch.error, error, error_bytes);
 }
 
 void moegen_host_stop(moegen_host_running* running) { running->launch.record_failure("stopped by its caller"); }

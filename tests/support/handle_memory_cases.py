@@ -13,10 +13,11 @@ import torch
 import moegen
 from moegen import errors
 from moegen.runtime.worlds import RankWorld
+from support.flashinfer_cases import in_step
 from support.functional_layer import LAYOUTS, MODES, moe, run_and_compare
 from support.ht_layer import RowsShape, make
 from support.layer import Shape
-from support.object_kinds import KINDS, Data, in_step
+from support.object_kinds import KINDS, Data
 
 Tensor = torch.Tensor
 

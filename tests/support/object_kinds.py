@@ -13,6 +13,7 @@ import moegen
 from moegen import functional
 from moegen.compat import deep_ep, flashinfer, mooncake, mscclpp
 from moegen.runtime.worlds import RankWorld
+from support.flashinfer_cases import in_step
 
 MAX_TOKENS = 8
 TOKENS = 5
@@ -87,12 +88,6 @@ class Kind:
     def check(self, sums: torch.Tensor, data: Data) -> None:
         assert sums.dtype == torch.bfloat16
         assert (sums.cpu().float() - data.want).abs().max() <= data.want.abs().max() / 64
-
-
-def in_step(world: RankWorld) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.current_stream().synchronize()
-    world.barrier()
 
 
 def _experts(path: str) -> dict[str, Callable[..., Any]]:

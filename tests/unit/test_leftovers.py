@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_a_named_file_of_a_killed_process_is_swept(temporary: Path) -> None:
 
 def test_a_forked_child_keeps_what_its_parent_made(temporary: Path) -> None:
     made = leftovers.folder_of_this_process("word")
-    killed_inside(lambda: None)
+    killed_inside(atexit._run_exitfuncs)
     leftovers.sweep(temporary)
     assert made.is_dir()
 
