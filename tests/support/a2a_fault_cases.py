@@ -74,7 +74,7 @@ def begin_next(layer: PayloadLayer) -> None:
     poke(
         layer,
         at.calls + 8 * ((FIRST_EPOCH & 1) * MAX_RANKS + ABSENT),
-        [FIRST_EPOCH, combine_word(spec, SHAPE.max_tokens, EVERYONE)],
+        [FIRST_EPOCH, combine_word(spec.dtype, spec.pulls, SHAPE.max_tokens, EVERYONE)],
     )
 
 
