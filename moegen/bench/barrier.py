@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from moegen.bench.spec import BARRIER_PHASES, BenchBarrier
 from moegen.bench.timing import meet
-from moegen.kernels.bench import BARRIER_PHASES, BenchBarrier
 from moegen.runtime.bound import BoundKernel
 from moegen.runtime.kernel import load
 from moegen.runtime.watchdog import Watchdog

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moegen.base.arguments import MAX_SLOTS
 from moegen.bench.routing import ROUTINGS
-from moegen.checks import MAX_SLOTS
 from moegen.errors import InputError
-from moegen.kernels.ll import QUANTIZED, scale_words
+from moegen.formats import QUANTIZED
+from moegen.low_latency.spec import scale_words
 
 
 @dataclass(frozen=True)

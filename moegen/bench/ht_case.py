@@ -11,13 +11,14 @@ from functools import partial
 
 import torch
 
+from moegen.base.reference import BF16_ROUNDING, FP32_ROUNDING, expert_ranges
 from moegen.bench.failure import BenchError
 from moegen.bench.ht_config import HighThroughputConfig
 from moegen.bench.inputs import TABLE_ROWS, Batch
 from moegen.bench.timing import Step, meet
-from moegen.high_throughput import HighThroughput
-from moegen.reference import BF16_ROUNDING, FP32_ROUNDING, expert_ranges, quantise
-from moegen.rows import DispatchedRows
+from moegen.high_throughput.api import HighThroughput
+from moegen.high_throughput.results import DispatchedRows
+from moegen.low_latency.reference import quantise
 from moegen.runtime.worlds import RankWorld
 
 ROTATION = {"cuda": 4, "cpu": 2}
@@ -192,7 +193,7 @@ class RowsCase:
         found = self._combined[index][:, columns].double()
         additions = self._config.num_topk + self._config.ranks
         bound = BF16_ROUNDING * (rounded + exact.abs()) + additions * FP32_ROUNDING * magnitude
-        bound = bound * (1 + 2.0**-6) + 2.0**-133  # as moegen.reference_rows.combine_rows
+        bound = bound * (1 + 2.0**-6) + 2.0**-133  # as moegen.high_throughput.reference.combine_rows
         share = ((found - exact).abs() / bound).nan_to_num(nan=float("inf")).max().item()
         self._require(share <= 1.0, f"combine: an error of {share:.3g} times the bound")
         self.worst = max(self.worst, share)

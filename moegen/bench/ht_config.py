@@ -9,8 +9,7 @@ import torch
 
 from moegen.bench.config import LowLatencyConfig
 from moegen.errors import InputError
-from moegen.kernels.ht import FORMATS
-from moegen.kernels.ll import FP8_GROUP
+from moegen.formats import FORMATS, FP8_GROUP
 
 LAYOUTS = ("token", "packed")
 DTYPES = {"bf16": "bf16", "fp8": "fp8", "fp8_given": "e4m3"}

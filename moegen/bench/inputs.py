@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from moegen.base.reference import expert_ranges
 from moegen.bench.config import LowLatencyConfig
 from moegen.bench.routing import draw
-from moegen.reference import expert_ranges
 from moegen.runtime.worlds import RankWorld
 
 TABLE_ROWS = 251

@@ -13,8 +13,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from moegen import env, leftovers
+from moegen import env
 from moegen.bench.failure import BenchError
+from moegen.compile import leftovers
 from moegen.errors import InputError
 from moegen.runtime.worlds import GroupWorld, LocalWorld, RankWorld
 

@@ -14,8 +14,8 @@ from moegen.bench.config import LowLatencyConfig
 from moegen.bench.ht_config import OPS as HT_OPS
 from moegen.bench.ht_config import HighThroughputConfig
 from moegen.bench.stems import specs_of
+from moegen.codegen.spec import Spec
 from moegen.errors import InputError
-from moegen.kernels.spec import Spec
 
 LL_TOKENS = (1, 128, 512)
 HT_TOKENS = (4096,)

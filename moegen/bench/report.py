@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from moegen.bench.machine import short_name
-from moegen.kernels.presets import PRESETS
+from moegen.presets import PRESETS
 
 Json = dict[str, Any]
 Parts = Callable[[Json], Iterator[RenderableType]]

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from moegen.bench.a2a_config import OneSidedConfig
 from moegen.bench.config import LowLatencyConfig
 from moegen.bench.ht_config import DTYPES, HighThroughputConfig
-from moegen.kernels.bench import BenchBarrier, BenchPull, BenchPush
-from moegen.kernels.coll import for_exact
-from moegen.kernels.ll import QUANTIZED
-from moegen.kernels.problem import Problem
-from moegen.kernels.spec import Spec
-from moegen.select import combine_spec, dispatch_spec, open_spec, select, select_rows
+from moegen.bench.spec import BenchBarrier, BenchPull, BenchPush
+from moegen.codegen.problem import Problem
+from moegen.codegen.spec import Spec
+from moegen.formats import QUANTIZED
+from moegen.high_throughput.select import select_rows
+from moegen.low_latency.select import select
+from moegen.one_sided.select import combine_spec, dispatch_spec, open_spec
+from moegen.one_sided.spec_collective import for_exact
 
 
 def specs_of(config: LowLatencyConfig) -> list[Spec]:

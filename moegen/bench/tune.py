@@ -20,16 +20,16 @@ from moegen.bench.inputs import Batch, Buffers
 from moegen.bench.link import measure_link
 from moegen.bench.ll import nodes_of, seed_of, world_of
 from moegen.bench.machine import machine, versions
+from moegen.bench.spec import BenchBarrier, BenchPull, BenchPush
 from moegen.bench.stats import median_of_slowest
 from moegen.bench.timing import OpClock, meet
+from moegen.codegen.problem import Problem
+from moegen.codegen.spec import WarpGroups
 from moegen.compile.target import Target
 from moegen.errors import InputError, SpecError
-from moegen.expert_parallel import ExpertParallel
-from moegen.kernels.bench import BenchBarrier, BenchPull, BenchPush
-from moegen.kernels.problem import Problem
-from moegen.kernels.spec import WarpGroups
+from moegen.low_latency.api import ExpertParallel
+from moegen.low_latency.select import fitted, row_bytes, select
 from moegen.runtime.worlds import RankWorld
-from moegen.select import fitted, row_bytes, select
 from moegen.tuning import Choice
 
 log = logging.getLogger(__name__)

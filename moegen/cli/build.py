@@ -48,9 +48,9 @@ def build(
 def _wanted(
     target: Target, stems: list[str], preset: str, ranks: list[int], family: str, catalog: bool
 ) -> list[tuple[Source, Target]]:
+    from moegen.catalog import catalog as all_specs
+    from moegen.catalog import preset_specs
     from moegen.cli import common
-    from moegen.codegen.catalog import catalog as all_specs
-    from moegen.codegen.catalog import preset_specs
     from moegen.codegen.render import render
     from moegen.errors import InputError
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moegen import leftovers
+from moegen.compile import leftovers
 
 if TYPE_CHECKING:
     from moegen.codegen.render import Source

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from moegen.codegen.files import find
 from moegen.codegen.render import render
-from moegen.kernels.spec import SCHEMA, Spec
+from moegen.codegen.spec import SCHEMA, Spec
 
 MANIFEST = "manifest.json"
 
@@ -32,13 +32,6 @@ class Difference:
     kind: Literal["stale", "missing", "orphaned"]
     path: str
     diff: str
-
-
-def specs() -> list[Spec]:
-    """The catalog."""
-    from moegen.codegen.catalog import catalog
-
-    return list(catalog())
 
 
 def folder() -> Path:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moegen.codegen.files import find
-from moegen.kernels.spec import Spec
+from moegen.codegen.spec import Spec
 
 if TYPE_CHECKING:
     import jinja2

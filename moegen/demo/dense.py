@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from moegen.base.reference import BF16_ROUNDING, FP32_ROUNDING
 from moegen.demo.layer import make_expert
 from moegen.demo.plan import Plan
 from moegen.demo.progress import reported
 from moegen.demo.ranks import RankResult
-from moegen.reference import BF16_ROUNDING, FP32_ROUNDING
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import silu
 
-from moegen.kernels.presets import Preset
+from moegen.presets import Preset
 
 CONTEXT = 4
 """Bytes that make one token: its own and those before it, so that equal bytes need not go to equal experts."""

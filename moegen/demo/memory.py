@@ -11,9 +11,9 @@ import torch
 
 from moegen.demo.plan import Plan
 from moegen.errors import CapacityError
-from moegen.kernels.ll import regions
-from moegen.kernels.presets import PRESETS
-from moegen.select import select
+from moegen.low_latency.regions import regions
+from moegen.low_latency.select import select
+from moegen.presets import PRESETS
 
 PROCESS_BYTES = 300 * 10**6
 """Of one Python process with torch, on the CPU."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from moegen.kernels.params import ParamStruct
-from moegen.kernels.spec import Spec
+from moegen.codegen.params import ParamStruct
+from moegen.codegen.spec import Spec
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.watchdog import Watchdog
 

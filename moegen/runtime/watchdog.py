@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 
+from moegen.codegen.call_words import REGION_BYTES, differences
 from moegen.errors import (
     CapacityError,
     DifferentCallError,
@@ -14,8 +15,7 @@ from moegen.errors import (
     PeerTimeoutError,
     WorldError,
 )
-from moegen.kernels.call_words import REGION_BYTES, differences
-from moegen.kernels.spec import MAX_RANKS
+from moegen.limits import MAX_RANKS
 from moegen.runtime.memory import HostWords, SymmetricMemory
 
 _FIELDS = (

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from moegen.codegen.integers import as_int
 from moegen.errors import CapacityError, InputError, UnsupportedPlatformError
-from moegen.kernels.integers import as_int
 from moegen.runtime.group_exchange import exchange_in_group
 from moegen.runtime.memory import SymmetricMemory, raise_first, share_between_gpus, share_between_processes
 from moegen.runtime.ownership import ProcessBound

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moegen.codegen.spec import WarpGroups
 from moegen.errors import InputError
-from moegen.kernels.ll import SCALES_PER_WORD, LowLatencyCombine, LowLatencyDispatch
-from moegen.kernels.spec import MAX_BLOCK_WARPS, Spec, WarpGroups
+from moegen.formats import SCALES_PER_WORD
+from moegen.limits import MAX_BLOCK_WARPS
 
 SCHEMA = 1
 """Number of the layout of the files."""
@@ -23,11 +24,13 @@ SCHEMA = 1
 DEFAULT_ARCH = "sm90"
 """Whose table serves architectures that have none."""
 
-OPS: dict[str, type[Spec]] = {"dispatch": LowLatencyDispatch, "combine": LowLatencyCombine}
+OPS = ("dispatch", "combine")
 DTYPES = {"dispatch": ("bf16", "fp8"), "combine": ("bf16",)}
 """Op -> dtypes that each table has an entry for; the kinds of FP8 differ by a few scales and share one."""
 
-WIRES = LowLatencyDispatch.words("wire")
+WIRES = ("inline", "row")
+PATHS = ("ipc",)
+"""Words of the Specs of family `ll`, which a test compares."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Choice:
 
     Attributes:
         wire: a word of the Spec.
-        warp_groups: GROUPSxWARPS; `moegen.select` fits the warps to shorter and longer rows.
+        warp_groups: GROUPSxWARPS; `moegen.low_latency.select` fits the warps to shorter and longer rows.
         num_sms: thread blocks at most; None: as many as are useful.
     """
 
@@ -135,7 +138,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         _require(self.op in OPS and self.dtype in DTYPES[self.op], f"no kernels for {self.op} of {self.dtype}")
-        _require(self.path in OPS[self.op].words("path"), f"no path {self.path!r}")
+        _require(self.path in PATHS, f"no path {self.path!r}")
         _require(self.row_bytes >= 1, f"row_bytes are 1 and more; got {self.row_bytes}")
         limits = [rule.up_to for rule in self.rules]
         _require(bool(limits) and limits[-1] is None, "the last rule of an entry has no limit (null)")

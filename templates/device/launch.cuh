@@ -38,7 +38,7 @@ struct Failure {
     uint32_t left_out_by;    // 1 + a rank that has left this one out; 0: none
 };
 
-// A call word packs the arguments of a call that must be equal on all ranks (moegen.kernels.call_words has the fields).
+// A call word packs the arguments of a call that must be equal on all ranks (moegen.codegen.call_words has the fields).
 // Kernels compare it as a whole. In a 64-bit word it stands above the epoch.
 __device__ __forceinline__ uint64_t with_call(uint32_t call, uint32_t epoch) { return uint64_t(call) << 32 | epoch; }
 

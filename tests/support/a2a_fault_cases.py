@@ -12,8 +12,11 @@ import pytest
 import torch
 
 import moegen
+from moegen.codegen.spec import Spec
 from moegen.errors import PeerTimeoutError
-from moegen.kernels.a2a import (
+from moegen.limits import FIRST_EPOCH, MAX_RANKS, ceil_div
+from moegen.one_sided.ops import combine_word, dispatch_word
+from moegen.one_sided.spec import (
     MAX_SENDERS,
     MAX_STATS,
     PHASES,
@@ -22,10 +25,6 @@ from moegen.kernels.a2a import (
     OneSidedCombine,
     OneSidedDispatch,
 )
-from moegen.kernels.ll import ceil_div
-from moegen.kernels.spec import MAX_RANKS, Spec
-from moegen.runtime.low_latency import FIRST_EPOCH
-from moegen.runtime.one_sided import combine_word, dispatch_word
 from moegen.runtime.streams import current_stream
 from moegen.runtime.worlds import RankWorld
 from support.a2a_data import PayloadShape

@@ -3,12 +3,11 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from moegen.kernels.a2a import MAX_SENDERS, MAX_STATS, ROW_DTYPES
-from moegen.kernels.call_words import FIELDS, differences, of_payloads, of_ranks, pack
-from moegen.kernels.call_words import ROW_DTYPES as NAMED
-from moegen.kernels.ht import PHASE_WORDS
-from moegen.kernels.ll import MAX_TOKENS_PER_RANK
-from moegen.kernels.spec import MAX_RANKS
+from moegen.codegen.call_words import FIELDS, differences, of_payloads, of_ranks, pack
+from moegen.codegen.call_words import ROW_DTYPES as NAMED
+from moegen.codegen.row_spec import PHASE_WORDS
+from moegen.limits import MAX_RANKS, MAX_TOKENS_PER_RANK
+from moegen.one_sided.spec import MAX_SENDERS, MAX_STATS, ROW_DTYPES
 
 
 def bits_of(op: str) -> int:

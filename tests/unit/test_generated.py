@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from moegen.catalog import catalog
 from moegen.codegen import generated
-from moegen.codegen.catalog import catalog
 from moegen.codegen.files import find
+from moegen.codegen.spec import Spec
 from moegen.compile import manifest, nvrtc
-from moegen.kernels.ll import LowLatencyDispatch
-from moegen.kernels.spec import Spec
+from moegen.low_latency.spec import LowLatencyDispatch
 
 SPECS = catalog()[:2]
 

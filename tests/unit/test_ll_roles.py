@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from moegen.kernels.ll_roles import Roles, roles
-from moegen.kernels.spec import Spec
+from moegen.codegen.spec import Spec
+from moegen.low_latency.roles import Roles, roles
 
 BLOCKS = (1, 2, 3, 7, 131, 132, 264, 396)
 TOKENS = (1, 2, 19, 128, 4096)

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moegen.codegen.catalog import MAX_CATALOG, catalog
+from moegen.catalog import MAX_CATALOG, catalog
+from moegen.codegen.problem import Problem
 from moegen.codegen.render import render
+from moegen.codegen.spec import Spec, WarpGroups
 from moegen.compile import nvrtc
 from moegen.compile.target import Target
 from moegen.errors import InputError, SpecError
-from moegen.kernels.a2a_payloads import RowBytes
-from moegen.kernels.problem import Problem
-from moegen.kernels.spec import Spec, WarpGroups
+from moegen.one_sided.payload_table import RowBytes
 
 SPECS = catalog()
 SAMPLES = list({type(spec): spec for spec in reversed(SPECS)}.values())

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moegen.codegen.integers import settle_integers
 from moegen.errors import InputError
-from moegen.kernels.integers import settle_integers
 
 _MAX_TOPK = 128
 _MAX_SCALES = 128

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import math
 
+from moegen.codegen.problem import Problem
 from moegen.compat.rows import capacity_for
 from moegen.errors import InputError
-from moegen.kernels.ht import regions
-from moegen.kernels.ll import ceil_div
-from moegen.kernels.problem import Problem
-from moegen.kernels.spec import MAX_EXPERTS
-from moegen.select import select_rows
+from moegen.high_throughput.regions import regions
+from moegen.high_throughput.select import RowSelection, select_rows
+from moegen.limits import MAX_EXPERTS, ceil_div
 
 BUFFER_ALIGNMENT = 2 << 20
 USUAL_TOPK = 8
@@ -31,6 +30,7 @@ def buffer_bytes(num_ranks: int, max_tokens: int, hidden: int, num_topk: int, us
     capacity = capacity_for(max_tokens)
     problem = Problem(num_ranks, experts, num_topk or USUAL_TOPK, hidden, capacity, dtype, "token", on_host=True)
     selection = select_rows(problem)
+    assert isinstance(selection, RowSelection)
     dispatch = regions(selection.dispatch, capacity, 0)
     end = regions(selection.combine, capacity, dispatch.end).end
     return ceil_div(end, BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from moegen import admission
+from moegen.base import admission
+from moegen.codegen.integers import as_int
 from moegen.errors import InputError
-from moegen.kernels.integers import as_int
 
 Tensor = torch.Tensor
 

@@ -13,7 +13,7 @@ import torch
 from moegen.compat.flashinfer import checks, communicators, sizes
 from moegen.compat.flashinfer.checks import CallError
 from moegen.compat.flashinfer.layers import PayloadLayers, Routed, Rows
-from moegen.payloads import DispatchedPayloads
+from moegen.one_sided.results import DispatchedPayloads
 from moegen.runtime.ownership import Exclusive, exclusive, lasting
 
 Tensor = torch.Tensor

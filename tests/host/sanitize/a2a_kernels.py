@@ -22,10 +22,12 @@ from host.sanitize.build import (
     variants_header,
 )
 
-from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch
-from moegen.kernels.a2a_layout import planes, regions, roles
-from moegen.kernels.a2a_payloads import RowBytes
-from moegen.kernels.spec import WARP_SIZE, WarpGroups
+from moegen.codegen.spec import WarpGroups
+from moegen.limits import WARP_SIZE
+from moegen.one_sided.payload_table import RowBytes
+from moegen.one_sided.regions import planes, regions
+from moegen.one_sided.roles import roles
+from moegen.one_sided.spec import OneSidedCombine, OneSidedDispatch
 
 HIDDEN = 1032
 """129 vectors of 16 bytes: one more than a warp adds up in one turn."""

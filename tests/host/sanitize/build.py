@@ -19,9 +19,9 @@ from typing import TypeVar
 
 from simt_harness import Toolchain, runtime_sources
 
+from moegen.codegen.params import ParamStruct
 from moegen.codegen.render import render
-from moegen.kernels.params import ParamStruct
-from moegen.kernels.spec import Spec
+from moegen.codegen.spec import Spec
 
 RANKS = 3
 TOPK = 3

@@ -22,13 +22,10 @@ from host.sanitize.build import (
     variants_header,
 )
 
-from moegen.kernels.ht import (
-    CHUNK,
-    HighThroughputCombine,
-    HighThroughputDispatch,
-    regions,
-)
-from moegen.kernels.ll import ceil_div
+from moegen.codegen.row_spec import CHUNK
+from moegen.high_throughput.regions import regions
+from moegen.high_throughput.spec import HighThroughputCombine, HighThroughputDispatch
+from moegen.limits import ceil_div
 
 HIDDEN = 128  # a group of FP8
 MAX_TOKENS = CHUNK + 2

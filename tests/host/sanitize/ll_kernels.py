@@ -22,8 +22,9 @@ from host.sanitize.build import (
     variants_header,
 )
 
-from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch, regions
-from moegen.kernels.spec import WarpGroups
+from moegen.codegen.spec import WarpGroups
+from moegen.low_latency.regions import regions
+from moegen.low_latency.spec import LowLatencyCombine, LowLatencyDispatch
 
 HIDDEN = 64
 MAX_TOKENS = 8

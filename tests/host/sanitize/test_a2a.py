@@ -13,7 +13,7 @@ from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
 from host.sanitize.edits import REPORT, barrier_before, entering, relaxed_load, relaxed_store
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, Sanitizer, built_once, race_in, run
 
-from moegen.kernels.spec import WarpGroups
+from moegen.codegen.spec import WarpGroups
 
 RIGHT = [
     variant(WarpGroups(2, 1), 3),

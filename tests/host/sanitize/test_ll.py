@@ -13,7 +13,7 @@ from host.sanitize.edits import REPORT, barrier_before, entering, relaxed_load, 
 from host.sanitize.ll_kernels import Variant, headers, variant
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, built_once, race_in, run
 
-from moegen.kernels.spec import WarpGroups
+from moegen.codegen.spec import WarpGroups
 
 RIGHT = [
     variant("inline", "atdispatch", WarpGroups(2, 1)),

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Family `ht`: where things lie in every rank's symmetric memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from moegen.codegen.call_words import REGION_BYTES
+from moegen.codegen.row_spec import PIECE_BYTES
+from moegen.high_throughput.spec import HighThroughputCombine, HighThroughputDispatch
+from moegen.limits import REGION_ALIGNMENT, ceil_div
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Where one op's parts lie in every rank's symmetric memory: byte offsets."""
+
+    consumed: int
+    calls: int
+    counts: int
+    entries: int
+    rows: int
+    tags: int
+    end: int
+
+
+def regions(spec: HighThroughputDispatch | HighThroughputCombine, max_tokens: int, start: int) -> Regions:
+    """Lays an op's regions out from byte `start` on."""
+    rows = spec.num_ranks * max_tokens
+    counts = entries = 0
+    if isinstance(spec, HighThroughputDispatch):
+        counts, entries = spec.num_ranks * spec.count_pieces, rows * spec.entry_pieces
+    sizes = (
+        spec.num_ranks * 4,
+        REGION_BYTES,
+        counts * PIECE_BYTES,
+        entries * PIECE_BYTES,
+        rows * spec.record_bytes,
+        rows * 8,
+    )
+    ends = accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=start)
+    return Regions(*ends)
