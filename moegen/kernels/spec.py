@@ -27,6 +27,9 @@ MAX_ROW_BYTES = 64 * 1024
 WARP_SIZE = 32
 MAX_BLOCK_WARPS = 32
 
+ROOMS = {"ll": "low_latency", "ht": "high_throughput", "a2a": "one_sided", "coll": "collective"}
+"""The folder of `templates/` where a family's kernels are; a family that is not among these has one of its own name."""
+
 
 @dataclass(frozen=True)
 class WarpGroups:
@@ -124,7 +127,7 @@ class Spec:
 
     @property
     def template(self) -> str:
-        return f"{self.family}_{self.op}.cu.jinja"
+        return f"{ROOMS.get(self.family, self.family)}/{self.op}.cu.jinja"
 
     @property
     def block_threads(self) -> int:
