@@ -252,5 +252,5 @@ def header_bytes(stats_words: int) -> int:
 
 
 def part_bytes(widths: tuple[int, ...], rows: Sequence[int]) -> list[int]:
-    """Of a line: bytes of each rank's part, as `templates/parts/coll/line.cuh.jinja` lays it out."""
+    """Of a line: bytes of each rank's part, as `templates/collective/line.cuh.jinja` lays it out."""
     return [sum(ceil_div(number * width, VECTOR_BYTES) * VECTOR_BYTES for width in widths) for number in rows]
