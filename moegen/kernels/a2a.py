@@ -134,7 +134,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
 
     @property
     def phase(self) -> str:
-        """There is one launch: `templates/parts/experts.cuh.jinja` asks."""
+        """There is one launch: `templates/shared/experts.cuh.jinja` asks."""
         return "whole"
 
     @property
