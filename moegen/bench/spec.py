@@ -2,8 +2,8 @@
 """Family `bench`: kernels that the benchmark measures with, not for users.
 
 `barrier` makes all ranks start an op together; `push` and `pull` move bytes between all ranks at once and show what
-the link itself can do. The host half of `templates/bench_*.cu.jinja`. Importing this module makes the family known to
-`Spec.parse`.
+the link itself can do. The host half of the kernels in `templates/bench/`. Importing this module makes the family known
+to `Spec.parse`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,9 @@ from moegen.errors import SpecError
 SCHEMA = 2
 """Number of the naming scheme and of the kernels' parameter structs; caches and packs carry it."""
 
+ROOMS = {"ll": "low_latency", "ht": "high_throughput", "a2a": "one_sided", "coll": "collective"}
+"""The folder of `templates/` where a family's kernels are; a family that is not among these has one of its own name."""
+
 
 @dataclass(frozen=True)
 class WarpGroups:
@@ -116,7 +119,7 @@ class Spec:
 
     @property
     def template(self) -> str:
-        return f"{self.family}_{self.op}.cu.jinja"
+        return f"{ROOMS.get(self.family, self.family)}/{self.op}.cu.jinja"
 
     @property
     def block_threads(self) -> int:

@@ -2,8 +2,8 @@
 """Family `coll` of layouts `token`, `packed` and `expert`: what goes before and behind an all-to-all of
 torch.distributed.
 
-This module is the host half of `templates/coll_send.cu.jinja`, `coll_place.cu.jinja`, `coll_return.cu.jinja` and
-`coll_reduce.cu.jinja`: their Specs, their parameter structs, and where things lie in a chunk. None of these kernels
+This module is the host half of `send.cu.jinja`, `place.cu.jinja`, `return.cu.jinja` and `reduce.cu.jinja` in
+`templates/collective/`: their Specs, their parameter structs, and where things lie in a chunk. None of these kernels
 waits for anything.
 """
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Op `layout` of family `ht`: how many tokens go where. The host half of `templates/ht_layout.cu.jinja`."""
+"""Op `layout` of family `ht`: how many tokens go where.
+
+The host half of `templates/high_throughput/layout.cu.jinja`.
+"""
 
 from __future__ import annotations
 

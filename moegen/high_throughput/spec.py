@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Family `ht`, high throughput: persistent kernels; some blocks send rows, the others place them while more arrive.
 
-This module is the host half of `templates/ht_dispatch.cu.jinja` and `templates/ht_combine.cu.jinja`: their Specs,
-their parameter structs, where things lie in symmetric memory, and which blocks do what.
+This module is the host half of `dispatch.cu.jinja` and `combine.cu.jinja` in `templates/high_throughput/`: their Specs,
+and their parameter structs.
 """
 
 from __future__ import annotations

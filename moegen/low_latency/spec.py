@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Family `ll`, low latency: one fused kernel sends and receives; rows land in per-source staging.
 
-This module is the host half of `templates/ll_dispatch.cu.jinja` and `templates/ll_combine.cu.jinja`: their Specs,
-their parameter structs, and where things lie in symmetric memory.
+This module is the host half of the kernels in `templates/low_latency/`: their Specs, their parameter structs, and where
+things lie in symmetric memory.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Family `a2a`, one-sided: rows of any width go straight to where the receiver's user reads them, rank by rank.
 
-This module is the host half of `templates/a2a_dispatch.cu.jinja` and `templates/a2a_combine.cu.jinja`: their Specs and
-their parameter structs. The units in which payloads move are in `moegen.one_sided.payload_table`; where things lie and
-which blocks do what, in `moegen.one_sided.regions`.
+This module is the host half of the kernels in `templates/one_sided/`: their Specs and their parameter structs. The
+units in which payloads move are in `moegen.one_sided.payload_table`; where things lie and which blocks do what, in
+`moegen.one_sided.regions`.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
 
     @property
     def phase(self) -> str:
-        """There is one launch: `parts/experts.cuh.jinja` asks."""
+        """There is one launch: `templates/shared/experts.cuh.jinja` asks."""
         return "whole"
 
     @property

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Family `coll`, collective: what goes before and behind an all-to-all of torch.distributed, where no memory is shared.
 
-This module is the host half of `templates/coll_*.cu.jinja`: their Specs, their parameter structs, and where things lie
-in the buffers. None of these kernels waits for anything.
+This module is the host half of the kernels in `templates/collective/`: their Specs, their parameter structs, and where
+things lie in the buffers. None of these kernels waits for anything.
 """
 
 from __future__ import annotations
@@ -251,5 +251,5 @@ def header_bytes(stats_words: int) -> int:
 
 
 def part_bytes(widths: tuple[int, ...], rows: Sequence[int]) -> list[int]:
-    """Of a line: bytes of each rank's part, as `templates/parts/coll/line.cuh.jinja` lays it out."""
+    """Of a line: bytes of each rank's part, as `templates/collective/line.cuh.jinja` lays it out."""
     return [sum(ceil_div(number * width, VECTOR_BYTES) * VECTOR_BYTES for width in widths) for number in rows]

@@ -57,7 +57,7 @@ def test_licence_and_notice_are_whole() -> None:
 def test_the_kernel_of_contributing_works(tmp_path: Path) -> None:
     page = text("CONTRIBUTING.md")
     files = re.findall(r"^`(\S+)`, the .*?```\w+\n(.*?)```", page, re.MULTILINE | re.DOTALL)
-    assert [name for name, _ in files] == ["moegen/scale/spec.py", "templates/scale_rows.cu.jinja"]
+    assert [name for name, _ in files] == ["moegen/scale/spec.py", "templates/scale/rows.cu.jinja"]
     for folder in ("moegen", "templates"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name, content in files:
