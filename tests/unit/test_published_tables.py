@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from moegen.bench import pages
+from moegen.bench import pages, report
 from moegen.bench.committed import Results, Run, share, us
 from moegen.bench.page_readings import READINGS
 from moegen.bench.page_tables import A2A_TARGETS, TABLES
@@ -38,6 +38,13 @@ def test_no_table_of_figures_is_typed(page: str, section: str) -> None:
     typed = re.sub(r"<!-- table: .*?<!-- end -->", "", below, flags=re.DOTALL)
     heads = re.findall(r"^\| ([^|]*) \|.*\n\|[ -]*-\|", typed, re.MULTILINE)
     assert {title.split(",")[0] for title in heads} <= TYPED
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").rglob("*.json")), ids=lambda path: path.stem)
+def test_results_are_laid_out_as_the_benchmark_writes_them(path: Path) -> None:
+    text = path.read_text()
+    assert report.text_of(json.loads(text)) == text, "a new run would change more than its figures"
+    assert max(map(len, text.splitlines())) < 5_000, "a case, or another entry, is one line"
 
 
 # ---- what would go wrong ----
