@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moegen.bench.committed import Results, Run, Value
+from moegen.bench.published import meets
 from moegen.errors import InputError
 
 PAGES = ("README.md", "bench/results/README.md", "docs/benchmarks.md", "docs/design.md")
@@ -81,11 +82,11 @@ def percent(value: Value) -> Cell:
 
 
 def over(value: Value, target: float) -> Cell:
-    """How much more than the target, or that it is met: only if the figure itself, not its rounding, is."""
+    """How much more than the target, or that it is met."""
 
     def text(results: Results) -> str:
         measured = value(results)
-        if measured <= target:
+        if meets(measured, target):
             return "met"
         share = f"{measured / target - 1:.0%}"
         return "< 1%" if share == "0%" else share
