@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moegen.codegen.files import find
+from moegen.codegen.files import checkout
 from moegen.codegen.render import render
 from moegen.codegen.spec import SCHEMA, Spec
+from moegen.errors import InputError
 
 MANIFEST = "manifest.json"
 
@@ -35,8 +36,17 @@ class Difference:
 
 
 def folder() -> Path:
-    """The folder `generated` of this installation or source tree."""
-    return find("generated")
+    """The folder `generated` of the checkout.
+
+    Raises:
+        InputError: moegen was installed from a wheel, which has none.
+    """
+    if (around := checkout()) is None:
+        raise InputError(
+            "generated/ is part of a checkout, not of an installed package: run `moegen generate` in a clone; "
+            "`moegen show STEM` prints the same text anywhere"
+        )
+    return around / "generated"
 
 
 def expected(root: Path, kernels: Sequence[Spec]) -> dict[str, str]:

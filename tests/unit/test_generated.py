@@ -10,9 +10,9 @@ import pytest
 
 from moegen.catalog import catalog
 from moegen.codegen import generated
-from moegen.codegen.files import find
 from moegen.codegen.spec import Spec
 from moegen.compile import manifest, nvrtc
+from moegen.errors import InputError
 from moegen.low_latency.spec import LowLatencyDispatch
 
 SPECS = catalog()[:2]
@@ -106,9 +106,15 @@ def test_resources_are_recorded_and_compared(folder: Path, monkeypatch: pytest.M
     assert other.differences == () and other.pinned != other.running
 
 
+def test_an_installed_package_has_no_folder_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generated, "checkout", lambda: None)
+    with pytest.raises(InputError, match="in a clone"):
+        generated.folder()
+
+
 def test_dispatch_uses_no_more_shared_memory_than_its_spec_says() -> None:
     """`LowLatencyDispatch.shared_bytes` decides how many teams a block gets; the manifest has what ptxas counted."""
-    recorded = json.loads((find("generated") / "manifest.json").read_text())
+    recorded = json.loads((generated.folder() / "manifest.json").read_text())
     checked = 0
     for stem, targets in recorded["resources"].items():
         spec = Spec.parse(stem)
