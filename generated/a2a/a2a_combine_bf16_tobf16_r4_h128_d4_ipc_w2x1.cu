@@ -5,23 +5,18 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
 constexpr uint32_t kRanks = 4;
 constexpr uint32_t kDestinations = 4;  // ranks that one token may reach
-constexpr uint32_t kTeams = 2;                // teams of a block; a team moves one row at a time
-constexpr uint32_t kTeamThreads = 32;
-constexpr uint32_t kBlockThreads = kTeams * kTeamThreads;
+constexpr uint32_t kWarpGroups = 2;           // of a block; a warp group moves one row at a time
+constexpr uint32_t kGroupThreads = 32;
+constexpr uint32_t kBlockThreads = kWarpGroups * kGroupThreads;
+using Group = WarpGroup<kWarpGroups, kGroupThreads>;
 
 enum Phase : uint32_t { kPeerReady, kCounts, kStats, kRows, kPresence, kPartial };
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
 
 struct Params {
     uint8_t* peers[4];             // symmetric memory of each rank, as mapped here
@@ -53,25 +48,6 @@ struct Params {
 };
 
 static_assert(sizeof(Params) == 216);
-
-__device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
-__device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// Work is dealt to the teams of these blocks: a team begins with its own number and goes on by the number of teams.
-__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
-    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ uint32_t teams_of(Blocks blocks) { return blocks.blocks * kTeams; }
-
-__device__ __forceinline__ void team_sync() { __syncwarp(); }
-
-// Adding modulo the ranks, so that each source starts with another destination.
-__device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
-    const uint32_t sum = rank + steps;
-    return sum < kRanks ? sum : sum - kRanks;
-}
 
 using Watch = PlainWatch;
 
@@ -183,7 +159,7 @@ __device__ __forceinline__ uint32_t* tag_at(const Params& p, const Watch& watch,
            uint64_t(half_of(watch.epoch) * kRanks + rank) * p.max_tokens + slot;
 }
 
-// Vectors of a row, from `first` on, in a team's registers.
+// Vectors of a row, from `first` on, in a warp group's registers.
 struct Row {
     uint4 parts[kAhead];
 };
@@ -193,7 +169,7 @@ __device__ __forceinline__ Row ask_row(const Params& p, const Watch&, uint32_t s
     Row asked = {};
 #pragma unroll
     for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kTeamThreads + team_thread();
+        const uint32_t at = first + step * kGroupThreads + Group::thread();
         if (at < kRowVectors) asked.parts[step] = row[at];
     }
     return asked;
@@ -202,7 +178,7 @@ __device__ __forceinline__ Row ask_row(const Params& p, const Watch&, uint32_t s
 __device__ __forceinline__ void store_row(uint4* record, uint32_t first, const Row& asked) {
 #pragma unroll
     for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kTeamThreads + team_thread();
+        const uint32_t at = first + step * kGroupThreads + Group::thread();
         if (at < kRowVectors) record[at] = asked.parts[step];
     }
 }
@@ -212,13 +188,13 @@ __device__ __forceinline__ void return_row(const Params& p, const Watch& watch, 
                                            const Row& asked) {
     uint4* record = record_at(p, watch, source, p.rank, slot);
     store_row(record, 0, asked);
-    team_sync();
-    if (team_thread() == 0) store_release_sys(tag_at(p, watch, source, p.rank, slot), watch.epoch);
+    Group::sync();
+    if (Group::thread() == 0) store_release_sys(tag_at(p, watch, source, p.rank, slot), watch.epoch);
 }
 
 // Rows are dealt out slot by slot, of every other source in turn: each rank begins with another one.
 __device__ __forceinline__ uint32_t source_of(const Params& p, uint32_t turn) {
-    return rank_after(p.rank, 1 + turn % (kRanks - 1));
+    return rank_after<kRanks>(p.rank, 1 + turn % (kRanks - 1));
 }
 
 // The row of a turn, whether or not there is one: asked for before that is known.
@@ -234,7 +210,7 @@ struct Turns {
 };
 
 __device__ __forceinline__ Turns start_turns(const Params& p, const Watch& watch) {
-    Turns turns = {0, ask_turn(p, watch, turn_of_team(p.senders))};
+    Turns turns = {0, ask_turn(p, watch, Group::first_work(p.senders))};
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) {
         const uint32_t slots = min(uint32_t(p.counts[source]), p.slots);
@@ -246,8 +222,8 @@ __device__ __forceinline__ Turns start_turns(const Params& p, const Watch& watch
 __device__ __forceinline__ void return_rows(const Params& p, const Watch& watch, const Turns& turns) {
     Row asked = turns.first;
 #pragma unroll 1
-    for (uint32_t turn = turn_of_team(p.senders); turn < turns.end; turn += teams_of(p.senders)) {
-        if (turn != turn_of_team(p.senders)) asked = ask_turn(p, watch, turn);
+    for (uint32_t turn = Group::first_work(p.senders); turn < turns.end; turn += Group::number_in(p.senders)) {
+        if (turn != Group::first_work(p.senders)) asked = ask_turn(p, watch, turn);
         const uint32_t source = source_of(p, turn);
         const uint32_t slot = turn / (kRanks - 1);
         if (is_active(p, source) && slot < uint32_t(p.counts[source])) return_row(p, watch, source, slot, asked);
@@ -256,7 +232,7 @@ __device__ __forceinline__ void return_rows(const Params& p, const Watch& watch,
 
 constexpr uint32_t kSummed = 1;  // vectors of a part, which a thread adds at a time
 
-// Of the vectors from `first` on, each thread has every kTeamThreads-th.
+// Of the vectors from `first` on, each thread has every kGroupThreads-th.
 struct Part {
     uint4 vectors[kSummed];
 };
@@ -265,7 +241,7 @@ __device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
     Part part = {};
 #pragma unroll
     for (uint32_t step = 0; step < kSummed; ++step) {
-        const uint32_t at = first + step * kTeamThreads + team_thread();
+        const uint32_t at = first + step * kGroupThreads + Group::thread();
         if (at < kRowVectors) part.vectors[step] = row[at];
     }
     return part;
@@ -288,25 +264,26 @@ __device__ __forceinline__ void add(Sums& sums, const Part& part) {
 __device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const Sums& sums) {
 #pragma unroll
     for (uint32_t step = 0; step < kSummed; ++step) {
-        const uint32_t at = first + step * kTeamThreads + team_thread();
+        const uint32_t at = first + step * kGroupThreads + Group::thread();
         if (at >= kRowVectors) continue;
         store_vector(out, at, sums.words[step]);
     }
 }
 
-// A team waits for the rows of all these ranks. If one does not come, the host is told, and the sum means nothing.
+// A warp group waits for the rows of all these ranks. If one does not come, the host is told, and the sum means
+// nothing.
 __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, uint64_t ranks, const int32_t* slots) {
     uint32_t index = 0;
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0; rest &= rest - 1, ++index) {
         const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
-        if (rank == p.rank || !is_active(p, rank) || index % kTeamThreads != team_thread()) continue;
+        if (rank == p.rank || !is_active(p, rank) || index % kGroupThreads != Group::thread()) continue;
         const uint32_t slot = uint32_t(slots[index]);
         const uint32_t* tag = tag_at(p, watch, p.rank, rank, slot);
         const Awaited what{kPartial, rank, int32_t(slot)};
         wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(tag); });
     }
-    team_sync();
+    Group::sync();
 }
 
 // While a row is added, the next is on its way. This rank's own needs no waiting for.
@@ -318,7 +295,7 @@ __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, u
     Part own = has_own ? load_part(own_row, 0) : Part{};
     await_rows(p, watch, ranks, slots);
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kSummed * kTeamThreads) {
+    for (uint32_t first = 0; first < kRowVectors; first += kSummed * kGroupThreads) {
         if (first != 0 && has_own) own = load_part(own_row, first);
         Sums sums = {};
         Part next = {};
@@ -338,7 +315,7 @@ __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, u
 
 __device__ __forceinline__ void add_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
 #pragma unroll 1
-    for (uint32_t token = turn_of_team(p.receivers); token < tokens; token += teams_of(p.receivers)) {
+    for (uint32_t token = Group::first_work(p.receivers); token < tokens; token += Group::number_in(p.receivers)) {
         const int32_t* slots = p.token_slots + uint64_t(token) * kDestinations;
         add_token(p, watch, p.token_ranks[token], slots, p.out + uint64_t(token) * 256);
     }

@@ -4,24 +4,19 @@
 
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
 constexpr uint32_t kRanks = 4;
 constexpr uint32_t kTopk = 4;
 constexpr uint32_t kDestinations = 4;  // ranks that one token may reach
-constexpr uint32_t kTeams = 2;                // teams of a block; a team moves one row at a time
-constexpr uint32_t kTeamThreads = 32;
-constexpr uint32_t kBlockThreads = kTeams * kTeamThreads;
+constexpr uint32_t kWarpGroups = 2;           // of a block; a warp group moves one row at a time
+constexpr uint32_t kGroupThreads = 32;
+constexpr uint32_t kBlockThreads = kWarpGroups * kGroupThreads;
+using Group = WarpGroup<kWarpGroups, kGroupThreads>;
 
 enum Phase : uint32_t { kPeerReady, kCounts, kStats, kRows, kPresence, kPartial };
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
 
 struct Params {
     uint8_t* peers[4];           // symmetric memory of each rank, as mapped here
@@ -59,10 +54,6 @@ struct Params {
 };
 
 static_assert(sizeof(Params) == 280);
-
-__device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
-__device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
 
 using Watch = PlainWatch;
 
@@ -271,13 +262,13 @@ __device__ __forceinline__ Unit* row_at(const Params& p, uint32_t rank, uint32_t
 // A thread has one unit of a narrow row at most.
 template <class Unit, uint32_t kUnits>
 __device__ __forceinline__ Unit ask_narrow(const Params& p, uint32_t payload, uint32_t token) {
-    return team_thread() < kUnits ? unit_from<Unit, kUnits>(p, payload, token)[team_thread()] : Unit{};
+    return Group::thread() < kUnits ? unit_from<Unit, kUnits>(p, payload, token)[Group::thread()] : Unit{};
 }
 
 template <class Unit, uint32_t kUnits>
 __device__ __forceinline__ void send_narrow(const Params& p, uint32_t rank, uint32_t payload, uint32_t slot,
                                             Unit unit) {
-    if (team_thread() < kUnits) row_at<Unit, kUnits>(p, rank, payload, slot)[team_thread()] = unit;
+    if (Group::thread() < kUnits) row_at<Unit, kUnits>(p, rank, payload, slot)[Group::thread()] = unit;
 }
 
 // Takes the first of these ranks behind this one: no rank is sent to by all others at once.
@@ -293,7 +284,7 @@ __device__ __forceinline__ uint32_t slot_with(uint64_t ranks, uint32_t rank, con
     return slots[__popcll(ranks & ((uint64_t(1) << rank) - 1))];
 }
 
-// A token's payloads in a team's registers, or the first part of those that are long.
+// A token's payloads in a warp group's registers, or the first part of those that are long.
 struct Token {
     uint4 payload_0;
     uint4 payload_1;
@@ -466,12 +457,12 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
 struct Start {
     Share share;
     uint64_t ranks;  // of the first tokens, a lane's each of the first warp
-    Token token;     // a team's first
+    Token token;     // a warp group's first
 };
 
 __device__ __forceinline__ Start start_share(const Params& p, uint32_t tokens, Counts& before) {
     Start start = {share_of_block(p, tokens), 0, {}};
-    const uint32_t token = start.share.begin + team_id();
+    const uint32_t token = start.share.begin + Group::index();
     if (token < start.share.end) start.token = ask_token(p, token);
     start.ranks = count_tokens(p, start.share.begin, start.share.end, before);
     return start;
@@ -498,9 +489,9 @@ __device__ __forceinline__ void send_share(const Params& p, const Start& start, 
         if (__syncthreads_and(ready) == 0) return;
         Token asked = start.token;
 #pragma unroll 1
-        for (uint32_t index = team_id(); index < min(kWarpSize, share.end - begin); index += kTeams) {
+        for (uint32_t index = Group::index(); index < min(kWarpSize, share.end - begin); index += kWarpGroups) {
             const uint32_t token = begin + index;
-            if (token != share.begin + team_id()) asked = ask_token(p, token);
+            if (token != share.begin + Group::index()) asked = ask_token(p, token);
             send_token(p, asked, chunk.ranks[index], chunk.slots[index]);
         }
         __syncthreads();  // the chunk is used, and all its rows are on their way

@@ -3,6 +3,7 @@
 // CollectivePlace(dtype='bf16', layout='packed', num_ranks=8, hidden=7168, num_topk=8, num_experts=256, path='collective', num_warps=32, phase='whole')
 
 #include <moegen/launch.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
@@ -12,13 +13,7 @@ constexpr uint32_t kHidden = 7168;
 constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
 constexpr uint32_t kWarps = 32;  // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
+using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
 
 struct Params {
     uint8_t* chunks;             // what has come from each rank
@@ -53,15 +48,6 @@ static_assert(sizeof(Params) == 232);
 // they index anything.
 __device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
 __device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
-
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// Work is dealt to the warps of these blocks: a warp begins with its own number and goes on by the number of warps.
-__device__ __forceinline__ uint32_t turn_of_warp(Blocks blocks) {
-    return warp_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ uint32_t warps_of(Blocks blocks) { return blocks.blocks * kWarps; }
 
 constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
 // A chunk begins with this.
@@ -327,7 +313,8 @@ __device__ __forceinline__ void receive_rows(const Params& p) {
     if (blockIdx.x == p.receivers.first) tell_user(p, arrivals);
     lay_out_experts(p, arrivals);
 #pragma unroll 1
-    for (uint32_t row = turn_of_warp(p.receivers); row < arrivals.first_row[kRanks]; row += warps_of(p.receivers)) {
+    for (uint32_t row = Group::first_work(p.receivers); row < arrivals.first_row[kRanks];
+         row += Group::number_in(p.receivers)) {
         uint32_t source = 0;
         while (row >= arrivals.first_row[source + 1]) ++source;
         const uint32_t index = row - arrivals.first_row[source];

@@ -4,6 +4,7 @@
 
 #include <moegen/launch.cuh>
 #include <moegen/numeric.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
@@ -13,13 +14,7 @@ constexpr uint32_t kHidden = 7168;
 constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
 constexpr uint32_t kWarps = 16;  // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
+using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
 
 struct Params {
     uint8_t* chunks;              // what has come back from each rank
@@ -55,15 +50,6 @@ static_assert(sizeof(Params) == 232);
 // they index anything.
 __device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
 __device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
-
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// Work is dealt to the warps of these blocks: a warp begins with its own number and goes on by the number of warps.
-__device__ __forceinline__ uint32_t turn_of_warp(Blocks blocks) {
-    return warp_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ uint32_t warps_of(Blocks blocks) { return blocks.blocks * kWarps; }
 
 constexpr uint32_t kRecordVectors = 898;  // of a row and what travels with it
 // A chunk begins with this.
@@ -323,7 +309,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, uint64_t ranks_her
 
 __device__ __forceinline__ void reduce_tokens(const Params& p, uint64_t ranks_here, uint32_t tokens) {
 #pragma unroll 1
-    for (uint32_t token = turn_of_warp(p.receivers); token < tokens; token += warps_of(p.receivers)) {
+    for (uint32_t token = Group::first_work(p.receivers); token < tokens; token += Group::number_in(p.receivers)) {
         reduce_token(p, ranks_here, token);
     }
 }

@@ -3,6 +3,8 @@
 // CollectiveSend(dtype='bf16', layout='packed', num_ranks=8, hidden=7168, num_topk=8, num_experts=256, path='collective', num_warps=32, phase='whole')
 
 #include <moegen/launch.cuh>
+#include <moegen/work.cuh>
+
 using namespace moegen;
 
 constexpr uint32_t kRanks = 8;
@@ -11,13 +13,7 @@ constexpr uint32_t kHidden = 7168;
 constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
 constexpr uint32_t kWarps = 32;  // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
+using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
 
 struct Params {
     uint8_t* chunks;            // what goes to each rank
@@ -49,15 +45,6 @@ static_assert(sizeof(Params) == 200);
 // they index anything.
 __device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
 __device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
-
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// Work is dealt to the warps of these blocks: a warp begins with its own number and goes on by the number of warps.
-__device__ __forceinline__ uint32_t turn_of_warp(Blocks blocks) {
-    return warp_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ uint32_t warps_of(Blocks blocks) { return blocks.blocks * kWarps; }
 
 constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
 // A chunk begins with this.

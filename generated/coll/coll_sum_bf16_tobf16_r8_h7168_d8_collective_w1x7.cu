@@ -4,21 +4,16 @@
 
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
 constexpr uint32_t kRanks = 8;
 constexpr uint32_t kDestinations = 8;  // ranks that one token may reach
-constexpr uint32_t kTeams = 1;                // teams of a block; a team moves one row at a time
-constexpr uint32_t kTeamThreads = 224;
-constexpr uint32_t kBlockThreads = kTeams * kTeamThreads;
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
+constexpr uint32_t kWarpGroups = 1;           // of a block; a warp group moves one row at a time
+constexpr uint32_t kGroupThreads = 224;
+constexpr uint32_t kBlockThreads = kWarpGroups * kGroupThreads;
+using Group = WarpGroup<kWarpGroups, kGroupThreads>;
 
 struct Params {
     const uint8_t* rows;          // [rows, hidden]: what has come back, rank by rank
@@ -32,17 +27,6 @@ struct Params {
 };
 
 static_assert(sizeof(Params) == 88);
-
-__device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
-__device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// Work is dealt to the teams of these blocks: a team begins with its own number and goes on by the number of teams.
-__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
-    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ uint32_t teams_of(Blocks blocks) { return blocks.blocks * kTeams; }
 
 constexpr uint32_t kWordFloats = 2;  // elements in 32 bits
 
@@ -82,7 +66,7 @@ constexpr uint32_t kRowVectors = 896;  // 16-byte vectors of a row
 
 constexpr uint32_t kSummed = 2;  // vectors of a part, which a thread adds at a time
 
-// Of the vectors from `first` on, each thread has every kTeamThreads-th.
+// Of the vectors from `first` on, each thread has every kGroupThreads-th.
 struct Part {
     uint4 vectors[kSummed];
 };
@@ -91,7 +75,7 @@ __device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
     Part part = {};
 #pragma unroll
     for (uint32_t step = 0; step < kSummed; ++step) {
-        const uint32_t at = first + step * kTeamThreads + team_thread();
+        const uint32_t at = first + step * kGroupThreads + Group::thread();
         if (at < kRowVectors) part.vectors[step] = row[at];
     }
     return part;
@@ -114,7 +98,7 @@ __device__ __forceinline__ void add(Sums& sums, const Part& part) {
 __device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const Sums& sums) {
 #pragma unroll
     for (uint32_t step = 0; step < kSummed; ++step) {
-        const uint32_t at = first + step * kTeamThreads + team_thread();
+        const uint32_t at = first + step * kGroupThreads + Group::thread();
         if (at >= kRowVectors) continue;
         store_vector(out, at, sums.words[step]);
     }
@@ -149,14 +133,14 @@ __device__ __forceinline__ Sums sums_of(const Params& p, uint64_t ranks, const i
 
 __device__ __forceinline__ void add_token(const Params& p, uint64_t ranks, const int32_t* slots, uint8_t* out) {
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kSummed * kTeamThreads) {
+    for (uint32_t first = 0; first < kRowVectors; first += kSummed * kGroupThreads) {
         store_sums(out, first, sums_of(p, ranks, slots, first));
     }
 }
 
 __device__ __forceinline__ void add_tokens(const Params& p, uint32_t tokens) {
 #pragma unroll 1
-    for (uint32_t token = turn_of_team(p.receivers); token < tokens; token += teams_of(p.receivers)) {
+    for (uint32_t token = Group::first_work(p.receivers); token < tokens; token += Group::number_in(p.receivers)) {
         const int32_t* slots = p.token_slots + uint64_t(token) * kDestinations;
         add_token(p, p.token_ranks[token], slots, p.out + uint64_t(token) * 14336);
     }

@@ -5,6 +5,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
@@ -14,15 +15,9 @@ constexpr uint32_t kHidden = 7168;
 constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
 constexpr uint32_t kWarps = 16;  // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
+using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
 
 enum Phase : uint32_t { kPeerReady, kPlanned, kCounts, kEntry, kRow, kPartial };
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
 
 struct Params {
     uint8_t* peers[8];            // symmetric memory of each rank, as mapped here
@@ -62,21 +57,6 @@ static_assert(sizeof(Params) == 272);
 // they index anything.
 __device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
 __device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
-
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// Work is dealt to the warps of these blocks: a warp begins with its own number and goes on by the number of warps.
-__device__ __forceinline__ uint32_t turn_of_warp(Blocks blocks) {
-    return warp_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ uint32_t warps_of(Blocks blocks) { return blocks.blocks * kWarps; }
-
-// Adding modulo the ranks, so that each source starts with another destination.
-__device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
-    const uint32_t sum = rank + steps;
-    return sum < kRanks ? sum : sum - kRanks;
-}
 
 using Watch = PlainWatch;
 
@@ -334,7 +314,7 @@ constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
 // others at once, and every rank's first tokens are complete early. The next round begins one further on, so that
 // nobody sends to the same rank for ever.
 __device__ __forceinline__ uint32_t owner_of_turn(const Params& p, uint32_t turn) {
-    return rank_after(p.rank, 1 + (turn + turn / kOthers) % kOthers);
+    return rank_after<kRanks>(p.rank, 1 + (turn + turn / kOthers) % kOthers);
 }
 
 __device__ __forceinline__ uint32_t row_of_turn(const Params& p, uint32_t owner, uint32_t turn) {
@@ -356,7 +336,7 @@ __device__ __forceinline__ uint32_t end_of_turns(const Params& p) {
 __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch) {
     const uint32_t end = end_of_turns(p);
 #pragma unroll 1
-    for (uint32_t turn = turn_of_warp(p.senders); turn < end; turn += warps_of(p.senders)) {
+    for (uint32_t turn = Group::first_work(p.senders); turn < end; turn += Group::number_in(p.senders)) {
         const uint32_t owner = owner_of_turn(p, turn);
         const uint32_t row = row_of_turn(p, owner, turn);
         if (row < min(uint32_t(p.first_rows[owner + 1]), rows_at_most(p))) send_partial(p, watch, row, owner);
@@ -433,7 +413,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
 
 __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
 #pragma unroll 1
-    for (uint32_t token = turn_of_warp(p.receivers); token < tokens; token += warps_of(p.receivers)) {
+    for (uint32_t token = Group::first_work(p.receivers); token < tokens; token += Group::number_in(p.receivers)) {
         reduce_token(p, watch, token);
     }
 }

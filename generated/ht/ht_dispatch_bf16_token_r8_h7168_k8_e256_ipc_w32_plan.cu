@@ -4,6 +4,7 @@
 
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
@@ -11,15 +12,9 @@ constexpr uint32_t kRanks = 8;
 constexpr uint32_t kTopk = 8;
 constexpr uint32_t kWarps = 32;  // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
+using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
 
 enum Phase : uint32_t { kPeerReady, kPlanned, kCounts, kEntry, kRow, kPartial };
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
 
 struct Params {
     uint8_t* peers[8];           // symmetric memory of each rank, as mapped here
@@ -75,21 +70,6 @@ static_assert(sizeof(Params) == 392);
 // they index anything.
 __device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
 __device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
-
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// Work is dealt to the warps of these blocks: a warp begins with its own number and goes on by the number of warps.
-__device__ __forceinline__ uint32_t turn_of_warp(Blocks blocks) {
-    return warp_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ uint32_t warps_of(Blocks blocks) { return blocks.blocks * kWarps; }
-
-// Adding modulo the ranks, so that each source starts with another destination.
-__device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
-    const uint32_t sum = rank + steps;
-    return sum < kRanks ? sum : sum - kRanks;
-}
 
 using Watch = PlainWatch;
 
@@ -316,7 +296,7 @@ __device__ __forceinline__ void tell_entries(const Params& p, const Watch& watch
 #pragma unroll 1
     for (uint32_t pair = warp_id(); pair < kChunk * kRanks; pair += kWarps) {
         const uint32_t token = pair / kRanks;
-        const uint32_t rank = rank_after(p.rank, pair % kRanks);
+        const uint32_t rank = rank_after<kRanks>(p.rank, pair % kRanks);
         if (!counts(chunk, rank, token)) continue;
         const uint32_t row = chunk.before[rank] + counted_before(chunk, rank, token);
         uint4* to = entry_at(p, rank, p.rank, row);
@@ -363,7 +343,7 @@ __device__ __forceinline__ uint32_t count_word(const Params& p, const Chunk& chu
 __device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch, uint32_t tokens, const Chunk& chunk) {
 #pragma unroll 1
     for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
-        const uint32_t rank = rank_after(p.rank, index / kCountPieces);
+        const uint32_t rank = rank_after<kRanks>(p.rank, index / kCountPieces);
         const uint32_t piece = index % kCountPieces;
         uint32_t words[kPieceWords];
 #pragma unroll
@@ -534,7 +514,7 @@ __device__ __forceinline__ bool await_entry(const Params& p, const Watch& watch,
 
 // Rows are dealt out source by source in turn, so that what is here already is placed while others are on their way.
 __device__ __forceinline__ uint32_t source_of(const Params& p, uint32_t turn) {
-    return rank_after(p.rank, turn % kRanks);
+    return rank_after<kRanks>(p.rank, turn % kRanks);
 }
 
 __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch) {
@@ -544,13 +524,13 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
     uint32_t most = 0;
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) most = max(most, rows_of(arrivals, source));
-    uint32_t turn = turn_of_warp(p.receivers);
+    uint32_t turn = Group::first_work(p.receivers);
     uint4 asked = ask_for_entry(p, arrivals, source_of(p, turn), turn / kRanks);
 #pragma unroll 1
     while (turn < most * kRanks) {
         const uint32_t source = source_of(p, turn);
         const uint32_t index = turn / kRanks;
-        turn += warps_of(p.receivers);
+        turn += Group::number_in(p.receivers);
         const uint4 piece = asked;
         asked = ask_for_entry(p, arrivals, source_of(p, turn), turn / kRanks);
         if (index >= rows_of(arrivals, source)) continue;

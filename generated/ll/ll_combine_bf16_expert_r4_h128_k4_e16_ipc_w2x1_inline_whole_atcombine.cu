@@ -5,6 +5,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
@@ -12,21 +13,16 @@ constexpr uint32_t kRanks = 4;
 constexpr uint32_t kTopk = 4;
 constexpr uint32_t kHidden = 128;
 constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
-constexpr uint32_t kTeams = 2;  // teams of a block; a team moves one row at a time
-constexpr uint32_t kTeamThreads = 32;
-constexpr uint32_t kBlockThreads = kTeams * kTeamThreads;
+constexpr uint32_t kWarpGroups = 2;  // of a block; a warp group moves one row at a time
+constexpr uint32_t kGroupThreads = 32;
+constexpr uint32_t kBlockThreads = kWarpGroups * kGroupThreads;
+using Group = WarpGroup<kWarpGroups, kGroupThreads>;
+
 constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at once, of which this is payload:
 constexpr uint32_t kPieceWords = 3;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
 enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
 
 struct Params {
     uint8_t* peers[4];            // symmetric memory of each rank, as mapped here
@@ -60,23 +56,6 @@ struct Params {
 static_assert(sizeof(Params) == 216);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
-
-__device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
-__device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// A block's teams come after all other blocks': few rows are spread over all multiprocessors.
-__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
-    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ void team_sync() { __syncwarp(); }
-
-// Adding modulo the ranks, so that each source starts with another destination.
-__device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
-    const uint32_t sum = rank + steps;
-    return sum < kRanks ? sum : sum - kRanks;
-}
 
 constexpr uint32_t kRecordPieces = kRowPieces;
 
@@ -158,10 +137,10 @@ __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, 
     if (lane_id() == 0) opened = ready;
 }
 
-constexpr uint32_t kSteps = (kRowPieces + kTeamThreads - 1) / kTeamThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 352);             // as the buffers are laid out
+constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
+static_assert(kRecordPieces * kPieceBytes == 352);               // as the buffers are laid out
 
-// A row in a team's registers: each thread has one vector per step, or none.
+// A row in a warp group's registers: each thread has one vector per step, or none.
 struct Row {
     uint4 vectors[kSteps];
 };
@@ -180,7 +159,7 @@ __device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch,
                                     place_in_buffer(p, watch, source, row) * kRecordBytes);
 }
 
-__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kTeamThreads + team_thread(); }
+__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kGroupThreads + Group::thread(); }
 
 // 12 bytes of payload and the epoch, written and polled as one 128-bit access: no fence, no second flight. Four lanes
 // send the three vectors of the first three of them. kRowVectors and above: this lane has no vector.
@@ -253,7 +232,7 @@ __device__ __forceinline__ Row ask_for_row(const uint4* from) {
 // One lane of each warp polls for the last piece that it is sent; most others are here before.
 __device__ __forceinline__ void await_row(const uint4* from, const Watch& watch, Awaited what) {
     if (lane_id() == 0 && piece_at(0) < kRowPieces) {
-        const uint32_t last_step = (kRowPieces - 1 - team_thread()) / kTeamThreads;
+        const uint32_t last_step = (kRowPieces - 1 - Group::thread()) / kGroupThreads;
         uint4 piece;
         receive_piece(from + piece_at(last_step), watch, what, piece);
     }
@@ -383,8 +362,8 @@ struct Selection {
 __device__ __forceinline__ Selection load_selection(const Params& p, uint64_t entry) {
     Selection selection = {};
     selection.slot = -1;
-    if (team_thread() >= kTopk) return selection;
-    selection.slot = p.row_slots[entry * kTopk + team_thread()];
+    if (Group::thread() >= kTopk) return selection;
+    selection.slot = p.row_slots[entry * kTopk + Group::thread()];
     return selection;
 }
 
@@ -392,8 +371,8 @@ __device__ __forceinline__ Selection load_selection(const Params& p, uint64_t en
 __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] const Watch& watch,
                                            [[maybe_unused]] uint32_t source, [[maybe_unused]] uint32_t token,
                                            Selection selection, Terms& terms) {
-    if (team_thread() < kWarpSize) {
-        const uint32_t k = team_thread();
+    if (Group::thread() < kWarpSize) {
+        const uint32_t k = Group::thread();
         float weight = 0;
         const bool wanted = selection.slot >= 0 && weight_of(p, watch, source, token, k, weight);
         const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
@@ -405,7 +384,7 @@ __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] con
         }
         if (k == 0) terms.count = complete ? __popc(all_wanted) : 0;  // no sum of only some of its terms
     }
-    team_sync();
+    Group::sync();
 }
 
 __device__ __forceinline__ Row ask_for_term(const Terms& terms, uint32_t term) {
@@ -448,7 +427,7 @@ constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
 // others at once, and every rank's first tokens are complete early. The next round begins one further on, so that
 // nobody sends to the same rank for ever.
 __device__ __forceinline__ uint32_t owner_of_turn(const Params& p, uint32_t turn) {
-    return rank_after(p.rank, 1 + (turn + turn / kOthers) % kOthers);
+    return rank_after<kRanks>(p.rank, 1 + (turn + turn / kOthers) % kOthers);
 }
 
 __device__ __forceinline__ uint32_t row_of_turn(const Params& p, uint32_t owner, uint32_t turn) {
@@ -466,7 +445,7 @@ __device__ __forceinline__ uint32_t end_of_turns(const Params& p) {
     return kOthers * __reduce_max_sync(kFullWarp, most);
 }
 
-// A row that a team sends, or none: what it needs of what dispatch recorded.
+// A row that a warp group sends, or none: what it needs of what dispatch recorded.
 struct Outgoing {
     bool exists;
     uint32_t source;
@@ -490,10 +469,10 @@ __device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t turn) 
 // One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens.
 __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, [[maybe_unused]] uint32_t tokens) {
     __shared__ bool opened;
-    __shared__ Terms terms[kTeams];
-    Terms& listed = terms[team_id()];
-    const uint32_t teams = p.senders.blocks * kTeams;
-    const uint32_t first_turn = turn_of_team(p.senders);
+    __shared__ Terms terms[kWarpGroups];
+    Terms& listed = terms[Group::index()];
+    const uint32_t groups = Group::number_in(p.senders);
+    const uint32_t first_turn = Group::first_work(p.senders);
     Outgoing next = outgoing_at(p, first_turn);
     open_epoch(p, watch, opened);
     __syncthreads();
@@ -502,18 +481,18 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     const uint32_t end = end_of_turns(p);
     send_weights(p, watch, tokens);
 #pragma unroll 1
-    for (uint32_t turn = first_turn; turn < end; turn += teams) {
+    for (uint32_t turn = first_turn; turn < end; turn += groups) {
         const Outgoing row = next;
         if (row.exists) list_terms(p, watch, row.source, row.token, row.selection, listed);
-        if (turn + teams < end) next = outgoing_at(p, turn + teams);
+        if (turn + groups < end) next = outgoing_at(p, turn + groups);
         if (!row.exists) continue;
         if (listed.count == 0) {  // weights did not come: the owner must not take this for its sum
-            team_sync();
+            Group::sync();
             continue;
         }
         const Row first = ask_for_term(listed, 0);
         send_partial(listed, first, record_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
-        team_sync();
+        Group::sync();
     }
     // The last block has the fewest rows, and this waits for what it has stored.
     if (blockIdx.x == p.senders.first + p.senders.blocks - 1) tell_consumed(p, watch);
@@ -570,10 +549,10 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
 // What the first token needs is loaded while the epoch opens.
 __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
     __shared__ bool opened;
-    const uint32_t teams = p.receivers.blocks * kTeams;
-    uint32_t token = turn_of_team(p.receivers);
+    const uint32_t groups = Group::number_in(p.receivers);
+    uint32_t token = Group::first_work(p.receivers);
     uint64_t ranks = token < tokens ? p.token_ranks[token] : 0;
-    __shared__ Terms terms[kTeams];
+    __shared__ Terms terms[kWarpGroups];
     const uint64_t first_own = uint64_t(kRanks - 1) * p.max_tokens;
     Selection selection = load_selection(p, first_own + min(token, p.max_tokens - 1));
     open_epoch(p, watch, opened);
@@ -581,13 +560,13 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
     if (!opened) return;
 #pragma unroll 1
     while (token < tokens) {
-        if ((ranks >> p.rank & 1) != 0) list_terms(p, watch, p.rank, token, selection, terms[team_id()]);
-        reduce_token(p, watch, token, ranks, terms[team_id()]);
-        token += teams;
+        if ((ranks >> p.rank & 1) != 0) list_terms(p, watch, p.rank, token, selection, terms[Group::index()]);
+        reduce_token(p, watch, token, ranks, terms[Group::index()]);
+        token += groups;
         if (token >= tokens) break;
         ranks = p.token_ranks[token];
         selection = load_selection(p, first_own + token);
-        team_sync();  // the terms before are used
+        Group::sync();  // the terms before are used
     }
 }
 

@@ -5,6 +5,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/masked_signal.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
@@ -12,21 +13,16 @@ constexpr uint32_t kRanks = 8;
 constexpr uint32_t kTopk = 8;
 constexpr uint32_t kHidden = 7168;
 constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
-constexpr uint32_t kTeams = 1;  // teams of a block; a team moves one row at a time
-constexpr uint32_t kTeamThreads = 512;
-constexpr uint32_t kBlockThreads = kTeams * kTeamThreads;
+constexpr uint32_t kWarpGroups = 1;  // of a block; a warp group moves one row at a time
+constexpr uint32_t kGroupThreads = 512;
+constexpr uint32_t kBlockThreads = kWarpGroups * kGroupThreads;
+using Group = WarpGroup<kWarpGroups, kGroupThreads>;
+
 constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at once, of which this is payload:
 constexpr uint32_t kPieceWords = 3;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
 enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
 
 struct Params {
     uint8_t* peers[8];            // symmetric memory of each rank, as mapped here
@@ -66,26 +62,6 @@ struct Params {
 static_assert(sizeof(Params) == 288);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
-
-__device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
-__device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// A block's teams come after all other blocks': few rows are spread over all multiprocessors.
-__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
-    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ void team_sync() { __syncthreads(); }
-
-// A barrier of the team, and whether all of it say so.
-__device__ __forceinline__ bool team_all(bool holds) { return __syncthreads_and(holds) != 0; }
-
-// Adding modulo the ranks, so that each source starts with another destination.
-__device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
-    const uint32_t sum = rank + steps;
-    return sum < kRanks ? sum : sum - kRanks;
-}
 
 constexpr uint32_t kRecordPieces = kRowPieces;
 
@@ -179,10 +155,10 @@ __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, 
     if (lane_id() == 0) opened = ready;
 }
 
-constexpr uint32_t kSteps = (kRowPieces + kTeamThreads - 1) / kTeamThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 19120);             // as the buffers are laid out
+constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
+static_assert(kRecordPieces * kPieceBytes == 19120);               // as the buffers are laid out
 
-// A row in a team's registers: each thread has one vector per step, or none.
+// A row in a warp group's registers: each thread has one vector per step, or none.
 struct Row {
     uint4 vectors[kSteps];
 };
@@ -201,7 +177,7 @@ __device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch,
                                     place_in_buffer(p, watch, source, row) * kRecordBytes);
 }
 
-__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kTeamThreads + team_thread(); }
+__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kGroupThreads + Group::thread(); }
 
 // 12 bytes of payload and the epoch, written and polled as one 128-bit access: no fence, no second flight. Four lanes
 // send the three vectors of the first three of them. kRowVectors and above: this lane has no vector.
@@ -274,7 +250,7 @@ __device__ __forceinline__ Row ask_for_row(const uint4* from) {
 // One lane of each warp polls for the last piece that it is sent; most others are here before.
 __device__ __forceinline__ void await_row(const uint4* from, const Watch& watch, Awaited what) {
     if (lane_id() == 0 && piece_at(0) < kRowPieces) {
-        const uint32_t last_step = (kRowPieces - 1 - team_thread()) / kTeamThreads;
+        const uint32_t last_step = (kRowPieces - 1 - Group::thread()) / kGroupThreads;
         uint4 piece;
         receive_piece(from + piece_at(last_step), watch, what, piece);
     }
@@ -409,8 +385,8 @@ struct Selection {
 __device__ __forceinline__ Selection load_selection(const Params& p, uint64_t entry) {
     Selection selection = {};
     selection.slot = -1;
-    if (team_thread() >= kTopk) return selection;
-    selection.slot = p.row_slots[entry * kTopk + team_thread()];
+    if (Group::thread() >= kTopk) return selection;
+    selection.slot = p.row_slots[entry * kTopk + Group::thread()];
     return selection;
 }
 
@@ -418,8 +394,8 @@ __device__ __forceinline__ Selection load_selection(const Params& p, uint64_t en
 __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] const Watch& watch,
                                            [[maybe_unused]] uint32_t source, [[maybe_unused]] uint32_t token,
                                            Selection selection, Terms& terms) {
-    if (team_thread() < kWarpSize) {
-        const uint32_t k = team_thread();
+    if (Group::thread() < kWarpSize) {
+        const uint32_t k = Group::thread();
         float weight = 0;
         const bool wanted = selection.slot >= 0 && weight_of(p, watch, source, token, k, weight);
         const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
@@ -431,7 +407,7 @@ __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] con
         }
         if (k == 0) terms.count = complete ? __popc(all_wanted) : 0;  // no sum of only some of its terms
     }
-    team_sync();
+    Group::sync();
 }
 
 __device__ __forceinline__ Row ask_for_term(const Terms& terms, uint32_t term) {
@@ -474,7 +450,7 @@ constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
 // others at once, and every rank's first tokens are complete early. The next round begins one further on, so that
 // nobody sends to the same rank for ever.
 __device__ __forceinline__ uint32_t owner_of_turn(const Params& p, uint32_t turn) {
-    return rank_after(p.rank, 1 + (turn + turn / kOthers) % kOthers);
+    return rank_after<kRanks>(p.rank, 1 + (turn + turn / kOthers) % kOthers);
 }
 
 __device__ __forceinline__ uint32_t row_of_turn(const Params& p, uint32_t owner, uint32_t turn) {
@@ -492,7 +468,7 @@ __device__ __forceinline__ uint32_t end_of_turns(const Params& p) {
     return kOthers * __reduce_max_sync(kFullWarp, most);
 }
 
-// A row that a team sends, or none: what it needs of what dispatch recorded.
+// A row that a warp group sends, or none: what it needs of what dispatch recorded.
 struct Outgoing {
     bool exists;
     uint32_t source;
@@ -516,11 +492,11 @@ __device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t turn) 
 // One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens.
 __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, [[maybe_unused]] uint32_t tokens) {
     __shared__ uint64_t opened;
-    __shared__ Terms terms[kTeams];
-    Terms& listed = terms[team_id()];
+    __shared__ Terms terms[kWarpGroups];
+    Terms& listed = terms[Group::index()];
     if (blockIdx.x == p.senders.first) tell_consumed(p, watch);
-    const uint32_t teams = p.senders.blocks * kTeams;
-    const uint32_t first_turn = turn_of_team(p.senders);
+    const uint32_t groups = Group::number_in(p.senders);
+    const uint32_t first_turn = Group::first_work(p.senders);
     Outgoing next = outgoing_at(p, first_turn);
     open_epoch(p, watch, opened);
     __syncthreads();
@@ -529,18 +505,18 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     const uint32_t end = end_of_turns(p);
     send_weights(p, watch, tokens, opened);
 #pragma unroll 1
-    for (uint32_t turn = first_turn; turn < end; turn += teams) {
+    for (uint32_t turn = first_turn; turn < end; turn += groups) {
         const Outgoing row = next;
         if (row.exists) list_terms(p, watch, row.source, row.token, row.selection, listed);
-        if (turn + teams < end) next = outgoing_at(p, turn + teams);
+        if (turn + groups < end) next = outgoing_at(p, turn + groups);
         if (!row.exists) continue;
         if ((opened >> row.source & 1) == 0 || listed.count == 0) {
-            team_sync();  // the terms are looked at
+            Group::sync();  // the terms are looked at
             continue;
         }
         const Row first = ask_for_term(listed, 0);
         send_partial(listed, first, record_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
-        team_sync();
+        Group::sync();
     }
 }
 
@@ -555,8 +531,8 @@ __device__ __forceinline__ uint64_t active_ranks(const Watch& watch) {
     return active;
 }
 
-// The first team of a launch that looks at a rank's partial sums takes the time that it waits for the first of them:
-// sums over teams that wait side by side would mean nothing. 0: this one does not.
+// The first warp group of a launch that looks at a rank's partial sums takes the time that it waits for the first of
+// them: sums over warp groups that wait side by side would mean nothing. 0: this one does not.
 __device__ __forceinline__ uint64_t start_measuring(const Params& p, const Watch& watch, uint32_t rank) {
     if (p.waited_ns == nullptr || rank == p.rank) return 0;
     const uint32_t seen = load_relaxed_sys(p.verdicts + rank);
@@ -568,13 +544,13 @@ __device__ __forceinline__ void stop_measuring(const Params& p, uint32_t rank, u
     if (since != 0) p.waited_ns[rank] += global_timer_ns() - since;
 }
 
-// One partial sum; false, for all of the team, if a part of it did not come.
+// One partial sum; false, for all of the warp group, if a part of it did not come.
 __device__ __forceinline__ bool receive_partial(const Params& p, const Watch& watch, uint32_t token, uint32_t rank,
                                                 Row& row) {
     const uint4* from = record_at(p, watch, p.rank, rank, token);
-    const uint64_t since = team_thread() == 0 ? start_measuring(p, watch, rank) : 0;
+    const uint64_t since = Group::thread() == 0 ? start_measuring(p, watch, rank) : 0;
     row = ask_for_row(from);
-    const bool came = team_all(complete_row(from, watch, Awaited{kPartial, rank, int32_t(token)}, row));
+    const bool came = Group::all(complete_row(from, watch, Awaited{kPartial, rank, int32_t(token)}, row));
     stop_measuring(p, rank, since);
     return came;
 }
@@ -631,23 +607,23 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
 
 // What the first token needs is loaded while the epoch opens.
 __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
-    const uint32_t teams = p.receivers.blocks * kTeams;
-    uint32_t token = turn_of_team(p.receivers);
+    const uint32_t groups = Group::number_in(p.receivers);
+    uint32_t token = Group::first_work(p.receivers);
     uint64_t ranks = token < tokens ? p.token_ranks[token] : 0;
-    __shared__ Terms terms[kTeams];
+    __shared__ Terms terms[kWarpGroups];
     const uint64_t first_own = uint64_t(kRanks - 1) * p.max_tokens;
     Selection selection = load_selection(p, first_own + min(token, p.max_tokens - 1));
     const uint64_t active = active_ranks(watch);
 #pragma unroll 1
     while (token < tokens) {
         ranks &= active;
-        if ((ranks >> p.rank & 1) != 0) list_terms(p, watch, p.rank, token, selection, terms[team_id()]);
-        reduce_token(p, watch, token, ranks, terms[team_id()]);
-        token += teams;
+        if ((ranks >> p.rank & 1) != 0) list_terms(p, watch, p.rank, token, selection, terms[Group::index()]);
+        reduce_token(p, watch, token, ranks, terms[Group::index()]);
+        token += groups;
         if (token >= tokens) break;
         ranks = p.token_ranks[token];
         selection = load_selection(p, first_own + token);
-        team_sync();  // the terms before are used
+        Group::sync();  // the terms before are used
     }
 }
 

@@ -5,27 +5,23 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
 constexpr uint32_t kRanks = 8;
 constexpr uint32_t kHidden = 7168;
 constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
-constexpr uint32_t kTeams = 1;  // teams of a block; a team moves one row at a time
-constexpr uint32_t kTeamThreads = 256;
-constexpr uint32_t kBlockThreads = kTeams * kTeamThreads;
+constexpr uint32_t kWarpGroups = 1;  // of a block; a warp group moves one row at a time
+constexpr uint32_t kGroupThreads = 256;
+constexpr uint32_t kBlockThreads = kWarpGroups * kGroupThreads;
+using Group = WarpGroup<kWarpGroups, kGroupThreads>;
+
 constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at once, of which this is payload:
 constexpr uint32_t kPieceWords = 4;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
 enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
 
 struct Params {
     uint8_t* peers[8];            // symmetric memory of each rank, as mapped here
@@ -59,23 +55,6 @@ struct Params {
 static_assert(sizeof(Params) == 248);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
-
-__device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
-__device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// A block's teams come after all other blocks': few rows are spread over all multiprocessors.
-__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
-    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ void team_sync() { __syncthreads(); }
-
-// Adding modulo the ranks, so that each source starts with another destination.
-__device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
-    const uint32_t sum = rank + steps;
-    return sum < kRanks ? sum : sum - kRanks;
-}
 
 constexpr uint32_t kRecordPieces = kRowPieces;
 
@@ -111,10 +90,10 @@ __device__ __forceinline__ void leave_epoch(const Params& p, const Watch& watch)
     if (threadIdx.x == kThread) leave_epoch_to_the_next_launch(p.control, watch.epoch);
 }
 
-constexpr uint32_t kSteps = (kRowPieces + kTeamThreads - 1) / kTeamThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 14336);             // as the buffers are laid out
+constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
+static_assert(kRecordPieces * kPieceBytes == 14336);               // as the buffers are laid out
 
-// A row in a team's registers: each thread has one vector per step, or none.
+// A row in a warp group's registers: each thread has one vector per step, or none.
 struct Row {
     uint4 vectors[kSteps];
 };
@@ -133,7 +112,7 @@ __device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch,
                                     place_in_buffer(p, watch, source, row) * kRecordBytes);
 }
 
-__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kTeamThreads + team_thread(); }
+__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kGroupThreads + Group::thread(); }
 
 // 16 bytes of payload by plain stores; the row's tag, released after all of them, announces the row.
 __device__ __forceinline__ uint32_t vector_at(uint32_t step) {
@@ -200,10 +179,10 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     Sums sums[kSteps] = {};
     const uint64_t awaited = ranks;
 #pragma unroll 1
-    for (uint32_t rank = team_thread(); rank < kRanks; rank += kTeamThreads) {
+    for (uint32_t rank = Group::thread(); rank < kRanks; rank += kGroupThreads) {
         if ((awaited >> rank & 1) != 0) wait_for_tag(p, watch, Awaited{kPartial, rank, int32_t(token)});
     }
-    team_sync();
+    Group::sync();
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0;) {
         uint32_t of[kPartialsAhead];
@@ -233,8 +212,8 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
 // What the first token needs is loaded while the epoch opens.
 __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
     __shared__ bool opened;
-    const uint32_t teams = p.receivers.blocks * kTeams;
-    uint32_t token = turn_of_team(p.receivers);
+    const uint32_t groups = Group::number_in(p.receivers);
+    uint32_t token = Group::first_work(p.receivers);
     uint64_t ranks = token < tokens ? p.token_ranks[token] : 0;
     if (threadIdx.x == 0) opened = load_relaxed_sys(p.aborted) == 0;  // else dispatch may not have recorded anything
     __syncthreads();
@@ -242,7 +221,7 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
 #pragma unroll 1
     while (token < tokens) {
         reduce_token(p, watch, token, ranks);
-        token += teams;
+        token += groups;
         if (token >= tokens) break;
         ranks = p.token_ranks[token];
     }

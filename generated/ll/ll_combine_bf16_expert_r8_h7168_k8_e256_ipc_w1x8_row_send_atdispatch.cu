@@ -5,6 +5,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
@@ -12,21 +13,16 @@ constexpr uint32_t kRanks = 8;
 constexpr uint32_t kTopk = 8;
 constexpr uint32_t kHidden = 7168;
 constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
-constexpr uint32_t kTeams = 1;  // teams of a block; a team moves one row at a time
-constexpr uint32_t kTeamThreads = 256;
-constexpr uint32_t kBlockThreads = kTeams * kTeamThreads;
+constexpr uint32_t kWarpGroups = 1;  // of a block; a warp group moves one row at a time
+constexpr uint32_t kGroupThreads = 256;
+constexpr uint32_t kBlockThreads = kWarpGroups * kGroupThreads;
+using Group = WarpGroup<kWarpGroups, kGroupThreads>;
+
 constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at once, of which this is payload:
 constexpr uint32_t kPieceWords = 4;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
 enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
 
 struct Params {
     uint8_t* peers[8];            // symmetric memory of each rank, as mapped here
@@ -60,23 +56,6 @@ struct Params {
 static_assert(sizeof(Params) == 248);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
-
-__device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
-__device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// A block's teams come after all other blocks': few rows are spread over all multiprocessors.
-__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
-    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ void team_sync() { __syncthreads(); }
-
-// Adding modulo the ranks, so that each source starts with another destination.
-__device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
-    const uint32_t sum = rank + steps;
-    return sum < kRanks ? sum : sum - kRanks;
-}
 
 constexpr uint32_t kRecordPieces = kRowPieces;
 
@@ -151,10 +130,10 @@ __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, 
     if (lane_id() == 0) opened = ready;
 }
 
-constexpr uint32_t kSteps = (kRowPieces + kTeamThreads - 1) / kTeamThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 14336);             // as the buffers are laid out
+constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
+static_assert(kRecordPieces * kPieceBytes == 14336);               // as the buffers are laid out
 
-// A row in a team's registers: each thread has one vector per step, or none.
+// A row in a warp group's registers: each thread has one vector per step, or none.
 struct Row {
     uint4 vectors[kSteps];
 };
@@ -173,7 +152,7 @@ __device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch,
                                     place_in_buffer(p, watch, source, row) * kRecordBytes);
 }
 
-__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kTeamThreads + team_thread(); }
+__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kGroupThreads + Group::thread(); }
 
 // 16 bytes of payload by plain stores; the row's tag, released after all of them, announces the row.
 __device__ __forceinline__ uint32_t vector_at(uint32_t step) {
@@ -247,9 +226,9 @@ struct Selection {
 __device__ __forceinline__ Selection load_selection(const Params& p, uint64_t entry) {
     Selection selection = {};
     selection.slot = -1;
-    if (team_thread() >= kTopk) return selection;
-    selection.slot = p.row_slots[entry * kTopk + team_thread()];
-    selection.weight = p.row_weights[entry * kTopk + team_thread()];
+    if (Group::thread() >= kTopk) return selection;
+    selection.slot = p.row_slots[entry * kTopk + Group::thread()];
+    selection.weight = p.row_weights[entry * kTopk + Group::thread()];
     return selection;
 }
 
@@ -257,8 +236,8 @@ __device__ __forceinline__ Selection load_selection(const Params& p, uint64_t en
 __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] const Watch& watch,
                                            [[maybe_unused]] uint32_t source, [[maybe_unused]] uint32_t token,
                                            Selection selection, Terms& terms) {
-    if (team_thread() < kWarpSize) {
-        const uint32_t k = team_thread();
+    if (Group::thread() < kWarpSize) {
+        const uint32_t k = Group::thread();
         const float weight = selection.weight;
         const bool wanted = selection.slot >= 0;
         const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
@@ -269,7 +248,7 @@ __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] con
         }
         if (k == 0) terms.count = __popc(all_wanted);
     }
-    team_sync();
+    Group::sync();
 }
 
 __device__ __forceinline__ Row ask_for_term(const Terms& terms, uint32_t term) {
@@ -306,9 +285,9 @@ __device__ __forceinline__ void send_partial(const Terms& terms, const Row& firs
     send_pieces(as_pieces(row, mark), record);
 }
 
-// Announces the row that a team has sent last, if there is one. That waits until the link has taken it.
+// Announces the row that a warp group has sent last, if there is one. That waits until the link has taken it.
 __device__ __forceinline__ void announce(uint64_t* tag, uint32_t mark) {
-    if (tag != nullptr && team_thread() == 0) store_release_sys(tag, uint64_t(mark));
+    if (tag != nullptr && Group::thread() == 0) store_release_sys(tag, uint64_t(mark));
 }
 
 constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
@@ -317,7 +296,7 @@ constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
 // others at once, and every rank's first tokens are complete early. The next round begins one further on, so that
 // nobody sends to the same rank for ever.
 __device__ __forceinline__ uint32_t owner_of_turn(const Params& p, uint32_t turn) {
-    return rank_after(p.rank, 1 + (turn + turn / kOthers) % kOthers);
+    return rank_after<kRanks>(p.rank, 1 + (turn + turn / kOthers) % kOthers);
 }
 
 __device__ __forceinline__ uint32_t row_of_turn(const Params& p, uint32_t owner, uint32_t turn) {
@@ -335,7 +314,7 @@ __device__ __forceinline__ uint32_t end_of_turns(const Params& p) {
     return kOthers * __reduce_max_sync(kFullWarp, most);
 }
 
-// A row that a team sends, or none: what it needs of what dispatch recorded.
+// A row that a warp group sends, or none: what it needs of what dispatch recorded.
 struct Outgoing {
     bool exists;
     uint32_t source;
@@ -360,10 +339,10 @@ __device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t turn) 
 // While a row's terms are on their way, the row before is announced.
 __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, [[maybe_unused]] uint32_t tokens) {
     __shared__ bool opened;
-    __shared__ Terms terms[kTeams];
-    Terms& listed = terms[team_id()];
-    const uint32_t teams = p.senders.blocks * kTeams;
-    const uint32_t first_turn = turn_of_team(p.senders);
+    __shared__ Terms terms[kWarpGroups];
+    Terms& listed = terms[Group::index()];
+    const uint32_t groups = Group::number_in(p.senders);
+    const uint32_t first_turn = Group::first_work(p.senders);
     Outgoing next = outgoing_at(p, first_turn);
     open_epoch(p, watch, opened);
     __syncthreads();
@@ -372,10 +351,10 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     const uint32_t end = end_of_turns(p);
     uint64_t* sent = nullptr;
 #pragma unroll 1
-    for (uint32_t turn = first_turn; turn < end; turn += teams) {
+    for (uint32_t turn = first_turn; turn < end; turn += groups) {
         const Outgoing row = next;
         if (row.exists) list_terms(p, watch, row.source, row.token, row.selection, listed);
-        if (turn + teams < end) next = outgoing_at(p, turn + teams);
+        if (turn + groups < end) next = outgoing_at(p, turn + groups);
         if (!row.exists) {
             announce(sent, mark_of(watch));
             sent = nullptr;
@@ -385,10 +364,10 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
         announce(sent, mark_of(watch));
         sent = tag_at(p, watch, row.source, p.rank, row.token);
         send_partial(listed, first, record_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
-        team_sync();
+        Group::sync();
     }
     // What this rank adds up for its own tokens goes the same way as the others' partial sums.
-    for (uint32_t token = teams - 1 - first_turn; token < tokens; token += teams) {
+    for (uint32_t token = groups - 1 - first_turn; token < tokens; token += groups) {
         if ((p.token_ranks[token] >> p.rank & 1) == 0) continue;
         const Selection own = load_selection(p, uint64_t(kRanks - 1) * p.max_tokens + token);
         list_terms(p, watch, p.rank, token, own, listed);
@@ -396,7 +375,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
         announce(sent, mark_of(watch));
         sent = tag_at(p, watch, p.rank, p.rank, token);
         send_partial(listed, first, record_at(p, watch, p.rank, p.rank, token), mark_of(watch));
-        team_sync();
+        Group::sync();
     }
     announce(sent, mark_of(watch));
     // The last block has the fewest rows, and this waits for what it has stored.

@@ -4,6 +4,7 @@
 
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
@@ -11,21 +12,16 @@ constexpr uint32_t kRanks = 8;
 constexpr uint32_t kTopk = 8;
 constexpr uint32_t kHidden = 7168;
 constexpr uint32_t kRowVectors = kHidden * 1 / 16;  // 16-byte vectors of a row
-constexpr uint32_t kTeams = 1;  // teams of a block; a team moves one row at a time
-constexpr uint32_t kTeamThreads = 128;
-constexpr uint32_t kBlockThreads = kTeams * kTeamThreads;
+constexpr uint32_t kWarpGroups = 1;  // of a block; a warp group moves one row at a time
+constexpr uint32_t kGroupThreads = 128;
+constexpr uint32_t kBlockThreads = kWarpGroups * kGroupThreads;
+using Group = WarpGroup<kWarpGroups, kGroupThreads>;
+
 constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at once, of which this is payload:
 constexpr uint32_t kPieceWords = 4;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
 enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
 
 struct Params {
     uint8_t* peers[8];          // symmetric memory of each rank, as mapped here
@@ -69,23 +65,6 @@ static_assert(sizeof(Params) == 312);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
-__device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
-__device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// A block's teams come after all other blocks': few rows are spread over all multiprocessors.
-__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
-    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ void team_sync() { __syncthreads(); }
-
-// Adding modulo the ranks, so that each source starts with another destination.
-__device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
-    const uint32_t sum = rank + steps;
-    return sum < kRanks ? sum : sum - kRanks;
-}
-
 constexpr uint32_t kScaleWords = 56;  // of a row; they travel ahead of it
 constexpr uint32_t kScalePieces = (kScaleWords + kPieceWords - 1) / kPieceWords;
 constexpr uint32_t kWeightPieces = (kTopk + kPieceWords - 1) / kPieceWords;  // of a token's weights, ahead of those
@@ -110,10 +89,10 @@ __device__ __forceinline__ void leave_epoch(const Params& p, const Watch& watch)
     if (threadIdx.x == kThread) leave_epoch_to_the_next_launch(p.control, watch.epoch);
 }
 
-constexpr uint32_t kSteps = (kRowPieces + kTeamThreads - 1) / kTeamThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 7424);             // as the buffers are laid out
+constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
+static_assert(kRecordPieces * kPieceBytes == 7424);               // as the buffers are laid out
 
-// A row in a team's registers: each thread has one vector per step, or none.
+// A row in a warp group's registers: each thread has one vector per step, or none.
 struct Row {
     uint4 vectors[kSteps];
 };
@@ -132,7 +111,7 @@ __device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch,
                                     place_in_buffer(p, watch, source, row) * kRecordBytes);
 }
 
-__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kTeamThreads + team_thread(); }
+__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kGroupThreads + Group::thread(); }
 
 // 16 bytes of payload by plain stores; the row's tag, released after all of them, announces the row.
 __device__ __forceinline__ uint32_t vector_at(uint32_t step) {
@@ -223,8 +202,9 @@ struct Tally {
 
 __device__ __forceinline__ void clear(Tally& sum) {
 #pragma unroll 1
-    for (uint32_t local = team_thread(); local < kLocalExperts; local += kTeamThreads) sum.tokens_of_expert[local] = 0;
-    if (team_thread() == 0) sum.rows = 0;
+    for (uint32_t local = Group::thread(); local < kLocalExperts; local += kGroupThreads)
+        sum.tokens_of_expert[local] = 0;
+    if (Group::thread() == 0) sum.rows = 0;
 }
 
 // What a token selects here: experts of this rank, kAgain added where an earlier selection is the same; else -1.
@@ -260,22 +240,22 @@ struct Counted {
     uint32_t end;
 };
 
-// A team adds the tokens to the sum: to one of each source, `sums`, if `kept` is null; else to a single one, and keeps
-// what token `end` selects. Out of line, because it is called from several places. `routes` are those of source 0,
-// `stride` pieces before those of the next.
+// A warp group adds the tokens to the sum: to one of each source, `sums`, if `kept` is null; else to a single one, and
+// keeps what token `end` selects. Out of line, because it is called from several places. `routes` are those of source
+// 0, `stride` pieces before those of the next.
 __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, Watch watch,
                                           const uint32_t (&first)[kRanks + 1], Counted tokens, Tally* sums,
                                           Selections* kept) {
     const uint32_t last = tokens.end + (kept != nullptr ? 1 : 0);
 #pragma unroll 1
-    for (uint32_t begin = tokens.begin + team_thread(); begin < last; begin += kRoutesAhead * kTeamThreads) {
+    for (uint32_t begin = tokens.begin + Group::thread(); begin < last; begin += kRoutesAhead * kGroupThreads) {
         const uint4* from[kRoutesAhead];
         uint32_t sources[kRoutesAhead];
         uint4 pieces[kRoutesAhead][kRoutePieces];
         uint32_t source = 0;
 #pragma unroll
         for (uint32_t ahead = 0; ahead < kRoutesAhead; ++ahead) {
-            const uint32_t index = begin + ahead * kTeamThreads;
+            const uint32_t index = begin + ahead * kGroupThreads;
             if (index >= last) break;
             while (index >= first[source + 1]) ++source;
             sources[ahead] = source;
@@ -287,7 +267,7 @@ __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, 
         }
 #pragma unroll
         for (uint32_t ahead = 0; ahead < kRoutesAhead; ++ahead) {
-            const uint32_t index = begin + ahead * kTeamThreads;
+            const uint32_t index = begin + ahead * kGroupThreads;
             if (index >= last) break;
             const Awaited what = {kRoutes, sources[ahead], int32_t(index - first[sources[ahead]])};
             const Selections selections = selections_of(pieces[ahead], from[ahead], watch, what);
@@ -306,7 +286,7 @@ __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, 
             if (row && sources[ahead] != watch.rank) atomicAdd(&sum.rows, 1u);
         }
     }
-    team_sync();
+    Group::sync();
 }
 
 // The first block tells the user how much comes from whom.
@@ -314,14 +294,14 @@ __device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
     __shared__ uint32_t first[kRanks + 1];
     __shared__ Tally sums[kRanks];
     receive_sources(p, watch, first);
-    if (team_id() != 0) return;
+    if (Group::index() != 0) return;
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) clear(sums[source]);
-    team_sync();
+    Group::sync();
     count_routes(routes_at(p, watch, p.rank, 0), pieces_of_source(p), watch, first, Counted{0, first[kRanks]}, sums,
                  nullptr);
 #pragma unroll 1
-    for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
+    for (uint32_t local = Group::thread(); local < local_experts(p.rank); local += kGroupThreads) {
         uint32_t rows = 0;
 #pragma unroll 1
         for (uint32_t source = 0; source < kRanks; ++source) {
@@ -334,7 +314,7 @@ __device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
         p.counts[local] = int32_t(rows);
         if (p.total_counts != nullptr) p.total_counts[local] += int32_t(rows);
     }
-    if (team_thread() != 0) return;
+    if (Group::thread() != 0) return;
     uint32_t rows = 0;
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) {
@@ -357,7 +337,7 @@ struct Target {
     uint32_t* scales;  // one word each `expert_rows` words
 };
 
-// What a team needs to place one row.
+// What a warp group needs to place one row.
 struct Incoming {
     Selections selections;
     Target targets[kTopk];  // one per expert that the token selected here
@@ -384,8 +364,8 @@ __device__ __forceinline__ Origin origin_of(const Params& p, const uint32_t (&fi
 
 // Lists where a row goes and records it for combine.
 __device__ __forceinline__ void list_targets(const Params& p, const Tally& before, Origin origin, Incoming& incoming) {
-    if (team_thread() >= kWarpSize) return;
-    const uint32_t k = team_thread();
+    if (Group::thread() >= kWarpSize) return;
+    const uint32_t k = Group::thread();
     const int32_t selected = k < kTopk ? incoming.selections.experts[k] : -1;
     const uint32_t local = uint32_t(selected & ~kAgain);
     const uint32_t expert_rows = kRanks * p.max_tokens;
@@ -420,12 +400,12 @@ __device__ __forceinline__ void place(const Row& row, const Incoming& incoming) 
 
 // The weights for combine and the scales for the user.
 __device__ __forceinline__ void place_head(const Params& p, Origin origin, const Incoming& incoming) {
-    if (team_thread() < kTopk) {
-        p.row_weights[origin.entry * kTopk + team_thread()] = __uint_as_float(incoming.head.words[team_thread()]);
+    if (Group::thread() < kTopk) {
+        p.row_weights[origin.entry * kTopk + Group::thread()] = __uint_as_float(incoming.head.words[Group::thread()]);
     }
     const uint32_t expert_rows = kRanks * p.max_tokens;
 #pragma unroll 1
-    for (uint32_t at = team_thread(); at < incoming.num_targets * kScaleWords; at += kTeamThreads) {
+    for (uint32_t at = Group::thread(); at < incoming.num_targets * kScaleWords; at += kGroupThreads) {
         const uint32_t word = at % kScaleWords;
         incoming.targets[at / kScaleWords].scales[uint64_t(word) * expert_rows] = incoming.head.words[kScalesAt + word];
     }
@@ -435,7 +415,7 @@ __device__ __forceinline__ void place_head(const Params& p, Origin origin, const
 __device__ __forceinline__ bool receive_head(const Watch& watch, Awaited what, const uint4* record, Head& head) {
     bool came = true;
 #pragma unroll 1
-    for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeadPieces; at += kTeamThreads) {
+    for (uint32_t at = kGroupThreads - 1 - Group::thread(); at < kHeadPieces; at += kGroupThreads) {
         uint4 piece = {};
         came &= receive_piece(record + at, watch, what, piece);
         const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
@@ -450,9 +430,9 @@ __device__ __forceinline__ Row receive_row(const Params& p, const Watch& watch, 
     const Awaited what = {kRow, origin.source, int32_t(origin.token)};
     const uint4* record = record_at(p, watch, p.rank, origin.source, origin.token);
     const uint4* from = record + kHeadPieces;
-    if (team_thread() == 0) incoming.arrived = wait_for_tag(p, watch, what);
-    team_sync();
-    if (!incoming.arrived && team_thread() == 0) incoming.num_targets = 0;
+    if (Group::thread() == 0) incoming.arrived = wait_for_tag(p, watch, what);
+    Group::sync();
+    if (!incoming.arrived && Group::thread() == 0) incoming.num_targets = 0;
     Row row = ask_for_row(from);
     receive_head(watch, what, record, incoming.head);
     complete_row(from, watch, what, row);
@@ -463,35 +443,35 @@ __device__ __forceinline__ Row receive_row(const Params& p, const Watch& watch, 
 __device__ __forceinline__ void receive_token(const Params& p, const Watch& watch, const Tally& before, Origin origin,
                                               Incoming& incoming) {
     list_targets(p, before, origin, incoming);
-    team_sync();
+    Group::sync();
     if (incoming.num_targets == 0) return;
     Row row;
     row = receive_row(p, watch, origin, incoming);
-    team_sync();
+    Group::sync();
     place(row, incoming);
     place_head(p, origin, incoming);
 }
 
-// Every team takes its share of the tokens of all sources, this rank's own first: they are here first.
+// Every warp group takes its share of the tokens of all sources, this rank's own first: they are here first.
 __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& watch) {
     __shared__ uint32_t first[kRanks + 1];
-    __shared__ Tally tallies[kTeams];
-    __shared__ Incoming all_incoming[kTeams];
+    __shared__ Tally tallies[kWarpGroups];
+    __shared__ Incoming all_incoming[kWarpGroups];
     receive_sources(p, watch, first);
-    Tally& before = tallies[team_id()];
-    Incoming& incoming = all_incoming[team_id()];
+    Tally& before = tallies[Group::index()];
+    Incoming& incoming = all_incoming[Group::index()];
     const uint4* routes = routes_at(p, watch, p.rank, 0);
     const uint32_t tokens = first[kRanks];
-    const uint32_t teams = p.receivers.blocks * kTeams;
+    const uint32_t groups = Group::number_in(p.receivers);
     uint32_t counted = ~0u;  // tokens that are in the sums
 #pragma unroll 1
-    for (uint32_t turn = turn_of_team(p.receivers); turn < tokens; turn += teams) {
+    for (uint32_t turn = Group::first_work(p.receivers); turn < tokens; turn += groups) {
         const uint32_t after_own = first[p.rank] + turn;
         const uint32_t index = after_own < tokens ? after_own : after_own - tokens;
-        team_sync();  // the row before is placed
+        Group::sync();  // the row before is placed
         if (index < counted) {
             clear(before);
-            team_sync();
+            Group::sync();
             counted = 0;
         }
         count_routes(routes, pieces_of_source(p), watch, first, Counted{counted, index}, &before, &incoming.selections);

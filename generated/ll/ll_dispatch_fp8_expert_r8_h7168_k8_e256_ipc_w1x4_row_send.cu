@@ -5,6 +5,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
@@ -12,21 +13,16 @@ constexpr uint32_t kRanks = 8;
 constexpr uint32_t kTopk = 8;
 constexpr uint32_t kHidden = 7168;
 constexpr uint32_t kRowVectors = kHidden * 1 / 16;  // 16-byte vectors of a row
-constexpr uint32_t kTeams = 1;  // teams of a block; a team moves one row at a time
-constexpr uint32_t kTeamThreads = 128;
-constexpr uint32_t kBlockThreads = kTeams * kTeamThreads;
+constexpr uint32_t kWarpGroups = 1;  // of a block; a warp group moves one row at a time
+constexpr uint32_t kGroupThreads = 128;
+constexpr uint32_t kBlockThreads = kWarpGroups * kGroupThreads;
+using Group = WarpGroup<kWarpGroups, kGroupThreads>;
+
 constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at once, of which this is payload:
 constexpr uint32_t kPieceWords = 4;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
 enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
 
 struct Params {
     uint8_t* peers[8];          // symmetric memory of each rank, as mapped here
@@ -69,23 +65,6 @@ struct Params {
 static_assert(sizeof(Params) == 312);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
-
-__device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
-__device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// A block's teams come after all other blocks': few rows are spread over all multiprocessors.
-__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
-    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ void team_sync() { __syncthreads(); }
-
-// Adding modulo the ranks, so that each source starts with another destination.
-__device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
-    const uint32_t sum = rank + steps;
-    return sum < kRanks ? sum : sum - kRanks;
-}
 
 constexpr uint32_t kScaleWords = 56;  // of a row; they travel ahead of it
 constexpr uint32_t kScalePieces = (kScaleWords + kPieceWords - 1) / kPieceWords;
@@ -144,10 +123,10 @@ __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, 
     if (lane_id() == 0) opened = ready;
 }
 
-constexpr uint32_t kSteps = (kRowPieces + kTeamThreads - 1) / kTeamThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 7424);             // as the buffers are laid out
+constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
+static_assert(kRecordPieces * kPieceBytes == 7424);               // as the buffers are laid out
 
-// A row in a team's registers: each thread has one vector per step, or none.
+// A row in a warp group's registers: each thread has one vector per step, or none.
 struct Row {
     uint4 vectors[kSteps];
 };
@@ -166,7 +145,7 @@ __device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch,
                                     place_in_buffer(p, watch, source, row) * kRecordBytes);
 }
 
-__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kTeamThreads + team_thread(); }
+__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kGroupThreads + Group::thread(); }
 
 // 16 bytes of payload by plain stores; the row's tag, released after all of them, announces the row.
 __device__ __forceinline__ uint32_t vector_at(uint32_t step) {
@@ -279,7 +258,7 @@ __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, 
     if (!known) store_relaxed_sys(&p.failure->invalid_token, token + 1);
 #pragma unroll 1
     for (uint32_t step = 0; step < kRanks; ++step) {
-        uint4* to = routes_at(p, watch, rank_after(p.rank, step), p.rank) + 1 + uint64_t(token) * kRoutePieces;
+        uint4* to = routes_at(p, watch, rank_after<kRanks>(p.rank, step), p.rank) + 1 + uint64_t(token) * kRoutePieces;
 #pragma unroll
         for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
             store_whole_relaxed_sys(
@@ -366,7 +345,7 @@ struct Head {
     uint32_t amax[kGroups];  // the largest magnitude of each group, as the bits of a float
 };
 
-// A team's token; each thread has what makes its vectors of the row.
+// A warp group's token; each thread has what makes its vectors of the row.
 struct Token {
     uint4 vectors[kSteps][2];
     float weight;  // of the thread's selection
@@ -377,8 +356,8 @@ __device__ __forceinline__ Token load_token(const Params& p, uint32_t index, uin
     if (index >= tokens) return token;
     const uint4* from = reinterpret_cast<const uint4*>(p.x + index * p.x_stride);
     token.weight = 1.0f;
-    if (p.topk_weights != nullptr && team_thread() < kTopk) {
-        token.weight = p.topk_weights[uint64_t(index) * kTopk + team_thread()];
+    if (p.topk_weights != nullptr && Group::thread() < kTopk) {
+        token.weight = p.topk_weights[uint64_t(index) * kTopk + Group::thread()];
     }
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
@@ -392,8 +371,8 @@ __device__ __forceinline__ Token load_token(const Params& p, uint32_t index, uin
 // The token in FP8; its scales join the head.
 __device__ __forceinline__ Row row_of(const Token& token, Head& head) {
 #pragma unroll 1
-    for (uint32_t group = team_thread(); group < kGroups; group += kTeamThreads) head.amax[group] = 0;
-    team_sync();
+    for (uint32_t group = Group::thread(); group < kGroups; group += kGroupThreads) head.amax[group] = 0;
+    Group::sync();
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         if (vector_at(step) >= kRowVectors) continue;
@@ -401,9 +380,9 @@ __device__ __forceinline__ Row row_of(const Token& token, Head& head) {
             max(largest_magnitude(token.vectors[step][0]), largest_magnitude(token.vectors[step][1]));
         atomicMax(&head.amax[vector_at(step) / kGroupVectors], largest);
     }
-    team_sync();
+    Group::sync();
 #pragma unroll 1
-    for (uint32_t word = team_thread(); word < kScaleWords; word += kTeamThreads) {
+    for (uint32_t word = Group::thread(); word < kScaleWords; word += kGroupThreads) {
         head.words[kScalesAt + word] = scale_word(head.amax, word);
     }
     Row row = {};
@@ -434,8 +413,8 @@ __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t ind
 }
 
 constexpr uint32_t kDestinations = kRanks;  // this rank too, last: x may change before the second half
-// What a team sends: one token, to a share of its destinations. Where there are more teams than tokens, several share
-// one: a multiprocessor stores a row of 14 KB in a third of a microsecond.
+// What a warp group sends: one token, to a share of its destinations. Where there are more warp groups than tokens,
+// several share one: a multiprocessor stores a row of 14 KB in a third of a microsecond.
 struct Unit {
     uint32_t token;
     uint32_t share;
@@ -450,32 +429,32 @@ __device__ __forceinline__ Unit unit_at(const Params& p, uint32_t turn, uint32_t
 // Sends a token's row to its place in every destination of the share: its own number among its source's tokens.
 __device__ __forceinline__ void send_token(const Params& p, const Watch& watch, Unit unit, uint64_t ranks,
                                            const Token& token, Head& head) {
-    if (team_thread() < kTopk) head.words[team_thread()] = __float_as_uint(token.weight);
+    if (Group::thread() < kTopk) head.words[Group::thread()] = __float_as_uint(token.weight);
     const Row pieces = as_pieces(row_of(token, head), watch.epoch);
-    team_sync();  // the head is complete
+    Group::sync();  // the head is complete
 #pragma unroll 1
     for (uint32_t step = 1 + unit.share; step <= kDestinations; step += p.shares) {
-        const uint32_t rank = rank_after(p.rank, step);
+        const uint32_t rank = rank_after<kRanks>(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
         uint4* record = record_at(p, watch, rank, p.rank, unit.token);
 #pragma unroll 1
-        for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeadPieces; at += kTeamThreads) {
+        for (uint32_t at = kGroupThreads - 1 - Group::thread(); at < kHeadPieces; at += kGroupThreads) {
             send_piece(record + at, as_piece(head.words + at * kPieceWords, watch.epoch));
         }
         send_pieces(pieces, record + kHeadPieces);
     }
-    if (team_thread() == 0 && unit.share == 0) p.token_ranks[unit.token] = ranks;
-    team_sync();
+    if (Group::thread() == 0 && unit.share == 0) p.token_ranks[unit.token] = ranks;
+    Group::sync();
 #pragma unroll 1
-    for (uint32_t step = 1 + unit.share + p.shares * team_thread(); step <= kDestinations;
-         step += p.shares * kTeamThreads) {
-        const uint32_t rank = rank_after(p.rank, step);
+    for (uint32_t step = 1 + unit.share + p.shares * Group::thread(); step <= kDestinations;
+         step += p.shares * kGroupThreads) {
+        const uint32_t rank = rank_after<kRanks>(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
         store_release_sys(tag_at(p, watch, rank, p.rank, unit.token), uint64_t(watch.epoch));
     }
 }
 
-// What a team needs of a token that it sends.
+// What a warp group needs of a token that it sends.
 struct Outgoing {
     Unit unit;
     Token token;
@@ -490,17 +469,17 @@ __device__ __forceinline__ Outgoing ask_for_unit(const Params& p, uint32_t turn,
 // Where a row goes needs no plan. What the first token needs is asked for while the epoch opens.
 __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
     __shared__ bool opened;
-    __shared__ Head heads[kTeams];
-    const uint32_t teams = p.senders.blocks * kTeams;
-    uint32_t turn = turn_of_team(p.senders);
+    __shared__ Head heads[kWarpGroups];
+    const uint32_t groups = Group::number_in(p.senders);
+    uint32_t turn = Group::first_work(p.senders);
     Outgoing next = ask_for_unit(p, turn, tokens);
     open_epoch(p, watch, opened);
     __syncthreads();
     if (!opened) return;
 #pragma unroll 1
     while (turn < tokens * p.shares) {
-        send_token(p, watch, next.unit, next.ranks, next.token, heads[team_id()]);
-        turn += teams;
+        send_token(p, watch, next.unit, next.ranks, next.token, heads[Group::index()]);
+        turn += groups;
         if (turn < tokens * p.shares) next = ask_for_unit(p, turn, tokens);
     }
 }

@@ -5,6 +5,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/work.cuh>
 
 using namespace moegen;
 
@@ -12,21 +13,16 @@ constexpr uint32_t kRanks = 8;
 constexpr uint32_t kTopk = 8;
 constexpr uint32_t kHidden = 7168;
 constexpr uint32_t kRowVectors = kHidden * 1 / 16;  // 16-byte vectors of a row
-constexpr uint32_t kTeams = 1;  // teams of a block; a team moves one row at a time
-constexpr uint32_t kTeamThreads = 128;
-constexpr uint32_t kBlockThreads = kTeams * kTeamThreads;
+constexpr uint32_t kWarpGroups = 1;  // of a block; a warp group moves one row at a time
+constexpr uint32_t kGroupThreads = 128;
+constexpr uint32_t kBlockThreads = kWarpGroups * kGroupThreads;
+using Group = WarpGroup<kWarpGroups, kGroupThreads>;
+
 constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at once, of which this is payload:
 constexpr uint32_t kPieceWords = 4;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
 enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
-
-// Blocks that do one part of the work, while others do another: stores that wait for the link hold up the loads of
-// their multiprocessor.
-struct Blocks {
-    uint32_t first;
-    uint32_t blocks;
-};
 
 struct Params {
     uint8_t* peers[8];          // symmetric memory of each rank, as mapped here
@@ -69,23 +65,6 @@ struct Params {
 static_assert(sizeof(Params) == 312);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
-
-__device__ __forceinline__ uint32_t team_id() { return threadIdx.x / kTeamThreads; }
-__device__ __forceinline__ uint32_t team_thread() { return threadIdx.x % kTeamThreads; }
-__device__ __forceinline__ bool is_one_of(Blocks blocks) { return blockIdx.x - blocks.first < blocks.blocks; }
-
-// A block's teams come after all other blocks': few rows are spread over all multiprocessors.
-__device__ __forceinline__ uint32_t turn_of_team(Blocks blocks) {
-    return team_id() * blocks.blocks + blockIdx.x - blocks.first;
-}
-
-__device__ __forceinline__ void team_sync() { __syncthreads(); }
-
-// Adding modulo the ranks, so that each source starts with another destination.
-__device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
-    const uint32_t sum = rank + steps;
-    return sum < kRanks ? sum : sum - kRanks;
-}
 
 constexpr uint32_t kScaleWords = 56;  // of a row; they travel ahead of it
 constexpr uint32_t kScalePieces = (kScaleWords + kPieceWords - 1) / kPieceWords;
@@ -151,10 +130,10 @@ __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, 
     if (lane_id() == 0) opened = ready;
 }
 
-constexpr uint32_t kSteps = (kRowPieces + kTeamThreads - 1) / kTeamThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 7424);             // as the buffers are laid out
+constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
+static_assert(kRecordPieces * kPieceBytes == 7424);               // as the buffers are laid out
 
-// A row in a team's registers: each thread has one vector per step, or none.
+// A row in a warp group's registers: each thread has one vector per step, or none.
 struct Row {
     uint4 vectors[kSteps];
 };
@@ -173,7 +152,7 @@ __device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch,
                                     place_in_buffer(p, watch, source, row) * kRecordBytes);
 }
 
-__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kTeamThreads + team_thread(); }
+__device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kGroupThreads + Group::thread(); }
 
 // 16 bytes of payload by plain stores; the row's tag, released after all of them, announces the row.
 __device__ __forceinline__ uint32_t vector_at(uint32_t step) {
@@ -308,7 +287,7 @@ __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, 
     if (!known) store_relaxed_sys(&p.failure->invalid_token, token + 1);
 #pragma unroll 1
     for (uint32_t step = 0; step < kRanks; ++step) {
-        uint4* to = routes_at(p, watch, rank_after(p.rank, step), p.rank) + 1 + uint64_t(token) * kRoutePieces;
+        uint4* to = routes_at(p, watch, rank_after<kRanks>(p.rank, step), p.rank) + 1 + uint64_t(token) * kRoutePieces;
 #pragma unroll
         for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
             store_whole_relaxed_sys(
@@ -379,8 +358,9 @@ struct Tally {
 
 __device__ __forceinline__ void clear(Tally& sum) {
 #pragma unroll 1
-    for (uint32_t local = team_thread(); local < kLocalExperts; local += kTeamThreads) sum.tokens_of_expert[local] = 0;
-    if (team_thread() == 0) sum.rows = 0;
+    for (uint32_t local = Group::thread(); local < kLocalExperts; local += kGroupThreads)
+        sum.tokens_of_expert[local] = 0;
+    if (Group::thread() == 0) sum.rows = 0;
 }
 
 // What a token selects here: experts of this rank, kAgain added where an earlier selection is the same; else -1.
@@ -416,22 +396,22 @@ struct Counted {
     uint32_t end;
 };
 
-// A team adds the tokens to the sum: to one of each source, `sums`, if `kept` is null; else to a single one, and keeps
-// what token `end` selects. Out of line, because it is called from several places. `routes` are those of source 0,
-// `stride` pieces before those of the next.
+// A warp group adds the tokens to the sum: to one of each source, `sums`, if `kept` is null; else to a single one, and
+// keeps what token `end` selects. Out of line, because it is called from several places. `routes` are those of source
+// 0, `stride` pieces before those of the next.
 __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, Watch watch,
                                           const uint32_t (&first)[kRanks + 1], Counted tokens, Tally* sums,
                                           Selections* kept) {
     const uint32_t last = tokens.end + (kept != nullptr ? 1 : 0);
 #pragma unroll 1
-    for (uint32_t begin = tokens.begin + team_thread(); begin < last; begin += kRoutesAhead * kTeamThreads) {
+    for (uint32_t begin = tokens.begin + Group::thread(); begin < last; begin += kRoutesAhead * kGroupThreads) {
         const uint4* from[kRoutesAhead];
         uint32_t sources[kRoutesAhead];
         uint4 pieces[kRoutesAhead][kRoutePieces];
         uint32_t source = 0;
 #pragma unroll
         for (uint32_t ahead = 0; ahead < kRoutesAhead; ++ahead) {
-            const uint32_t index = begin + ahead * kTeamThreads;
+            const uint32_t index = begin + ahead * kGroupThreads;
             if (index >= last) break;
             while (index >= first[source + 1]) ++source;
             sources[ahead] = source;
@@ -443,7 +423,7 @@ __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, 
         }
 #pragma unroll
         for (uint32_t ahead = 0; ahead < kRoutesAhead; ++ahead) {
-            const uint32_t index = begin + ahead * kTeamThreads;
+            const uint32_t index = begin + ahead * kGroupThreads;
             if (index >= last) break;
             const Awaited what = {kRoutes, sources[ahead], int32_t(index - first[sources[ahead]])};
             const Selections selections = selections_of(pieces[ahead], from[ahead], watch, what);
@@ -462,7 +442,7 @@ __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, 
             if (row && sources[ahead] != watch.rank) atomicAdd(&sum.rows, 1u);
         }
     }
-    team_sync();
+    Group::sync();
 }
 
 // The first block tells the user how much comes from whom.
@@ -470,14 +450,14 @@ __device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
     __shared__ uint32_t first[kRanks + 1];
     __shared__ Tally sums[kRanks];
     receive_sources(p, watch, first);
-    if (team_id() != 0) return;
+    if (Group::index() != 0) return;
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) clear(sums[source]);
-    team_sync();
+    Group::sync();
     count_routes(routes_at(p, watch, p.rank, 0), pieces_of_source(p), watch, first, Counted{0, first[kRanks]}, sums,
                  nullptr);
 #pragma unroll 1
-    for (uint32_t local = team_thread(); local < local_experts(p.rank); local += kTeamThreads) {
+    for (uint32_t local = Group::thread(); local < local_experts(p.rank); local += kGroupThreads) {
         uint32_t rows = 0;
 #pragma unroll 1
         for (uint32_t source = 0; source < kRanks; ++source) {
@@ -490,7 +470,7 @@ __device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
         p.counts[local] = int32_t(rows);
         if (p.total_counts != nullptr) p.total_counts[local] += int32_t(rows);
     }
-    if (team_thread() != 0) return;
+    if (Group::thread() != 0) return;
     uint32_t rows = 0;
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) {
@@ -550,7 +530,7 @@ struct Head {
     uint32_t amax[kGroups];  // the largest magnitude of each group, as the bits of a float
 };
 
-// A team's token; each thread has what makes its vectors of the row.
+// A warp group's token; each thread has what makes its vectors of the row.
 struct Token {
     uint4 vectors[kSteps][2];
     float weight;  // of the thread's selection
@@ -561,8 +541,8 @@ __device__ __forceinline__ Token load_token(const Params& p, uint32_t index, uin
     if (index >= tokens) return token;
     const uint4* from = reinterpret_cast<const uint4*>(p.x + index * p.x_stride);
     token.weight = 1.0f;
-    if (p.topk_weights != nullptr && team_thread() < kTopk) {
-        token.weight = p.topk_weights[uint64_t(index) * kTopk + team_thread()];
+    if (p.topk_weights != nullptr && Group::thread() < kTopk) {
+        token.weight = p.topk_weights[uint64_t(index) * kTopk + Group::thread()];
     }
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
@@ -576,8 +556,8 @@ __device__ __forceinline__ Token load_token(const Params& p, uint32_t index, uin
 // The token in FP8; its scales join the head.
 __device__ __forceinline__ Row row_of(const Token& token, Head& head) {
 #pragma unroll 1
-    for (uint32_t group = team_thread(); group < kGroups; group += kTeamThreads) head.amax[group] = 0;
-    team_sync();
+    for (uint32_t group = Group::thread(); group < kGroups; group += kGroupThreads) head.amax[group] = 0;
+    Group::sync();
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         if (vector_at(step) >= kRowVectors) continue;
@@ -585,9 +565,9 @@ __device__ __forceinline__ Row row_of(const Token& token, Head& head) {
             max(largest_magnitude(token.vectors[step][0]), largest_magnitude(token.vectors[step][1]));
         atomicMax(&head.amax[vector_at(step) / kGroupVectors], largest);
     }
-    team_sync();
+    Group::sync();
 #pragma unroll 1
-    for (uint32_t word = team_thread(); word < kScaleWords; word += kTeamThreads) {
+    for (uint32_t word = Group::thread(); word < kScaleWords; word += kGroupThreads) {
         head.words[kScalesAt + word] = scale_word(head.amax, word);
     }
     Row row = {};
@@ -618,8 +598,8 @@ __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t ind
 }
 
 constexpr uint32_t kDestinations = kRanks - 1;  // this rank's own rows are read where they lie
-// What a team sends: one token, to a share of its destinations. Where there are more teams than tokens, several share
-// one: a multiprocessor stores a row of 14 KB in a third of a microsecond.
+// What a warp group sends: one token, to a share of its destinations. Where there are more warp groups than tokens,
+// several share one: a multiprocessor stores a row of 14 KB in a third of a microsecond.
 struct Unit {
     uint32_t token;
     uint32_t share;
@@ -634,32 +614,32 @@ __device__ __forceinline__ Unit unit_at(const Params& p, uint32_t turn, uint32_t
 // Sends a token's row to its place in every destination of the share: its own number among its source's tokens.
 __device__ __forceinline__ void send_token(const Params& p, const Watch& watch, Unit unit, uint64_t ranks,
                                            const Token& token, Head& head) {
-    if (team_thread() < kTopk) head.words[team_thread()] = __float_as_uint(token.weight);
+    if (Group::thread() < kTopk) head.words[Group::thread()] = __float_as_uint(token.weight);
     const Row pieces = as_pieces(row_of(token, head), watch.epoch);
-    team_sync();  // the head is complete
+    Group::sync();  // the head is complete
 #pragma unroll 1
     for (uint32_t step = 1 + unit.share; step <= kDestinations; step += p.shares) {
-        const uint32_t rank = rank_after(p.rank, step);
+        const uint32_t rank = rank_after<kRanks>(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
         uint4* record = record_at(p, watch, rank, p.rank, unit.token);
 #pragma unroll 1
-        for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeadPieces; at += kTeamThreads) {
+        for (uint32_t at = kGroupThreads - 1 - Group::thread(); at < kHeadPieces; at += kGroupThreads) {
             send_piece(record + at, as_piece(head.words + at * kPieceWords, watch.epoch));
         }
         send_pieces(pieces, record + kHeadPieces);
     }
-    if (team_thread() == 0 && unit.share == 0) p.token_ranks[unit.token] = ranks;
-    team_sync();
+    if (Group::thread() == 0 && unit.share == 0) p.token_ranks[unit.token] = ranks;
+    Group::sync();
 #pragma unroll 1
-    for (uint32_t step = 1 + unit.share + p.shares * team_thread(); step <= kDestinations;
-         step += p.shares * kTeamThreads) {
-        const uint32_t rank = rank_after(p.rank, step);
+    for (uint32_t step = 1 + unit.share + p.shares * Group::thread(); step <= kDestinations;
+         step += p.shares * kGroupThreads) {
+        const uint32_t rank = rank_after<kRanks>(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
         store_release_sys(tag_at(p, watch, rank, p.rank, unit.token), uint64_t(watch.epoch));
     }
 }
 
-// What a team needs of a token that it sends.
+// What a warp group needs of a token that it sends.
 struct Outgoing {
     Unit unit;
     Token token;
@@ -674,17 +654,17 @@ __device__ __forceinline__ Outgoing ask_for_unit(const Params& p, uint32_t turn,
 // Where a row goes needs no plan. What the first token needs is asked for while the epoch opens.
 __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
     __shared__ bool opened;
-    __shared__ Head heads[kTeams];
-    const uint32_t teams = p.senders.blocks * kTeams;
-    uint32_t turn = turn_of_team(p.senders);
+    __shared__ Head heads[kWarpGroups];
+    const uint32_t groups = Group::number_in(p.senders);
+    uint32_t turn = Group::first_work(p.senders);
     Outgoing next = ask_for_unit(p, turn, tokens);
     open_epoch(p, watch, opened);
     __syncthreads();
     if (!opened) return;
 #pragma unroll 1
     while (turn < tokens * p.shares) {
-        send_token(p, watch, next.unit, next.ranks, next.token, heads[team_id()]);
-        turn += teams;
+        send_token(p, watch, next.unit, next.ranks, next.token, heads[Group::index()]);
+        turn += groups;
         if (turn < tokens * p.shares) next = ask_for_unit(p, turn, tokens);
     }
 }
@@ -695,7 +675,7 @@ struct Target {
     uint32_t* scales;  // one word each `expert_rows` words
 };
 
-// What a team needs to place one row.
+// What a warp group needs to place one row.
 struct Incoming {
     Selections selections;
     Target targets[kTopk];  // one per expert that the token selected here
@@ -722,8 +702,8 @@ __device__ __forceinline__ Origin origin_of(const Params& p, const uint32_t (&fi
 
 // Lists where a row goes and records it for combine.
 __device__ __forceinline__ void list_targets(const Params& p, const Tally& before, Origin origin, Incoming& incoming) {
-    if (team_thread() >= kWarpSize) return;
-    const uint32_t k = team_thread();
+    if (Group::thread() >= kWarpSize) return;
+    const uint32_t k = Group::thread();
     const int32_t selected = k < kTopk ? incoming.selections.experts[k] : -1;
     const uint32_t local = uint32_t(selected & ~kAgain);
     const uint32_t expert_rows = kRanks * p.max_tokens;
@@ -758,12 +738,12 @@ __device__ __forceinline__ void place(const Row& row, const Incoming& incoming) 
 
 // The weights for combine and the scales for the user.
 __device__ __forceinline__ void place_head(const Params& p, Origin origin, const Incoming& incoming) {
-    if (team_thread() < kTopk) {
-        p.row_weights[origin.entry * kTopk + team_thread()] = __uint_as_float(incoming.head.words[team_thread()]);
+    if (Group::thread() < kTopk) {
+        p.row_weights[origin.entry * kTopk + Group::thread()] = __uint_as_float(incoming.head.words[Group::thread()]);
     }
     const uint32_t expert_rows = kRanks * p.max_tokens;
 #pragma unroll 1
-    for (uint32_t at = team_thread(); at < incoming.num_targets * kScaleWords; at += kTeamThreads) {
+    for (uint32_t at = Group::thread(); at < incoming.num_targets * kScaleWords; at += kGroupThreads) {
         const uint32_t word = at % kScaleWords;
         incoming.targets[at / kScaleWords].scales[uint64_t(word) * expert_rows] = incoming.head.words[kScalesAt + word];
     }
@@ -773,7 +753,7 @@ __device__ __forceinline__ void place_head(const Params& p, Origin origin, const
 __device__ __forceinline__ bool receive_head(const Watch& watch, Awaited what, const uint4* record, Head& head) {
     bool came = true;
 #pragma unroll 1
-    for (uint32_t at = kTeamThreads - 1 - team_thread(); at < kHeadPieces; at += kTeamThreads) {
+    for (uint32_t at = kGroupThreads - 1 - Group::thread(); at < kHeadPieces; at += kGroupThreads) {
         uint4 piece = {};
         came &= receive_piece(record + at, watch, what, piece);
         const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
@@ -788,9 +768,9 @@ __device__ __forceinline__ Row receive_row(const Params& p, const Watch& watch, 
     const Awaited what = {kRow, origin.source, int32_t(origin.token)};
     const uint4* record = record_at(p, watch, p.rank, origin.source, origin.token);
     const uint4* from = record + kHeadPieces;
-    if (team_thread() == 0) incoming.arrived = wait_for_tag(p, watch, what);
-    team_sync();
-    if (!incoming.arrived && team_thread() == 0) incoming.num_targets = 0;
+    if (Group::thread() == 0) incoming.arrived = wait_for_tag(p, watch, what);
+    Group::sync();
+    if (!incoming.arrived && Group::thread() == 0) incoming.num_targets = 0;
     Row row = ask_for_row(from);
     receive_head(watch, what, record, incoming.head);
     complete_row(from, watch, what, row);
@@ -802,40 +782,40 @@ __device__ __forceinline__ void receive_token(const Params& p, const Watch& watc
                                               Incoming& incoming) {
     Token own = load_token(p, origin.token, origin.source == p.rank ? p.tokens : 0);
     list_targets(p, before, origin, incoming);
-    team_sync();
+    Group::sync();
     if (incoming.num_targets == 0) return;
     Row row;
     if (origin.source == p.rank) {
-        if (team_thread() < kTopk) incoming.head.words[team_thread()] = __float_as_uint(own.weight);
+        if (Group::thread() < kTopk) incoming.head.words[Group::thread()] = __float_as_uint(own.weight);
         row = row_of(own, incoming.head);
     } else {
         row = receive_row(p, watch, origin, incoming);
     }
-    team_sync();
+    Group::sync();
     place(row, incoming);
     place_head(p, origin, incoming);
 }
 
-// Every team takes its share of the tokens of all sources, this rank's own first: they are here first.
+// Every warp group takes its share of the tokens of all sources, this rank's own first: they are here first.
 __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& watch) {
     __shared__ uint32_t first[kRanks + 1];
-    __shared__ Tally tallies[kTeams];
-    __shared__ Incoming all_incoming[kTeams];
+    __shared__ Tally tallies[kWarpGroups];
+    __shared__ Incoming all_incoming[kWarpGroups];
     receive_sources(p, watch, first);
-    Tally& before = tallies[team_id()];
-    Incoming& incoming = all_incoming[team_id()];
+    Tally& before = tallies[Group::index()];
+    Incoming& incoming = all_incoming[Group::index()];
     const uint4* routes = routes_at(p, watch, p.rank, 0);
     const uint32_t tokens = first[kRanks];
-    const uint32_t teams = p.receivers.blocks * kTeams;
+    const uint32_t groups = Group::number_in(p.receivers);
     uint32_t counted = ~0u;  // tokens that are in the sums
 #pragma unroll 1
-    for (uint32_t turn = turn_of_team(p.receivers); turn < tokens; turn += teams) {
+    for (uint32_t turn = Group::first_work(p.receivers); turn < tokens; turn += groups) {
         const uint32_t after_own = first[p.rank] + turn;
         const uint32_t index = after_own < tokens ? after_own : after_own - tokens;
-        team_sync();  // the row before is placed
+        Group::sync();  // the row before is placed
         if (index < counted) {
             clear(before);
-            team_sync();
+            Group::sync();
             counted = 0;
         }
         count_routes(routes, pieces_of_source(p), watch, first, Counted{counted, index}, &before, &incoming.selections);
