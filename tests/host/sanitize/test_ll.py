@@ -60,7 +60,9 @@ WEAKENED = [
     weakened(ROW, "dispatch", "entering_acquire", entering("__ATOMIC_RELEASE")),
 ]
 UNORDERED_REPORT = weakened(ROW, "dispatch", "report", REPORT)
-BEYOND = weakened(ROW, "dispatch", "beyond", Edit(KERNEL, r"(p\.topk_weights\[[^]]*\+ Group::thread\(\))\]", r"\1 + 1]"))
+BEYOND = weakened(
+    ROW, "dispatch", "beyond", Edit(KERNEL, r"(p\.topk_weights\[[^]]*\+ Group::thread\(\))\]", r"\1 + 1]")
+)
 
 
 @pytest.fixture(scope="session")
