@@ -20,7 +20,7 @@ from moegen.low_latency.roles import roles
 from moegen.low_latency.select import Selection
 from moegen.low_latency.spec import PHASES, LowLatencyCombine, LowLatencyDispatch
 from moegen.low_latency.split_calls import OpenHalf, OpenHalves
-from moegen.runtime.bound import BoundKernel, address, signed
+from moegen.runtime.bound import CONTROL_WORDS, BoundKernel, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.liveness import LEFT_OUT_BYTES, liveness_of
 from moegen.runtime.memory import SymmetricMemory
@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 Launch = tuple[int, str, str, str]
 """Slot, op, phase, and for combine when its weights come."""
 
-_CONTROL_WORDS = 32
-"""32-bit words per (slot, op): struct Control, on a 128-byte line of its own; the last line holds the abort word."""
 
 _DISPATCH_VARYING = (
     "x",
@@ -114,7 +112,8 @@ class LowLatency:
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
         pinned = world.device.type == "cuda"
-        self.control = torch.zeros(2 * slots + 1, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        # One per op, and the abort word.
+        self.control = torch.zeros(2 * slots + 1, CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._verdicts = torch.zeros(2 * slots, problem.num_ranks, dtype=torch.int32, device=world.device)
         stems = [kernel.spec.stem for kernel in kernels]
         self._watchdog = Watchdog(stems * slots, PHASES, timeout, pinned=pinned)

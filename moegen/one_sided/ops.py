@@ -16,7 +16,7 @@ from moegen.one_sided.regions import planes, regions
 from moegen.one_sided.results import PayloadsHandle
 from moegen.one_sided.roles import roles
 from moegen.one_sided.spec import PHASES, OneSidedCombine, OneSidedDispatch
-from moegen.runtime.bound import BoundKernel, BoundKernels, address, signed
+from moegen.runtime.bound import CONTROL_WORDS, BoundKernel, BoundKernels, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.ownership import lasting
@@ -26,8 +26,6 @@ from moegen.runtime.worlds import RankWorld
 
 log = logging.getLogger(__name__)
 
-_CONTROL_WORDS = 32
-"""32-bit words per op: struct Control, on a 128-byte line of its own; the last line holds the abort word."""
 
 _DISPATCH, _COMBINE, _ABORTED = range(3)
 
@@ -98,7 +96,8 @@ class OneSidedOps(BoundKernels):
         self.buffer_bytes = self.at.end
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
-        self._control = torch.zeros(3, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        # One per op, and the abort word.
+        self._control = torch.zeros(3, CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._control[:_ABORTED, 0] = signed(first_epoch)
         before = 0xFFFFFFFF if first_epoch == FIRST_EPOCH else first_epoch - 1
         words = self.memory.local.view(torch.int32)

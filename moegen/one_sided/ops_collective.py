@@ -28,7 +28,7 @@ from moegen.one_sided.spec_collective import (
     CollectiveSum,
     for_exact,
 )
-from moegen.runtime.bound import BoundKernel, BoundKernels, address, signed
+from moegen.runtime.bound import CONTROL_WORDS, BoundKernel, BoundKernels, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.ownership import lasting
@@ -40,7 +40,6 @@ from moegen.runtime.worlds import RankWorld
 
 log = logging.getLogger(__name__)
 
-_CONTROL_WORDS = 32
 
 _KEPT_LAYOUTS = 128
 """Kinds of calls (payloads, max_tokens, statistics) whose chunks are laid out at a time."""
@@ -138,7 +137,7 @@ class CollectiveOps(BoundKernels):
         """Addresses of what dispatch returns. A next one may not be given them, though it could be here: a program that
         says path "auto" does not know on which it is.
         """
-        self._control = torch.zeros(_CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        self._control = torch.zeros(CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._control[0] = signed(first_epoch)
         self._object = world.exchange(secrets.randbits(32))[0]
         self._timeout, self._num_sms, self._world = timeout, num_sms, world

@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
+from moegen.base.regions import offsets
 from moegen.codegen.call_words import REGION_BYTES
-from moegen.limits import REGION_ALIGNMENT, ceil_div
+from moegen.limits import ceil_div
 from moegen.one_sided.spec import (
     MAX_PAYLOADS,
     MAX_SENDERS,
@@ -63,8 +64,7 @@ def regions(num_ranks: int, max_tokens: int, payload_bytes: int, combine_bytes: 
         HALVES * slots * combine_bytes,
         slots * combine_bytes if expert_rows else 0,
     )
-    ends = accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=0)
-    return Regions(*ends)
+    return Regions(*offsets(sizes))
 
 
 def planes(widths: tuple[int, ...], num_ranks: int, slots: int, start: int) -> list[int]:
