@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pure parts of scripts/compare_kernels.py: PTX without where parameters lie, verdicts, tables."""
+"""The pure parts of scripts/compare_kernels.py: PTX without where parameters lie, launches compared, tables."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from kernel_compare import machine_code, ptx
+from kernel_compare import calls, machine_code, ptx
 from kernel_compare.machine_code import DIFFERENT, MOVED, REGROUPED, SAME, Compared, Kernel, moved
 from kernel_compare.ptx import Member
 from kernel_compare.table import table
@@ -146,6 +148,41 @@ def test_the_closing_line_counts_kernels() -> None:
         "3 kernels: 1 the same machine code, 1 the same but for where parameters lie, "
         "0 the same but for where parameters lie and which are read together, 1 differ"
     )
+
+
+def launch(call: str, **arguments: Any) -> dict[str, Any]:
+    return {"call": call, "stem": "ll_dispatch_x", "blocks": 2, "threads": 64, "shared": 0, "arguments": arguments}
+
+
+def recorded(*launches: dict[str, Any]) -> dict[str, Any]:
+    return {"calls": 1, "launches": list(launches)}
+
+
+def test_arguments_are_compared_by_name_and_dropped_ones_are_told() -> None:
+    old = recorded(launch("c", x=["16n+0"], gone=[3], rank=[1]))
+    found = calls.compare(old, recorded(launch("c", rank=[1], x=["16n+0"])), {})
+    assert calls.report(found) == ["dropped from ll_dispatch: gone", "1 calls, 1 launches: the same arguments"]
+
+
+def test_other_arguments_sizes_and_launches_are_told() -> None:
+    old = recorded(launch("c", x=["16n+0"], rank=[1]), launch("c", x=["null"], rank=[1]))
+    new = recorded({**launch("c", x=["null"], rank=[1], more=[2]), "blocks": 3})
+    lines = calls.report(calls.compare(old, new, {}))
+    told = [line.split() for line in lines[1:-1]]
+    assert told == [
+        ["ll_dispatch_x", "blocks", "2", "3", "1", "c"],
+        ["ll_dispatch_x", "x", "16n+0", "null", "1", "c"],
+        ["ll_dispatch_x", "more", "not", "there", "2", "1", "c"],
+        ["ll_dispatch_x", "kernel", "ll_dispatch_x", "no", "launch", "1", "c"],
+    ]
+    assert lines[-1] == "1 calls, 1 launches: other arguments, see above"
+
+
+def test_stems_may_have_another_name() -> None:
+    old = recorded(launch("c", x=[1]))
+    new = recorded({**launch("c", x=[1]), "stem": "ll_send_x"})
+    assert calls.compare(old, new, {"ll_dispatch_x": "ll_send_x"}).differences == {}
+    assert calls.compare(old, new, {}).differences != {}
 
 
 def test_columns_are_as_wide_as_their_widest_word() -> None:
