@@ -15,11 +15,24 @@ FAMILIES = {
     "ll": ("ll", "low_latency"),
     "ht": ("ht", "high_throughput"),
     "a2a": ("a2a", "one_sided"),
-    "coll": ("coll", "collective"),
 }
 """How modules and folders of a family of kernels are called: by one of these words, or with it in front and `_`."""
 
 Modules = dict[str, str]
+
+
+def long_modules(texts: Modules, limit: int) -> list[Finding]:
+    """Those of more lines than the limit, docstrings of classes and functions aside."""
+    lengths = {path: code_lines(text) for path, text in texts.items()}
+    return [Finding(path, 0, f"{length} lines") for path, length in lengths.items() if length > limit]
+
+
+def code_lines(text: str) -> int:
+    """Lines of a module but those of the docstrings of classes and functions."""
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    owners = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds) and ast.get_docstring(node)]
+    docstrings = [owner.body[0] for owner in owners]
+    return len(text.splitlines()) - sum((node.end_lineno or 0) - node.lineno + 1 for node in docstrings)
 
 
 @functools.cache

@@ -222,8 +222,8 @@ def test_arrows_between_rooms() -> None:
 
 def test_imports_between_families() -> None:
     assert modules.family_imports(SOURCES) == [Finding("moegen.kernels.ht_rows", 1, "moegen.kernels.ll")]
-    assert [modules.family_of(f"moegen.{name}") for name in ("collective.open", "x.ll_roles", "x.all", "llama")] == [
-        "coll",
+    assert [modules.family_of(f"moegen.{name}") for name in ("one_sided.api", "x.ll_roles", "x.all", "llama")] == [
+        "a2a",
         "ll",
         None,
         None,
@@ -272,3 +272,11 @@ def test_the_other_ways_to_print(capsys: pytest.CaptureFixture[str], monkeypatch
     assert f"| duplicate-structs | {count} |" in capsys.readouterr().out
     assert command.main(["--list", "duplicate-structs"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{count} findings, ")
+
+
+def test_docstrings_make_no_module_long() -> None:
+    text = (
+        'class A:\n    """One.\n\n    Two.\n    """\n\n    def f(self) -> None:\n        """Three."""\n        pass\n'
+    )
+    assert modules.code_lines(text) == 9 - 4 - 1
+    assert [each.place for each in modules.long_modules({"short": "x = 1\n", "long": text}, 3)] == ["long"]
