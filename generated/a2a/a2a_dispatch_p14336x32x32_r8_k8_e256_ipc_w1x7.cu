@@ -47,7 +47,6 @@ struct Params {
     uint32_t rank;               // this rank
     uint32_t tokens;             // tokens of this rank
     uint32_t slots;              // rows that a source may send to a rank in this call
-    uint32_t max_tokens;         // the same in any call
     uint32_t stats_words;        // statistics of a rank
     uint32_t id_words;           // of a row of unused_ids
     int32_t unused_id;           // what it is filled with

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 from moegen.codegen.integers import settle_integers
 from moegen.errors import SpecError
 
-SCHEMA = 2
+SCHEMA = 3
 """Number of the naming scheme and of the kernels' parameter structs; caches and packs carry it."""
 
 ROOMS = {"ll": "low_latency", "ht": "high_throughput", "a2a": "one_sided", "coll": "collective"}
