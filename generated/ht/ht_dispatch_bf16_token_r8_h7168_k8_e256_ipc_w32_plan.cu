@@ -15,7 +15,7 @@ constexpr uint32_t kWarps = 32;  // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
 
-enum Phase : uint32_t { kPeerReady, kPlanned, kCounts, kEntry, kRow, kPartial };
+enum Phase : uint32_t { kPeerReady = 0, kPlanned = 1, kCounts = 2, kEntry = 3 };
 
 struct Params {
     uint8_t* peers[8];          // symmetric memory of each rank, as mapped here

@@ -7,8 +7,10 @@ and their parameter structs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from moegen.codegen.call_words import PLACE
 from moegen.codegen.params import Param, ParamStruct, read_if
@@ -73,9 +75,12 @@ def _of_handle(*, written: bool, selections: bool = True, own_rows: bool = True)
 class HighThroughputDispatch(RowDispatch, family="ht", op="dispatch"):
     """One launch plans, sends and places rows; see `RowDispatch`."""
 
+    phase_words: ClassVar[Mapping[str, str]] = PHASES
+
     @property
-    def phases(self) -> tuple[str, ...]:
-        return tuple(PHASES)
+    def awaited(self) -> Mapping[str, bool]:
+        plans = dict.fromkeys(("kPlanned", "kCounts", "kEntry"), self.plans)
+        return {"kPeerReady": True, **plans, "kRow": self.moves}
 
     @property
     def count_pieces(self) -> int:
@@ -146,9 +151,11 @@ class HighThroughputDispatch(RowDispatch, family="ht", op="dispatch"):
 class HighThroughputCombine(RowCombine, family="ht", op="combine"):
     """One launch sends partial sums and adds what arrives; see `RowCombine`."""
 
+    phase_words: ClassVar[Mapping[str, str]] = PHASES
+
     @property
-    def phases(self) -> tuple[str, ...]:
-        return tuple(PHASES)
+    def awaited(self) -> Mapping[str, bool]:
+        return {"kPeerReady": True, "kPartial": True}
 
     @cached_property
     def params(self) -> ParamStruct:

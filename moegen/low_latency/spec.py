@@ -7,9 +7,10 @@ things lie in symmetric memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from moegen.codegen import call_words
 from moegen.codegen.params import Param, ParamStruct, read_if
@@ -72,6 +73,7 @@ class LowLatencySpec(Spec):
     wire: str = tag(one_of=tuple(PIECE_WORDS))
     phase: str = tag(one_of=PHASE_WORDS)
     peers: str = rare("required", "masked")
+    phase_words: ClassVar[Mapping[str, str]] = PHASES
 
     def in_phase(self, phase: str) -> Self:
         return replace(self, phase=phase)
@@ -145,10 +147,6 @@ class LowLatencySpec(Spec):
         return self.peers == "masked"
 
     @property
-    def phases(self) -> tuple[str, ...]:
-        return tuple(PHASES)
-
-    @property
     def sends(self) -> bool:
         return self.phase != "receive"
 
@@ -195,6 +193,10 @@ def scale_words(hidden: int, dtype: str) -> int:
 @dataclass(frozen=True)
 class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
     """Sends each token once to every rank that holds one of its experts and fans it out there, expert by expert."""
+
+    @property
+    def awaited(self) -> Mapping[str, bool]:
+        return {"kPeerReady": self.sends, "kRoutes": self.receives, "kRow": self.receives}
 
     @property
     def route_pieces(self) -> int:
@@ -312,6 +314,10 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
         """Whether a thread has the registers for its parts of two rows; else they would spill."""
         steps = ceil_div(self.row_pieces, self.team_threads)
         return steps * self.block_threads * self.resident_blocks <= 2048
+
+    @property
+    def awaited(self) -> Mapping[str, bool]:
+        return {"kPeerReady": self.sends, "kWeights": self.sends and self.late, "kPartial": self.receives}
 
     @property
     def late(self) -> bool:

@@ -8,8 +8,10 @@ units in which payloads move are in `moegen.one_sided.payload_table`; where thin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from moegen.codegen.call_words import FIELDS, PLACE
 from moegen.codegen.params import Param, ParamStruct, read_if
@@ -55,6 +57,8 @@ MAX_STAGE_BYTES = 200 * 1024
 class OneSidedSpec(Spec):
     """What dispatch and combine of this family have in common; both begin with one more field."""
 
+    phase_words: ClassVar[Mapping[str, str]] = PHASES
+
     @property
     def team_threads(self) -> int:
         return self.groups.warps * WARP_SIZE
@@ -70,10 +74,6 @@ class OneSidedSpec(Spec):
     @property
     def groups(self) -> WarpGroups:
         raise NotImplementedError
-
-    @property
-    def phases(self) -> tuple[str, ...]:
-        return tuple(PHASES)
 
     def require_groups(self) -> None:
         groups, warps = self.groups.groups, self.groups.warps
@@ -122,6 +122,10 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
     @property
     def max_local_experts(self) -> int:
         return ceil_div(self.num_experts, self.num_ranks)
+
+    @property
+    def awaited(self) -> Mapping[str, bool]:
+        return {"kPeerReady": True, "kCounts": True, "kStats": True, "kRows": self.num_ranks > 1}
 
     @property
     def phase(self) -> str:
@@ -273,6 +277,10 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     @property
     def groups(self) -> WarpGroups:
         return self.warp_groups
+
+    @property
+    def awaited(self) -> Mapping[str, bool]:
+        return {"kPresence": True, "kPartial": not self.pulls}
 
     @property
     def pulls(self) -> bool:
