@@ -17,7 +17,7 @@ constexpr uint32_t kGroupThreads = 448;
 constexpr uint32_t kBlockThreads = kWarpGroups * kGroupThreads;
 using Group = WarpGroup<kWarpGroups, kGroupThreads>;
 
-enum Phase : uint32_t { kPeerReady, kCounts, kStats, kRows, kPresence, kPartial };
+enum Phase : uint32_t { kPresence = 4 };
 
 struct Params {
     uint8_t* peers[8];             // symmetric memory of each rank, as mapped here
@@ -25,7 +25,6 @@ struct Params {
     const uint64_t* token_ranks;   // [tokens]: bit r: rank r holds an expert of this token
     const int32_t* token_slots;    // [tokens, destinations]: its slot with each of them
     const int32_t* tokens_sent;    // one number: the tokens of that dispatch
-    const int32_t* counts;         // [ranks]: rows from each source
     Control* control;              // this op's epoch
     uint32_t* aborted;             // this object's abort word
     Failure* failure;              // where the host reads what went wrong
@@ -36,16 +35,14 @@ struct Params {
     const uint64_t* calls;         // [parity][rank]: call words published to this rank, with their epochs
     uint64_t calls_offset;         // where published call words lie in every rank's symmetric memory
     uint64_t rows_offset;          // [source][slots, hidden]: what the experts of each rank made
-    Blocks senders;                // blocks that send
     Blocks receivers;              // blocks that receive; the same one if there is only one
     uint32_t rank;                 // this rank
     uint32_t tokens;               // tokens of this rank
     uint32_t slots;                // rows that a source may send to a rank in this call
-    uint32_t max_tokens;           // the same in any call
     uint32_t call;                 // call word
 };
 
-static_assert(sizeof(Params) == 224);
+static_assert(sizeof(Params) == 200);
 
 using Watch = PlainWatch;
 

@@ -17,7 +17,7 @@ constexpr uint32_t kGroupThreads = 224;
 constexpr uint32_t kBlockThreads = kWarpGroups * kGroupThreads;
 using Group = WarpGroup<kWarpGroups, kGroupThreads>;
 
-enum Phase : uint32_t { kPeerReady, kCounts, kStats, kRows, kPresence, kPartial };
+enum Phase : uint32_t { kPresence = 4, kPartial = 5 };
 
 struct Params {
     uint8_t* peers[8];             // symmetric memory of each rank, as mapped here

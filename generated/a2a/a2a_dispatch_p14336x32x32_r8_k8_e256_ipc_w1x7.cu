@@ -17,7 +17,7 @@ constexpr uint32_t kGroupThreads = 224;
 constexpr uint32_t kBlockThreads = kWarpGroups * kGroupThreads;
 using Group = WarpGroup<kWarpGroups, kGroupThreads>;
 
-enum Phase : uint32_t { kPeerReady, kCounts, kStats, kRows, kPresence, kPartial };
+enum Phase : uint32_t { kPeerReady = 0, kCounts = 1, kStats = 2, kRows = 3 };
 
 struct Params {
     uint8_t* peers[8];           // symmetric memory of each rank, as mapped here
@@ -47,7 +47,6 @@ struct Params {
     uint32_t rank;               // this rank
     uint32_t tokens;             // tokens of this rank
     uint32_t slots;              // rows that a source may send to a rank in this call
-    uint32_t max_tokens;         // the same in any call
     uint32_t stats_words;        // statistics of a rank
     uint32_t id_words;           // of a row of unused_ids
     int32_t unused_id;           // what it is filled with

@@ -17,38 +17,34 @@ constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
 
 struct Params {
-    uint8_t* chunks;             // what has come from each rank
-    uint64_t starts[8];          // where the chunk of each rank begins: bytes
-    uint64_t records_offset;     // where rows begin in a chunk: bytes
-    uint8_t* out;                // [rows, hidden]
-    uint32_t* out_scales;        // [rows, scale words] with the strides below, or null
-    float* out_weights;          // [rows], or null
-    int32_t* first_slots;        // [local experts + 1]: first row of each expert
-    int32_t* counts;             // [local experts]: rows that select each expert
-    int32_t* total_counts;       // [local experts], to which counts are added; or null
-    int32_t* source_counts;      // [ranks, 1 + ranks]: tokens of each source, its rows for each rank
-    int32_t* first_rows;         // [ranks + 1]: first row of each source, then the number of rows
-    int32_t* row_tokens;         // [ranks * max_tokens]: the source's token of each row
-    int32_t* row_slots;          // [ranks * max_tokens, topk]: local expert or row; -1: not here
-    float* row_weights;          // [ranks * max_tokens, topk]
-    Control* control;            // the number of this object's call
-    Failure* failure;            // where the host reads what went wrong
-    uint64_t scale_row_stride;   // words from one row's scales to the next's
-    uint64_t scale_word_stride;  // words from one scale word of a row to the next
-    Blocks receivers;            // all blocks
-    uint32_t object;             // a number that all ranks' ends of this object share
-    uint32_t rank;               // this rank
-    uint32_t max_tokens;         // capacity: tokens that a rank may send
-    uint32_t capacity;           // rows of `out`
-    uint32_t alignment;          // an expert's first row is a multiple of this
+    uint8_t* chunks;          // what has come from each rank
+    uint64_t starts[8];       // where the chunk of each rank begins: bytes
+    uint64_t records_offset;  // where rows begin in a chunk: bytes
+    uint8_t* out;             // [rows, hidden]
+    float* out_weights;       // [rows], or null
+    int32_t* first_slots;     // [local experts + 1]: first row of each expert
+    int32_t* counts;          // [local experts]: rows that select each expert
+    int32_t* total_counts;    // [local experts], to which counts are added; or null
+    int32_t* source_counts;   // [ranks, 1 + ranks]: tokens of each source, its rows for each rank
+    int32_t* first_rows;      // [ranks + 1]: first row of each source, then the number of rows
+    int32_t* row_tokens;      // [ranks * max_tokens]: the source's token of each row
+    int32_t* row_slots;       // [ranks * max_tokens, topk]: local expert or row; -1: not here
+    float* row_weights;       // [ranks * max_tokens, topk]
+    Control* control;         // the number of this object's call
+    Failure* failure;         // where the host reads what went wrong
+    Blocks receivers;         // all blocks
+    uint32_t object;          // a number that all ranks' ends of this object share
+    uint32_t rank;            // this rank
+    uint32_t max_tokens;      // capacity: tokens that a rank may send
+    uint32_t capacity;        // rows of `out`
+    uint32_t alignment;       // an expert's first row is a multiple of this
 };
 
-static_assert(sizeof(Params) == 232);
+static_assert(sizeof(Params) == 208);
 
 // Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
 // they index anything.
 __device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
-__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
 // A chunk begins with this.

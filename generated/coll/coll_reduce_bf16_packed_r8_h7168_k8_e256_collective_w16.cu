@@ -31,7 +31,6 @@ struct Params {
     const int32_t* tokens_sent;   // one number: the tokens of that dispatch
     const int32_t* sent_rows;     // [max_tokens, destinations]: its row with each of them, in rank order
     const int32_t* first_rows;    // [ranks + 1]: first row of each source, then the number of rows
-    const int32_t* row_tokens;    // [ranks * max_tokens]: the source's token of each row
     const int32_t* row_slots;     // [ranks * max_tokens, topk]: local expert or row; -1: not here
     const float* row_weights;     // [ranks * max_tokens, topk]; null: ones
     Control* control;             // the number of this object's call
@@ -45,7 +44,7 @@ struct Params {
     uint32_t word;                // the call word
 };
 
-static_assert(sizeof(Params) == 232);
+static_assert(sizeof(Params) == 224);
 
 // Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
 // they index anything.

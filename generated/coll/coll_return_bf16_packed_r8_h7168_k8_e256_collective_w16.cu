@@ -24,11 +24,9 @@ struct Params {
     const uint8_t* y;           // [rows, hidden]
     const float* y_weights;     // [rows that came, topk], which travel with the rows; or null
     const int32_t* first_rows;  // [ranks + 1]: first row of each source, then the number of rows
-    const int32_t* row_tokens;  // [ranks * max_tokens]: the source's token of each row
     const int32_t* row_slots;   // [ranks * max_tokens, topk]: local expert or row; -1: not here
     const float* row_weights;   // [ranks * max_tokens, topk]; null: ones
     Control* control;           // the number of this object's call
-    Failure* failure;           // where the host reads what went wrong
     Blocks senders;             // all blocks
     uint32_t object;            // a number that all ranks' ends of this object share
     uint32_t rank;              // this rank
@@ -37,7 +35,7 @@ struct Params {
     uint32_t word;              // the call word
 };
 
-static_assert(sizeof(Params) == 176);
+static_assert(sizeof(Params) == 160);
 
 // Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
 // they index anything.

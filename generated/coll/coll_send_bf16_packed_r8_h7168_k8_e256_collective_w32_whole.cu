@@ -21,7 +21,6 @@ struct Params {
     uint64_t starts[8];         // where the chunk of each rank begins: bytes
     uint64_t records_offset;    // where rows begin in a chunk: bytes
     const uint8_t* x;           // [tokens, hidden]
-    const uint32_t* x_scales;   // [tokens, scale words], if the caller quantised; else null
     const void* topk_idx;       // [tokens, topk] int32 or int64
     const float* topk_weights;  // [tokens, topk]; null: every weight is 1
     uint64_t* token_ranks;      // [max_tokens]: bit r: rank r holds an expert of this token
@@ -33,19 +32,17 @@ struct Params {
     uint64_t x_stride;          // bytes from one token of x to the next
     Blocks senders;             // all blocks
     uint32_t object;            // a number that all ranks' ends of this object share
-    uint32_t rank;              // this rank
     uint32_t max_tokens;        // capacity: tokens that a rank may send
     uint32_t tokens;            // rows of this rank's token tensor
     uint32_t tokens_wanted;     // tokens that this rank has and this object has no room for, or 0
     uint32_t wide_ids;          // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 200);
+static_assert(sizeof(Params) == 192);
 
 // Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
 // they index anything.
 __device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
-__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
 // A chunk begins with this.

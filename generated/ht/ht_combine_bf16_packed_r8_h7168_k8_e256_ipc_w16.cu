@@ -18,7 +18,7 @@ constexpr uint32_t kWarps = 16;                     // of a block; each moves a 
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
 
-enum Phase : uint32_t { kPeerReady, kPlanned, kCounts, kEntry, kRow, kPartial };
+enum Phase : uint32_t { kPeerReady = 0, kPartial = 5 };
 
 struct Params {
     uint8_t* peers[8];            // symmetric memory of each rank, as mapped here

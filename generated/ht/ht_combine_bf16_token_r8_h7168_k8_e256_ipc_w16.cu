@@ -18,7 +18,7 @@ constexpr uint32_t kWarps = 16;                     // of a block; each moves a 
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
 
-enum Phase : uint32_t { kPeerReady, kPlanned, kCounts, kEntry, kRow, kPartial };
+enum Phase : uint32_t { kPeerReady = 0, kPartial = 5 };
 
 struct Params {
     uint8_t* peers[8];            // symmetric memory of each rank, as mapped here
@@ -32,8 +32,6 @@ struct Params {
     const int32_t* tokens_sent;   // one number: the tokens of this call
     const int32_t* first_rows;    // [ranks + 1]: first row of each source, then the number of rows
     const int32_t* row_tokens;    // [ranks * max_tokens]: the source's token of each row
-    const int32_t* row_slots;     // [ranks * max_tokens, topk]: local expert or (packed) row; -1: not here
-    const float* row_weights;     // [ranks * max_tokens, topk]; null: ones
     const int32_t* own_rows;      // [max_tokens]: which of this rank's rows for itself a token is
     Control* control;             // this op's epoch
     uint32_t* aborted;            // this object's abort word
@@ -52,7 +50,7 @@ struct Params {
     uint32_t call;                // call word
 };
 
-static_assert(sizeof(Params) == 272);
+static_assert(sizeof(Params) == 256);
 
 // Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
 // they index anything.

@@ -15,62 +15,46 @@ constexpr uint32_t kWarps = 32;  // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
 
-enum Phase : uint32_t { kPeerReady, kPlanned, kCounts, kEntry, kRow, kPartial };
+enum Phase : uint32_t { kPeerReady = 0, kPlanned = 1, kCounts = 2, kEntry = 3 };
 
 struct Params {
-    uint8_t* peers[8];           // symmetric memory of each rank, as mapped here
-    const uint8_t* x;            // [tokens, hidden]
-    const uint32_t* x_scales;    // [tokens, scale words], if the caller quantised; else null
-    const void* topk_idx;        // [tokens, topk] int32 or int64
-    const float* topk_weights;   // [tokens, topk]; null: every weight is 1
-    uint8_t* out;                // [rows, hidden]
-    uint32_t* out_scales;        // [rows, scale words] with the strides below, or null
-    int64_t* out_topk_idx;       // [rows, topk] local expert or -1 (layout token), or null
-    float* out_weights;          // [rows, topk] (layout token) or [rows] (packed), or null
-    int32_t* counts;             // [local experts]: rows that select each expert
-    int32_t* total_counts;       // [local experts], to which counts are added; or null
-    int32_t* first_slots;        // [local experts + 1]: first row of each expert (layout packed)
-    int32_t* source_counts;      // [ranks, 1 + ranks]: tokens of each source, its rows for each rank
-    uint64_t* token_ranks;       // [max_tokens]: bit r: rank r holds an expert of this token
-    int32_t* tokens_sent;        // one number: the tokens of this call
-    int32_t* first_rows;         // [ranks + 1]: first row of each source, then the number of rows
-    int32_t* row_tokens;         // [ranks * max_tokens]: the source's token of each row
-    int32_t* row_slots;          // [ranks * max_tokens, topk]: local expert or (packed) row; -1: not here
-    float* row_weights;          // [ranks * max_tokens, topk]
-    int32_t* own_rows;           // [max_tokens]: which of this rank's rows for itself a token is
-    const int32_t* num_tokens;   // one number: tokens of this call; null: `tokens`
-    uint32_t* chunk_counts;      // [chunks][ranks + experts]: the plan's counters
-    uint32_t* chunk_epochs;      // [chunks]: whose counters those are
-    Control* control;            // this op's epoch
-    uint32_t* aborted;           // this object's abort word
-    Failure* failure;            // where the host reads what went wrong
-    uint64_t consumed_offset;    // [rank] u32: the last epoch that the peer has finished
-    uint64_t calls_offset;       // where published call words lie in every rank's symmetric memory
-    uint64_t rows_offset;        // [source][max_tokens] records, each at its token's number
-    uint64_t tags_offset;        // [source][max_tokens] u64: call word and epoch of the row there
-    uint64_t timeout_ns;         // how long one wait may take
-    uint64_t x_stride;           // bytes from one token of x to the next
-    uint64_t counts_offset;      // [source][count pieces]
-    uint64_t entries_offset;     // [source][max_tokens][entry pieces]
-    uint64_t scale_row_stride;   // words from one row's scales to the next's
-    uint64_t scale_word_stride;  // words from one scale word of a row to the next
-    Blocks senders;              // blocks that send
-    Blocks receivers;            // blocks that plan and receive; the same one if there is only one
-    uint32_t rank;               // this rank
-    uint32_t tokens;             // rows of this rank's token tensor
-    uint32_t max_tokens;         // capacity: tokens that a rank may send
-    uint32_t capacity;           // rows of `out`
-    uint32_t alignment;          // an expert's first row is a multiple of this (layout packed)
-    uint32_t tokens_wanted;      // tokens that this rank has and this object has no room for, or 0
-    uint32_t wide_ids;           // 1: topk_idx is int64
+    uint8_t* peers[8];          // symmetric memory of each rank, as mapped here
+    const void* topk_idx;       // [tokens, topk] int32 or int64
+    const float* topk_weights;  // [tokens, topk]; null: every weight is 1
+    int32_t* counts;            // [local experts]: rows that select each expert
+    int32_t* total_counts;      // [local experts], to which counts are added; or null
+    int32_t* source_counts;     // [ranks, 1 + ranks]: tokens of each source, its rows for each rank
+    uint64_t* token_ranks;      // [max_tokens]: bit r: rank r holds an expert of this token
+    int32_t* tokens_sent;       // one number: the tokens of this call
+    int32_t* first_rows;        // [ranks + 1]: first row of each source, then the number of rows
+    int32_t* row_tokens;        // [ranks * max_tokens]: the source's token of each row
+    int32_t* row_slots;         // [ranks * max_tokens, topk]: local expert or (packed) row; -1: not here
+    float* row_weights;         // [ranks * max_tokens, topk]
+    int32_t* own_rows;          // [max_tokens]: which of this rank's rows for itself a token is
+    const int32_t* num_tokens;  // one number: tokens of this call; null: `tokens`
+    uint32_t* chunk_counts;     // [chunks][ranks + experts]: the plan's counters
+    uint32_t* chunk_epochs;     // [chunks]: whose counters those are
+    Control* control;           // this op's epoch
+    uint32_t* aborted;          // this object's abort word
+    Failure* failure;           // where the host reads what went wrong
+    uint64_t consumed_offset;   // [rank] u32: the last epoch that the peer has finished
+    uint64_t calls_offset;      // where published call words lie in every rank's symmetric memory
+    uint64_t timeout_ns;        // how long one wait may take
+    uint64_t counts_offset;     // [source][count pieces]
+    uint64_t entries_offset;    // [source][max_tokens][entry pieces]
+    Blocks receivers;           // blocks that plan and receive; the same one if there is only one
+    uint32_t rank;              // this rank
+    uint32_t tokens;            // rows of this rank's token tensor
+    uint32_t max_tokens;        // capacity: tokens that a rank may send
+    uint32_t tokens_wanted;     // tokens that this rank has and this object has no room for, or 0
+    uint32_t wide_ids;          // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 392);
+static_assert(sizeof(Params) == 280);
 
 // Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
 // they index anything.
 __device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
-__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 using Watch = PlainWatch;
 

@@ -17,7 +17,7 @@ constexpr uint32_t kWarps = 32;                     // of a block; each moves a 
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
 
-enum Phase : uint32_t { kPeerReady, kPlanned, kCounts, kEntry, kRow, kPartial };
+enum Phase : uint32_t { kPeerReady = 0, kPlanned = 1, kCounts = 2, kEntry = 3, kRow = 4 };
 
 struct Params {
     uint8_t* peers[8];           // symmetric memory of each rank, as mapped here
@@ -27,11 +27,10 @@ struct Params {
     const float* topk_weights;   // [tokens, topk]; null: every weight is 1
     uint8_t* out;                // [rows, hidden]
     uint32_t* out_scales;        // [rows, scale words] with the strides below, or null
-    int64_t* out_topk_idx;       // [rows, topk] local expert or -1 (layout token), or null
     float* out_weights;          // [rows, topk] (layout token) or [rows] (packed), or null
     int32_t* counts;             // [local experts]: rows that select each expert
     int32_t* total_counts;       // [local experts], to which counts are added; or null
-    int32_t* first_slots;        // [local experts + 1]: first row of each expert (layout packed)
+    int32_t* first_slots;        // [local experts + 1]: first row of each expert
     int32_t* source_counts;      // [ranks, 1 + ranks]: tokens of each source, its rows for each rank
     uint64_t* token_ranks;       // [max_tokens]: bit r: rank r holds an expert of this token
     int32_t* tokens_sent;        // one number: the tokens of this call
@@ -62,17 +61,16 @@ struct Params {
     uint32_t tokens;             // rows of this rank's token tensor
     uint32_t max_tokens;         // capacity: tokens that a rank may send
     uint32_t capacity;           // rows of `out`
-    uint32_t alignment;          // an expert's first row is a multiple of this (layout packed)
+    uint32_t alignment;          // an expert's first row is a multiple of this
     uint32_t tokens_wanted;      // tokens that this rank has and this object has no room for, or 0
     uint32_t wide_ids;           // 1: topk_idx is int64
 };
 
-static_assert(sizeof(Params) == 392);
+static_assert(sizeof(Params) == 384);
 
 // Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
 // they index anything.
 __device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
-__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 constexpr uint32_t kScaleWords = 56;       // of a row; they follow it
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie

@@ -23,7 +23,7 @@ constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at 
 constexpr uint32_t kPieceWords = 3;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
-enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
+enum Phase : uint32_t { kPeerReady = 0, kPartial = 4 };
 
 struct Params {
     uint8_t* peers[8];            // symmetric memory of each rank, as mapped here
@@ -46,9 +46,7 @@ struct Params {
     Failure* failure;             // where the host reads what went wrong
     uint64_t consumed_offset;     // [rank] u32: the last epoch that the peer has read
     uint64_t rows_offset;         // [half][source][capacity] records, each at its token's number
-    uint64_t tags_offset;         // [half][source][capacity] u64: epoch of the row there
     uint64_t calls_offset;        // where published call words lie in every rank's symmetric memory
-    uint64_t weights_offset;      // [half][source][capacity][weight pieces]
     uint64_t timeout_ns;          // how long one wait may take
     Blocks senders;               // blocks that send
     Blocks receivers;             // blocks that receive; the same ones where there are too few
@@ -56,11 +54,10 @@ struct Params {
     uint32_t tokens;              // rows of this rank's token tensor
     uint32_t capacity;            // tokens of a source that receive buffers have room for
     uint32_t max_tokens;          // tokens that a rank may send in this call, up to the capacity
-    uint32_t call;                // call word: one bit
     uint32_t renormalize;         // 1: the weights of what was added make up for what is missing
 };
 
-static_assert(sizeof(Params) == 288);
+static_assert(sizeof(Params) == 272);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 

@@ -23,7 +23,7 @@ constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at 
 constexpr uint32_t kPieceWords = 4;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
-enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
+enum Phase : uint32_t { kPeerReady = 0, kWeights = 3, kPartial = 4 };
 
 struct Params {
     uint8_t* peers[8];            // symmetric memory of each rank, as mapped here
@@ -33,7 +33,6 @@ struct Params {
     const int32_t* first_rows;    // [ranks + 1]: first row of each other source, then their number
     const int32_t* row_origin;    // [(ranks - 1) * max_tokens]: source * max_tokens + token of each
     const int32_t* row_slots;     // [ranks * max_tokens, topk]: row in `y` or -1; own tokens last
-    const float* row_weights;     // [ranks * max_tokens, topk]
     const uint64_t* token_ranks;  // [max_tokens]: bit r: rank r holds an expert of this token
     const int32_t* tokens_sent;   // one number: the tokens of that dispatch
     Control* control;             // this op's epoch
@@ -51,10 +50,9 @@ struct Params {
     uint32_t tokens;              // rows of this rank's token tensor
     uint32_t capacity;            // tokens of a source that receive buffers have room for
     uint32_t max_tokens;          // tokens that a rank may send in this call, up to the capacity
-    uint32_t call;                // call word: one bit
 };
 
-static_assert(sizeof(Params) == 248);
+static_assert(sizeof(Params) == 232);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 

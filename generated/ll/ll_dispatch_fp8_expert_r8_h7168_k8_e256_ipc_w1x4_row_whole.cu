@@ -23,7 +23,7 @@ constexpr uint32_t kPieceBytes = 16;  // what one thread moves over the link at 
 constexpr uint32_t kPieceWords = 4;
 constexpr uint32_t kRowPieces = (kRowVectors * 4 + kPieceWords - 1) / kPieceWords;
 
-enum Phase : uint32_t { kPeerReady, kRoutes, kRow, kWeights, kPartial };
+enum Phase : uint32_t { kPeerReady = 0, kRoutes = 1, kRow = 2 };
 
 struct Params {
     uint8_t* peers[8];          // symmetric memory of each rank, as mapped here

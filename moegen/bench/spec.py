@@ -8,8 +8,10 @@ to `Spec.parse`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from moegen.codegen.params import Param, ParamStruct
 from moegen.codegen.spec import Spec, tag
@@ -40,13 +42,15 @@ class BenchSpec(Spec):
 class BenchBarrier(BenchSpec, family="bench", op="barrier"):
     """One block: tells every rank that this one is here, and waits until all are."""
 
+    phase_words: ClassVar[Mapping[str, str]] = BARRIER_PHASES
+
     @property
     def block_threads(self) -> int:
         return -(-self.num_ranks // WARP_SIZE) * WARP_SIZE
 
     @property
-    def phases(self) -> tuple[str, ...]:
-        return tuple(BARRIER_PHASES)
+    def awaited(self) -> Mapping[str, bool]:
+        return {"kArrival": True}
 
     @cached_property
     def params(self) -> ParamStruct:

@@ -208,6 +208,7 @@ class RowCombine(RowSpec):
     """
 
     dtype: str = tag(one_of=("bf16",))
+    plans: ClassVar[bool] = False
     moves: ClassVar[bool] = True
     most_ahead: ClassVar[int] = AHEAD_IN_COMBINE
     borrowed: ClassVar[bool] = False

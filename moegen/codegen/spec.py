@@ -9,14 +9,14 @@ text show that word. `Spec.parse(stem)` gives the Spec back.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast
 
 from moegen.codegen.integers import settle_integers
 from moegen.errors import SpecError
 
-SCHEMA = 2
+SCHEMA = 3
 """Number of the naming scheme and of the kernels' parameter structs; caches and packs carry it."""
 
 ROOMS = {"ll": "low_latency", "ht": "high_throughput", "a2a": "one_sided", "coll": "collective"}
@@ -66,6 +66,8 @@ class Spec:
 
     family: ClassVar[str] = ""
     op: ClassVar[str] = ""
+    phase_words: ClassVar[Mapping[str, str]] = {}
+    """What waits of the family wait for: enumerators in order, and each in words."""
     registry: ClassVar[dict[tuple[str, str], type[Spec]]] = {}
 
     def __init_subclass__(cls, *, family: str = "", op: str = "", **kwargs: Any) -> None:
@@ -130,6 +132,19 @@ class Spec:
     def dynamic_shared_bytes(self) -> int:
         """Shared memory of a block that the launch asks for, beside what the text declares."""
         return 0
+
+    @property
+    def awaited(self) -> Mapping[str, bool]:
+        """Enumerators of `phase_words`, and whether this kernel waits for such a thing; of others it does not."""
+        return {}
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The enumerators of the kernel's text. Their numbers are the family's, whichever there are: deadlines are
+        computed from them, and the host finds a report's words by them.
+        """
+        numbers = enumerate(self.phase_words)
+        return tuple(f"{name} = {number}" for number, name in numbers if self.awaited.get(name, False))
 
     @staticmethod
     def parse(stem: str) -> Spec:

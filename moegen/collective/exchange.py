@@ -110,14 +110,15 @@ class ChunkExchange:
         kernel, place = self._kernels[spec]
         blocks = kernel.blocks(1, self._num_sms if num_sms is None else num_sms)
         base = self.memory.local.data_ptr()
-        members = [member.name for member in spec.params.members]
-        fixed: dict[str, int | Sequence[int]] = {
-            **{name: value for name, value in self._fixed.items() if name in members},
+        known: dict[str, int | Sequence[int]] = {
+            **self._fixed,
             "chunks": base if _fills(spec) else base + self._half,
             "failure": self._watchdog.address(place),
             "senders" if _fills(spec) else "receivers": (0, blocks),
         }
-        varying = [name for name in members if name not in fixed]
+        declared = [param.name for param in spec.params.declared]
+        fixed = {name: value for name, value in known.items() if name in declared}
+        varying = [name for name in declared if name not in known]
         bound = BoundKernel(kernel, spec.params, blocks, fixed, varying)
         self._bound[spec, num_sms] = bound
         return bound
@@ -130,7 +131,7 @@ class ChunkExchange:
         Args:
             name: of what is called, for its stages.
             fill, read: the kernels, with the values of those parameters that vary and are none of the chunks', in the
-                order of the struct.
+                order in which their Specs declare them; also of those that this kernel leaves out.
             numbers: of rows. None: chunks have room for as many as may come, and nobody needs to know.
         """
         self._order.follow("calls")

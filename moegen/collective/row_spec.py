@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from moegen.codegen.params import Param, ParamStruct
+from moegen.codegen.params import Param, ParamStruct, read_if
 from moegen.codegen.row_spec import PIECE_BYTES, RowCombine, RowDispatch
 from moegen.codegen.spec import rare, tag
 from moegen.limits import CHUNK_ALIGNMENT, ceil_div
@@ -22,15 +22,11 @@ from moegen.limits import CHUNK_ALIGNMENT, ceil_div
 HEADER_WORDS = 4
 """32-bit words ahead of a chunk's counts: the object and the call that it belongs to, the call word, and a zero."""
 
-_CALL = (
-    Param("Control*", "control", "the number of this object's call"),
-    Param("Failure*", "failure", "where the host reads what went wrong"),
-)
-_CHUNKS_32 = (
-    Param("uint32_t", "object", "a number that all ranks' ends of this object share"),
-    Param("uint32_t", "rank", "this rank"),
-    Param("uint32_t", "max_tokens", "capacity: tokens that a rank may send"),
-)
+_CONTROL = Param("Control*", "control", "the number of this object's call")
+_FAILURE = Param("Failure*", "failure", "where the host reads what went wrong")
+_OBJECT = Param("uint32_t", "object", "a number that all ranks' ends of this object share")
+_RANK = Param("uint32_t", "rank", "this rank")
+_MAX_TOKENS = Param("uint32_t", "max_tokens", "capacity: tokens that a rank may send")
 _SCALES = {
     "token": "[rows, scale words] with the strides below",
     "packed": "[rows, scale words] with the strides below",
@@ -40,14 +36,19 @@ _SCALE_STRIDES = (
     Param("uint64_t", "scale_row_stride", "words from one row's scales to the next's"),
     Param("uint64_t", "scale_word_stride", "words from one scale word of a row to the next"),
 )
+_TOLD = (
+    Param("int32_t*", "counts", "[local experts]: rows that select each expert"),
+    Param("int32_t*", "total_counts", "[local experts], to which counts are added; or null"),
+    Param("int32_t*", "source_counts", "[ranks, 1 + ranks]: tokens of each source, its rows for each rank"),
+)
 _ALIGNMENT = Param("uint32_t", "alignment", "an expert's first row is a multiple of this")
 
 
-def _chunks(num_ranks: int, what: str) -> tuple[Param, ...]:
+def _chunks(num_ranks: int, what: str, moves: bool = True) -> tuple[Param, ...]:
     return (
         Param("uint8_t*", "chunks", what),
         Param("uint64_t", "starts", "where the chunk of each rank begins: bytes", num_ranks),
-        Param("uint64_t", "records_offset", "where rows begin in a chunk: bytes"),
+        Param("uint64_t", "records_offset", "where rows begin in a chunk: bytes", when=moves),
     )
 
 
@@ -61,15 +62,16 @@ def _sent(written: bool) -> tuple[Param, ...]:
     )
 
 
-def _came(written: bool) -> tuple[Param, ...]:
-    """What a rank keeps of the rows that came."""
-    const = "" if written else "const "
-    return (
-        Param(f"{const}int32_t*", "first_rows", "[ranks + 1]: first row of each source, then the number of rows"),
-        Param(f"{const}int32_t*", "row_tokens", "[ranks * max_tokens]: the source's token of each row"),
-        Param(f"{const}int32_t*", "row_slots", "[ranks * max_tokens, topk]: local expert or row; -1: not here"),
-        Param(f"{const}float*", "row_weights", f"[ranks * max_tokens, topk]{'' if written else '; null: ones'}"),
-    )
+def _first_rows(const: str) -> Param:
+    note = "[ranks + 1]: first row of each source, then the number of rows"
+    return Param(f"{const}int32_t*", "first_rows", note)
+
+
+def _selections(const: str) -> tuple[Param, ...]:
+    """What a rank keeps of the rows that came, for each selection."""
+    slots = "[ranks * max_tokens, topk]: local expert or row; -1: not here"
+    weights = f"[ranks * max_tokens, topk]{'; null: ones' if const else ''}"
+    return Param(f"{const}int32_t*", "row_slots", slots), Param(f"{const}float*", "row_weights", weights)
 
 
 class _Chunked:
@@ -117,22 +119,27 @@ class CollectiveSend(_Chunked, RowDispatch, family="coll", op="send"):
 
     @cached_property
     def params(self) -> ParamStruct:
+        plans, moves = self.plans, self.moves
+        x_scales = "[tokens, scale words], if the caller quantised; else null"
+        wanted = "tokens that this rank has and this object has no room for, or 0"
         return ParamStruct(
             (
-                *_chunks(self.num_ranks, "what goes to each rank"),
-                Param("const uint8_t*", "x", "[tokens, hidden]"),
-                Param("const uint32_t*", "x_scales", "[tokens, scale words], if the caller quantised; else null"),
-                Param("const void*", "topk_idx", "[tokens, topk] int32 or int64"),
-                Param("const float*", "topk_weights", "[tokens, topk]; null: every weight is 1"),
-                *_sent(written=self.plans),
-                Param("const int32_t*", "num_tokens", "one number: tokens of this call; null: `tokens`"),
-                *_CALL,
-                Param("uint64_t", "x_stride", "bytes from one token of x to the next"),
+                *_chunks(self.num_ranks, "what goes to each rank", moves),
+                Param("const uint8_t*", "x", "[tokens, hidden]", when=moves),
+                Param("const uint32_t*", "x_scales", x_scales, when=moves and self.format.given),
+                Param("const void*", "topk_idx", "[tokens, topk] int32 or int64", when=plans),
+                Param("const float*", "topk_weights", "[tokens, topk]; null: every weight is 1", when=plans),
+                *_sent(written=plans),
+                Param("const int32_t*", "num_tokens", "one number: tokens of this call; null: `tokens`", when=plans),
+                _CONTROL,
+                *read_if(plans, _FAILURE),
+                Param("uint64_t", "x_stride", "bytes from one token of x to the next", when=moves),
                 Param("Blocks", "senders", "all blocks"),
-                *_CHUNKS_32,
+                _OBJECT,
+                *read_if(moves, _MAX_TOKENS),
                 Param("uint32_t", "tokens", "rows of this rank's token tensor"),
-                Param("uint32_t", "tokens_wanted", "tokens that this rank has and this object has no room for, or 0"),
-                Param("uint32_t", "wide_ids", "1: topk_idx is int64"),
+                Param("uint32_t", "tokens_wanted", wanted, when=plans),
+                Param("uint32_t", "wide_ids", "1: topk_idx is int64", when=plans),
             )
         )
 
@@ -144,38 +151,50 @@ class CollectivePlace(CollectiveSend, family="coll", op="place"):
     Layout `expert`: as `packed`, but each expert's first row is where it would be if all others were full.
     """
 
-    @cached_property
-    def params(self) -> ParamStruct:
-        of_layout: tuple[Param, ...] = {
+    @property
+    def _of_layout(self) -> tuple[Param, ...]:
+        plans, moves = self.plans, self.moves
+        slot_tokens = "[local experts, ranks * max_tokens]: the source's token of each row"
+        ranges = "[local experts, ranks, 2]: rows of each source, and the first of them"
+        return {
             "token": (
-                Param("int64_t*", "out_topk_idx", "[rows, topk] local expert or -1, or null"),
-                Param("float*", "out_weights", "[rows, topk], or null"),
+                Param("int64_t*", "out_topk_idx", "[rows, topk] local expert or -1, or null", when=moves),
+                Param("float*", "out_weights", "[rows, topk], or null", when=moves),
             ),
             "packed": (
-                Param("float*", "out_weights", "[rows], or null"),
-                Param("int32_t*", "first_slots", "[local experts + 1]: first row of each expert"),
+                Param("float*", "out_weights", "[rows], or null", when=moves),
+                Param("int32_t*", "first_slots", "[local experts + 1]: first row of each expert", when=plans),
             ),
             "expert": (
-                Param("int32_t*", "slot_tokens", "[local experts, ranks * max_tokens]: the source's token of each row"),
-                Param("int32_t*", "ranges", "[local experts, ranks, 2]: rows of each source, and the first of them"),
+                Param("int32_t*", "slot_tokens", slot_tokens, when=moves),
+                Param("int32_t*", "ranges", ranges, when=plans),
             ),
         }[self.layout]
+
+    @cached_property
+    def params(self) -> ParamStruct:
+        plans, moves = self.plans, self.moves
+        const = "" if plans else "const "
+        moves_scales = moves and self.scale_words > 0
         return ParamStruct(
             (
-                *_chunks(self.num_ranks, "what has come from each rank"),
-                Param("uint8_t*", "out", "[rows, hidden]"),
-                Param("uint32_t*", "out_scales", f"{_SCALES[self.layout]}, or null"),
-                *of_layout,
-                Param("int32_t*", "counts", "[local experts]: rows that select each expert"),
-                Param("int32_t*", "total_counts", "[local experts], to which counts are added; or null"),
-                Param("int32_t*", "source_counts", "[ranks, 1 + ranks]: tokens of each source, its rows for each rank"),
-                *_came(written=self.plans),
-                *_CALL,
-                *(() if self.layout == "expert" else _SCALE_STRIDES),
+                *_chunks(self.num_ranks, "what has come from each rank", moves),
+                Param("uint8_t*", "out", "[rows, hidden]", when=moves),
+                Param("uint32_t*", "out_scales", f"{_SCALES[self.layout]}, or null", when=moves_scales),
+                *self._of_layout,
+                *read_if(plans, *_TOLD),
+                _first_rows(const),
+                Param(f"{const}int32_t*", "row_tokens", "[ranks * max_tokens]: the source's token of each row"),
+                *_selections(const),
+                _CONTROL,
+                _FAILURE,
+                *(() if self.layout == "expert" else read_if(moves_scales, *_SCALE_STRIDES)),
                 Param("Blocks", "receivers", "all blocks"),
-                *_CHUNKS_32,
-                Param("uint32_t", "capacity", "rows of `out`"),
-                *((_ALIGNMENT,) if self.packed else ()),
+                _OBJECT,
+                _RANK,
+                _MAX_TOKENS,
+                Param("uint32_t", "capacity", "rows of `out`", when=moves),
+                *(read_if(plans, _ALIGNMENT) if self.packed else ()),
             )
         )
 
@@ -187,10 +206,6 @@ class CollectiveReturn(_Chunked, RowCombine, family="coll", op="return"):
     """
 
     path: str = tag(one_of=("collective",))
-
-    @property
-    def plans(self) -> bool:
-        return False
 
     @property
     def header_bytes(self) -> int:
@@ -211,10 +226,13 @@ class CollectiveReturn(_Chunked, RowCombine, family="coll", op="return"):
                 *_chunks(self.num_ranks, "what goes to each rank"),
                 Param("const uint8_t*", "y", "[rows, hidden]"),
                 Param("const float*", "y_weights", "[rows that came, topk], which travel with the rows; or null"),
-                *_came(written=False),
-                *_CALL,
+                _first_rows("const "),
+                *read_if(self.packed, *_selections("const ")),
+                _CONTROL,
                 Param("Blocks", "senders", "all blocks"),
-                *_CHUNKS_32,
+                _OBJECT,
+                _RANK,
+                _MAX_TOKENS,
                 Param("uint32_t", "rows", "of `y`; more may have come to a dispatch that had no room for them"),
                 Param("uint32_t", "word", "the call word"),
             )
@@ -239,10 +257,14 @@ class CollectiveReduce(CollectiveReturn, family="coll", op="reduce"):
                 Param("uint8_t*", "out", "[tokens, hidden]"),
                 Param("float*", "out_weights", "[tokens, topk], or null"),
                 *_sent(written=False),
-                *_came(written=False),
-                *_CALL,
+                _first_rows("const "),
+                *read_if(self.packed, *_selections("const ")),
+                _CONTROL,
+                _FAILURE,
                 Param("Blocks", "receivers", "all blocks"),
-                *_CHUNKS_32,
+                _OBJECT,
+                _RANK,
+                _MAX_TOKENS,
                 Param("uint32_t", "tokens", "rows of this rank's token tensor"),
                 Param("uint32_t", "rows", "of `y`; more may have come to a dispatch that had no room for them"),
                 Param("uint32_t", "word", "the call word"),

@@ -26,12 +26,15 @@ from moegen.runtime.worlds import RankWorld
 
 _SENT = ("token_ranks", "tokens_sent", "own_rows")
 _CAME = ("first_rows", "row_tokens", "row_slots", "row_weights")
+_RETURNED = ("first_rows", "row_slots", "row_weights")
+"""Of a handle: what the owner of tokens keeps of them, what is kept of the rows that came, and what of that combine
+needs.
+"""
 
 
-def _split(addresses: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of a handle: what the owner of tokens keeps of them, and what is kept of the rows that came."""
+def _parts(addresses: Sequence[int], *parts: Sequence[str]) -> list[tuple[int, ...]]:
     at = dict(zip(OF_HANDLE, addresses, strict=True))
-    return tuple(at[name] for name in _SENT), tuple(at[name] for name in _CAME)
+    return [tuple([at[name] for name in names]) for names in parts]
 
 
 class CollectiveRows:
@@ -83,7 +86,7 @@ class CollectiveRows:
         that none is sent and every rank is told. Rows of a plan that the host knows have the size that they need.
         """
         fill, place = self._of_phase[phase]
-        sent, came = _split(numbers.addresses)
+        sent, came = _parts(numbers.addresses, _SENT, _CAME)
         given = (
             x.data_ptr(),
             *map(address, (x_scales, topk_idx, topk_weights)),
@@ -132,7 +135,7 @@ class CollectiveRows:
             addresses[OF_HANDLE.index("row_weights")] = 0
         if handle.stream != current_stream(y.device):  # the handle may be dropped before this stream has read it
             record(y.device, (handle.memory,))
-        sent, came = _split(addresses)
+        sent, came = _parts(addresses, _SENT, _RETURNED)
         given = (y.data_ptr(), address(y_weights))
         word = pack("ht_combine", weighted and self.problem.layout == "packed", y_weights is not None)
         results = (*map(address, (*bias, None, None)[:2]), out.data_ptr(), address(out_weights))

@@ -40,6 +40,7 @@ _DISPATCH_VARYING = (
     "topk_weights",
     "num_tokens",
     "out",
+    "scales",
     "counts",
     "total_counts",
     "ranges",
@@ -167,7 +168,7 @@ class LowLatency:
         varying: tuple[str, ...] = _COMBINE_VARYING
         if isinstance(spec, LowLatencyDispatch):
             fixed["routes_offset"] = at.routes
-            varying = (*_DISPATCH_VARYING, "scales") if spec.scale_words else _DISPATCH_VARYING
+            varying = _DISPATCH_VARYING
         else:
             fixed["weights_offset"], fixed["calls_offset"] = at.weights, at.calls
             self._watchdog.compare_calls(number, self.memory, at.calls)
@@ -225,6 +226,7 @@ class LowLatency:
             address(topk_weights),
             address(num_tokens),
             out.tokens.data_ptr(),
+            address(out.scales),
             counts,
             address(total_counts),
             ranges,
@@ -240,8 +242,6 @@ class LowLatency:
             topk_idx.dtype == torch.int64,
             self._nanoseconds(timeout),
         )
-        if out.scales is not None:
-            arguments = (*arguments, out.scales.data_ptr())
         if self.active is not None:
             arguments = (*arguments, *selected, address(waited))
         kept = (x, topk_idx, topk_weights, num_tokens, out, total_counts, waited)

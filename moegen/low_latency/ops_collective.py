@@ -26,9 +26,6 @@ from moegen.runtime.worlds import RankWorld
 _SENT, _CAME = slice(0, 3), slice(3, 7)
 """Of a handle's addresses (FOR_COLLECTIVE): what the owner of tokens keeps, and what is kept of the rows that came."""
 
-_ROW_WEIGHTS = 3
-"""Of the latter."""
-
 _WORD = pack("ht_combine", 0, 0)
 """Call word of every combine: weights given to it are exchanged before."""
 
@@ -131,10 +128,12 @@ class CollectiveExperts:
         slot = self._halves.free_slot("combine")
         if handle.stream != current_stream(y.device):  # the handle may be dropped before this stream has read it
             record(y.device, (handle.memory,))
-        sent, came = handle.addresses[_SENT], list(handle.addresses[_CAME])
+        sent = handle.addresses[_SENT]
+        first_rows, _, row_slots, row_weights = handle.addresses[_CAME]
         if weights is not None:
             of_rows = self._send_weights(weights, handle)
-            came[_ROW_WEIGHTS] = of_rows.data_ptr()
+            row_weights = of_rows.data_ptr()
+        came = (first_rows, row_slots, row_weights)
         given = (y.data_ptr(), 0)
         results = (0, 0, out.data_ptr(), 0)
         self._exchange.call(

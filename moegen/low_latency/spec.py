@@ -7,12 +7,13 @@ things lie in symmetric memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from moegen.codegen import call_words
-from moegen.codegen.params import Param, ParamStruct
+from moegen.codegen.params import Param, ParamStruct, read_if
 from moegen.codegen.spec import Spec, WarpGroups, rare, tag
 from moegen.formats import DTYPE_BYTES, FP8_GROUP, SCALES_PER_WORD
 from moegen.limits import (
@@ -72,6 +73,7 @@ class LowLatencySpec(Spec):
     wire: str = tag(one_of=tuple(PIECE_WORDS))
     phase: str = tag(one_of=PHASE_WORDS)
     peers: str = rare("required", "masked")
+    phase_words: ClassVar[Mapping[str, str]] = PHASES
 
     def in_phase(self, phase: str) -> Self:
         return replace(self, phase=phase)
@@ -145,32 +147,41 @@ class LowLatencySpec(Spec):
         return self.peers == "masked"
 
     @property
-    def phases(self) -> tuple[str, ...]:
-        return tuple(PHASES)
+    def sends(self) -> bool:
+        return self.phase != "receive"
 
-
-_PLACES = (
-    Param("uint64_t", "consumed_offset", "[rank] u32: the last epoch that the peer has read"),
-    Param("uint64_t", "rows_offset", "[half][source][capacity] records, each at its token's number"),
-    Param("uint64_t", "tags_offset", "[half][source][capacity] u64: epoch of the row there"),
-)
-_COMMON_32 = (
-    Param("Blocks", "senders", "blocks that send"),
-    Param("Blocks", "receivers", "blocks that receive; the same ones where there are too few"),
-    Param("uint32_t", "rank", "this rank"),
-    Param("uint32_t", "tokens", "rows of this rank's token tensor"),
-    Param("uint32_t", "capacity", "tokens of a source that receive buffers have room for"),
-    Param("uint32_t", "max_tokens", "tokens that a rank may send in this call, up to the capacity"),
-)
+    @property
+    def receives(self) -> bool:
+        return self.phase != "send"
 
 
 def _common(spec: LowLatencySpec) -> tuple[Param, ...]:
+    of_row = "[half][source][capacity] u64: epoch of the row there"
     return (
         Param("Control*", "control", "this op's epoch"),
-        *(active_params.WAITING if spec.masked else (Param("uint32_t*", "aborted", "this object's abort word"),)),
+        *(_waiting(spec) if spec.masked else (Param("uint32_t*", "aborted", "this object's abort word"),)),
         Param("Failure*", "failure", "where the host reads what went wrong"),
-        *_PLACES,
+        Param("uint64_t", "consumed_offset", "[rank] u32: the last epoch that the peer has read", when=spec.sends),
+        Param("uint64_t", "rows_offset", "[half][source][capacity] records, each at its token's number"),
+        Param("uint64_t", "tags_offset", of_row, when=spec.wire == "row"),
     )
+
+
+def _waiting(spec: LowLatencySpec) -> tuple[Param, ...]:
+    return (*active_params.WAITING, *read_if(spec.receives, *active_params.VERDICTS))
+
+
+def _roles(spec: LowLatencySpec) -> tuple[Param, ...]:
+    return (
+        Param("Blocks", "senders", "blocks that send", when=spec.sends),
+        Param("Blocks", "receivers", "blocks that receive; the same ones where there are too few", when=spec.receives),
+        Param("uint32_t", "rank", "this rank"),
+    )
+
+
+_TOKENS = Param("uint32_t", "tokens", "rows of this rank's token tensor")
+_CAPACITY = Param("uint32_t", "capacity", "tokens of a source that receive buffers have room for")
+_MAX_TOKENS = Param("uint32_t", "max_tokens", "tokens that a rank may send in this call, up to the capacity")
 
 
 def scale_words(hidden: int, dtype: str) -> int:
@@ -182,6 +193,10 @@ def scale_words(hidden: int, dtype: str) -> int:
 @dataclass(frozen=True)
 class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
     """Sends each token once to every rank that holds one of its experts and fans it out there, expert by expert."""
+
+    @property
+    def awaited(self) -> Mapping[str, bool]:
+        return {"kPeerReady": self.sends, "kRoutes": self.receives, "kRow": self.receives}
 
     @property
     def route_pieces(self) -> int:
@@ -224,38 +239,56 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
     def record_bytes(self) -> int:
         return (self.head_pieces + self.row_pieces) * PIECE_BYTES
 
+    @property
+    def _results(self) -> tuple[Param, ...]:
+        scales = "[local experts, scale words, ranks * max_tokens]"
+        return (
+            Param("uint8_t*", "out", "[local experts, ranks * max_tokens, hidden]"),
+            Param("uint32_t*", "scales", scales, when=self.scale_words > 0),
+            Param("int32_t*", "counts", "[local experts]: rows of each expert"),
+            Param("int32_t*", "total_counts", "[local experts], to which counts are added; or null"),
+            Param("int32_t*", "ranges", "[local experts, ranks, 2]: rows of each source, and the first of them"),
+            Param("int32_t*", "row_tokens", "[local experts, ranks * max_tokens]: the source's token of each row"),
+            Param("int32_t*", "first_rows", "[ranks + 1]: first row of each other source, then the number of rows"),
+            Param("int32_t*", "row_origin", "[(ranks - 1) * max_tokens]: source * max_tokens + token of each"),
+            Param("int32_t*", "row_slots", "[ranks * max_tokens, topk]: row in `out` or -1; own tokens last"),
+            Param("float*", "row_weights", "[ranks * max_tokens, topk]"),
+        )
+
     @cached_property
     def params(self) -> ParamStruct:
-        layout = "[local experts, scale words, ranks * max_tokens]"
-        scales = (Param("uint32_t*", "scales", layout),) if self.scale_words else ()
+        sends, receives = self.sends, self.receives
         return ParamStruct(
             (
                 Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
-                Param("const uint8_t*", "x", "[tokens, hidden]"),
-                Param("const void*", "topk_idx", "[tokens, topk] int32 or int64"),
-                Param("const float*", "topk_weights", "[tokens, topk]; null: every weight is 1"),
-                Param("uint8_t*", "out", "[local experts, ranks * max_tokens, hidden]"),
-                *scales,
-                Param("int32_t*", "counts", "[local experts]: rows of each expert"),
-                Param("int32_t*", "total_counts", "[local experts], to which counts are added; or null"),
-                Param("int32_t*", "ranges", "[local experts, ranks, 2]: rows of each source, and the first of them"),
-                Param("int32_t*", "row_tokens", "[local experts, ranks * max_tokens]: the source's token of each row"),
-                Param("int32_t*", "first_rows", "[ranks + 1]: first row of each other source, then the number of rows"),
-                Param("int32_t*", "row_origin", "[(ranks - 1) * max_tokens]: source * max_tokens + token of each"),
-                Param("int32_t*", "row_slots", "[ranks * max_tokens, topk]: row in `out` or -1; own tokens last"),
-                Param("float*", "row_weights", "[ranks * max_tokens, topk]"),
-                Param("uint64_t*", "token_ranks", "[max_tokens]: bit r: rank r holds an expert of this token"),
-                *(active_params.SELECTED if self.masked else ()),
-                Param("const int32_t*", "num_tokens", "one number: tokens of this call; null: `tokens`"),
-                Param("int32_t*", "tokens_sent", "one number: the tokens of this call"),
-                Param("uint64_t", "x_stride", "bytes from one token of x to the next"),
+                *read_if(
+                    sends,
+                    Param("const uint8_t*", "x", "[tokens, hidden]"),
+                    Param("const void*", "topk_idx", "[tokens, topk] int32 or int64"),
+                    Param("const float*", "topk_weights", "[tokens, topk]; null: every weight is 1"),
+                ),
+                *read_if(receives, *self._results),
+                *read_if(
+                    sends,
+                    Param("uint64_t*", "token_ranks", "[max_tokens]: bit r: rank r holds an expert of this token"),
+                    *(active_params.SELECTED if self.masked else ()),
+                    Param("const int32_t*", "num_tokens", "one number: tokens of this call; null: `tokens`"),
+                    Param("int32_t*", "tokens_sent", "one number: the tokens of this call"),
+                    Param("uint64_t", "x_stride", "bytes from one token of x to the next"),
+                ),
                 Param("uint64_t", "routes_offset", "[half][source][1 + capacity * route pieces]"),
                 *_common(self),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
-                *_COMMON_32,
-                Param("uint32_t", "tellers", "first blocks, which tell the routes"),
-                Param("uint32_t", "shares", "that a token's destinations are dealt out to"),
-                Param("uint32_t", "wide_ids", "1: topk_idx is int64"),
+                *_roles(self),
+                *read_if(sends, _TOKENS),
+                _CAPACITY,
+                *read_if(receives, _MAX_TOKENS),
+                *read_if(
+                    sends,
+                    Param("uint32_t", "tellers", "first blocks, which tell the routes"),
+                    Param("uint32_t", "shares", "that a token's destinations are dealt out to"),
+                    Param("uint32_t", "wide_ids", "1: topk_idx is int64"),
+                ),
             )
         )
 
@@ -282,29 +315,52 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
         steps = ceil_div(self.row_pieces, self.team_threads)
         return steps * self.block_threads * self.resident_blocks <= 2048
 
+    @property
+    def awaited(self) -> Mapping[str, bool]:
+        return {"kPeerReady": self.sends, "kWeights": self.sends and self.late, "kPartial": self.receives}
+
+    @property
+    def late(self) -> bool:
+        """Whether weights come with this op: a launch that sends sends them first."""
+        return self.weights == "atcombine"
+
+    @property
+    def _of_dispatch(self) -> tuple[Param, ...]:
+        first_rows = "[ranks + 1]: first row of each other source, then their number"
+        row_slots = "[ranks * max_tokens, topk]: row in `y` or -1; own tokens last"
+        return (
+            Param("const int32_t*", "first_rows", first_rows),
+            Param("const int32_t*", "row_origin", "[(ranks - 1) * max_tokens]: source * max_tokens + token of each"),
+            Param("const int32_t*", "row_slots", row_slots),
+            Param("const float*", "row_weights", "[ranks * max_tokens, topk]", when=not self.late),
+        )
+
     @cached_property
     def params(self) -> ParamStruct:
+        sends, receives = self.sends, self.receives
+        sends_late = sends and self.late
+        makes_up = receives and self.masked  # for what is missing
+        looks = sends or self.masked  # at call words: a wait for a rank that may be missing does, too
+        at_combine = "[tokens, topk] if given at combine, else null"
         return ParamStruct(
             (
                 Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
-                Param("const uint8_t*", "y", "[local experts, ranks * max_tokens, hidden]"),
-                Param("uint8_t*", "out", "[tokens, hidden]"),
-                Param("const float*", "topk_weights", "[tokens, topk] if given at combine, else null"),
-                Param("const int32_t*", "first_rows", "[ranks + 1]: first row of each other source, then their number"),
-                Param(
-                    "const int32_t*", "row_origin", "[(ranks - 1) * max_tokens]: source * max_tokens + token of each"
-                ),
-                Param("const int32_t*", "row_slots", "[ranks * max_tokens, topk]: row in `y` or -1; own tokens last"),
-                Param("const float*", "row_weights", "[ranks * max_tokens, topk]"),
+                Param("const uint8_t*", "y", "[local experts, ranks * max_tokens, hidden]", when=sends),
+                Param("uint8_t*", "out", "[tokens, hidden]", when=receives),
+                Param("const float*", "topk_weights", at_combine, when=sends_late or makes_up),
+                *read_if(sends, *self._of_dispatch),
                 Param("const uint64_t*", "token_ranks", "[max_tokens]: bit r: rank r holds an expert of this token"),
-                *(active_params.SELECTED if self.masked else ()),
+                *(read_if(receives, *active_params.SELECTED) if self.masked else ()),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 *_common(self),
-                call_words.PLACE,
-                Param("uint64_t", "weights_offset", "[half][source][capacity][weight pieces]"),
+                *read_if(looks, call_words.PLACE),
+                Param("uint64_t", "weights_offset", "[half][source][capacity][weight pieces]", when=sends_late),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
-                *_COMMON_32,
-                Param("uint32_t", "call", "call word: one bit"),
-                *(active_params.RENORMALIZE if self.masked else ()),
+                *_roles(self),
+                _TOKENS,
+                _CAPACITY,
+                *read_if(sends, _MAX_TOKENS),
+                Param("uint32_t", "call", "call word: one bit", when=not sends),
+                *(read_if(receives, active_params.RENORMALIZE) if self.masked else ()),
             )
         )

@@ -13,11 +13,13 @@ BEGIN = (
     Param("uint64_t", "presence_offset", "[rank] u64: the last dispatch that it has done with"),
     Param("uint64_t", "timeout_ns", "how long one wait may take"),
 )
-ROLES = (
-    Param("Blocks", "senders", "blocks that send"),
-    Param("Blocks", "receivers", "blocks that receive; the same one if there is only one"),
-    Param("uint32_t", "rank", "this rank"),
-    Param("uint32_t", "tokens", "tokens of this rank"),
-    Param("uint32_t", "slots", "rows that a source may send to a rank in this call"),
-    Param("uint32_t", "max_tokens", "the same in any call"),
-)
+
+
+def roles_and_sizes(*, sends: bool = True) -> tuple[Param, ...]:
+    return (
+        Param("Blocks", "senders", "blocks that send", when=sends),
+        Param("Blocks", "receivers", "blocks that receive; the same one if there is only one"),
+        Param("uint32_t", "rank", "this rank"),
+        Param("uint32_t", "tokens", "tokens of this rank"),
+        Param("uint32_t", "slots", "rows that a source may send to a rank in this call"),
+    )

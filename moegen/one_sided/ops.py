@@ -70,9 +70,8 @@ def combine_word(dtype: str, pulls: bool, slots: int, active: int) -> int:
 
 
 def _combine_varying(spec: OneSidedCombine) -> tuple[str, ...]:
-    rows = () if spec.pulls else ("y",)  # what is pulled lies where it always does
     results = (param.name for param in spec.result.params)
-    return (*rows, "out", *results, *OF_HANDLE, "active", "call", "timeout_ns", "tokens", "slots")
+    return ("y", "out", *results, *OF_HANDLE, "active", "call", "timeout_ns", "tokens", "slots")
 
 
 class OneSidedOps(BoundKernels):
@@ -125,18 +124,15 @@ class OneSidedOps(BoundKernels):
             "senders": who.senders,
             "receivers": who.receivers,
             "rank": world.rank,
-            "max_tokens": self.problem.max_tokens,
         }
         if isinstance(spec, OneSidedDispatch):
             fixed |= {"counts_offset": at.counts, "stats_offset": at.stats, "flags_offset": at.flags}
         else:
             fixed["other_control"] = self._control[_DISPATCH].data_ptr()
             fixed |= {"calls": self.memory.local.data_ptr() + at.calls, "calls_offset": at.calls}
+            fixed |= {"rows_offset": at.expert_rows if spec.pulls else at.rows, "tags_offset": at.tags}
+            fixed |= {"half_bytes": at.half, "max_tokens": self.problem.max_tokens}
             watchdog.compare_calls(0, self.memory, at.calls)
-        if isinstance(spec, OneSidedCombine) and spec.pulls:
-            fixed |= {"rows_offset": at.expert_rows}
-        elif isinstance(spec, OneSidedCombine):
-            fixed |= {"rows_offset": at.rows, "half_bytes": at.half, "tags_offset": at.tags}
         varying = _DISPATCH_VARYING if isinstance(spec, OneSidedDispatch) else _combine_varying(spec)
         self._bound[spec] = BoundKernel(kernel, spec.params, who.blocks, fixed, varying), watchdog
 
@@ -237,9 +233,9 @@ class OneSidedOps(BoundKernels):
         self._order.follow("a2a")
         kernel, watchdog = self._bound[spec]
         nanoseconds = self._nanoseconds(watchdog, timeout)
-        rows = () if spec.pulls else (y.data_ptr(),)
         call = combine_word(spec.dtype, spec.pulls, handle.max_tokens, active)
-        kernel(*rows, *results, *handle.addresses, active, call, nanoseconds, handle.num_tokens, handle.max_tokens)
+        rest = (active, call, nanoseconds, handle.num_tokens, handle.max_tokens)
+        kernel(y.data_ptr(), *results, *handle.addresses, *rest)
 
     def _nanoseconds(self, watchdog: Watchdog, timeout: float | None) -> int:
         """Of this call's timeout; a report of an expired wait names the last call's."""

@@ -8,15 +8,17 @@ units in which payloads move are in `moegen.one_sided.payload_table`; where thin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from moegen.codegen.call_words import FIELDS, PLACE
-from moegen.codegen.params import Param, ParamStruct
+from moegen.codegen.params import Param, ParamStruct, read_if
 from moegen.codegen.row_spec import require_routing
 from moegen.codegen.spec import Spec, WarpGroups, rare, tag
 from moegen.limits import MAX_BLOCK_WARPS, MAX_RANKS, MAX_ROW_BYTES, MAX_SHARED_BYTES, WARP_SIZE, ceil_div
-from moegen.one_sided.common_params import BEGIN, ROLES
+from moegen.one_sided.common_params import BEGIN, roles_and_sizes
 from moegen.one_sided.payload_table import UNITS, BulkRow, Payload, RowBytes
 from moegen.one_sided.result_formats import RESULTS, Result, in_whole_tiles
 
@@ -55,6 +57,8 @@ MAX_STAGE_BYTES = 200 * 1024
 class OneSidedSpec(Spec):
     """What dispatch and combine of this family have in common; both begin with one more field."""
 
+    phase_words: ClassVar[Mapping[str, str]] = PHASES
+
     @property
     def team_threads(self) -> int:
         return self.groups.warps * WARP_SIZE
@@ -70,10 +74,6 @@ class OneSidedSpec(Spec):
     @property
     def groups(self) -> WarpGroups:
         raise NotImplementedError
-
-    @property
-    def phases(self) -> tuple[str, ...]:
-        return tuple(PHASES)
 
     def require_groups(self) -> None:
         groups, warps = self.groups.groups, self.groups.warps
@@ -122,6 +122,10 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
     @property
     def max_local_experts(self) -> int:
         return ceil_div(self.num_experts, self.num_ranks)
+
+    @property
+    def awaited(self) -> Mapping[str, bool]:
+        return {"kPeerReady": True, "kCounts": True, "kStats": True, "kRows": self.num_ranks > 1}
 
     @property
     def phase(self) -> str:
@@ -230,7 +234,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
                 Param(
                     "uint64_t", "flags_offset", f"[source][{MAX_SENDERS}] u32: the last epoch whose rows it has sent"
                 ),
-                *ROLES,
+                *roles_and_sizes(),
                 Param("uint32_t", "stats_words", "statistics of a rank"),
                 Param("uint32_t", "id_words", "of a row of unused_ids"),
                 Param("int32_t", "unused_id", "what it is filled with"),
@@ -273,6 +277,10 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     @property
     def groups(self) -> WarpGroups:
         return self.warp_groups
+
+    @property
+    def awaited(self) -> Mapping[str, bool]:
+        return {"kPresence": True, "kPartial": not self.pulls}
 
     @property
     def pulls(self) -> bool:
@@ -353,26 +361,29 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
 
     @property
     def _places(self) -> tuple[Param, ...]:
-        if self.pulls:
-            return (Param("uint64_t", "rows_offset", "[source][slots, hidden]: what the experts of each rank made"),)
+        pulled = "[source][slots, hidden]: what the experts of each rank made"
         return (
-            Param("uint64_t", "rows_offset", "[half][rank][max_tokens] rows"),
-            Param("uint64_t", "half_bytes", "of a half: room for the longest rows, whatever this kernel's"),
-            Param("uint64_t", "tags_offset", "[half][rank][max_tokens] u32: epoch of the row there"),
+            Param("uint64_t", "rows_offset", pulled if self.pulls else "[half][rank][max_tokens] rows"),
+            *read_if(
+                not self.pulls,
+                Param("uint64_t", "half_bytes", "of a half: room for the longest rows, whatever this kernel's"),
+                Param("uint64_t", "tags_offset", "[half][rank][max_tokens] u32: epoch of the row there"),
+            ),
         )
 
     @cached_property
     def params(self) -> ParamStruct:
+        returns = not self.pulls and self.num_ranks > 1
         return ParamStruct(
             (
                 Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
-                *(() if self.pulls else (Param("const uint8_t*", "y", "[ranks, slots, hidden]"),)),
+                Param("const uint8_t*", "y", "[ranks, slots, hidden]", when=not self.pulls),
                 Param("uint8_t*", "out", "[tokens, hidden]"),
                 *self.result.params,
                 Param("const uint64_t*", "token_ranks", "[tokens]: bit r: rank r holds an expert of this token"),
                 Param("const int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
-                Param("const int32_t*", "counts", "[ranks]: rows from each source"),
+                Param("const int32_t*", "counts", "[ranks]: rows from each source", when=returns),
                 *BEGIN,
                 Param("const Control*", "other_control", "dispatch's"),
                 Param(
@@ -380,7 +391,8 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
                 ),
                 PLACE,
                 *self._places,
-                *ROLES,
+                *roles_and_sizes(sends=returns),
+                Param("uint32_t", "max_tokens", "the same in any call", when=not self.pulls),
                 Param("uint32_t", "call", "call word"),
             )
         )

@@ -7,7 +7,7 @@ things lie in the buffers. None of these kernels waits for anything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -53,6 +53,10 @@ class CollectivePack(OneSidedDispatch, family="coll", op="pack"):
 
     path: str = tag(one_of=("collective",))
     exchange: str = rare("padded", "exact")
+
+    @property
+    def awaited(self) -> Mapping[str, bool]:
+        return {}
 
     @property
     def exact(self) -> bool:
@@ -202,6 +206,10 @@ class CollectiveSum(OneSidedCombine, family="coll", op="sum"):
     """Adds a token's rows up, which have come back from the ranks that it went to."""
 
     path: str = tag(one_of=("collective",))
+
+    @property
+    def awaited(self) -> Mapping[str, bool]:
+        return {}
 
     @property
     def pulls(self) -> bool:

@@ -83,6 +83,15 @@ def test_stem_is_a_symbol_and_parses_back(spec: Spec) -> None:
     assert f"{spec.symbol}(" in render(spec).text
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.stem)
+def test_phases_have_the_numbers_that_the_host_knows(spec: Spec) -> None:
+    assert set(spec.awaited) <= set(spec.phase_words)
+    words = list(spec.phase_words)
+    enum = re.search(r"^enum Phase : uint32_t \{ (.*) \};$", render(spec).text, re.MULTILINE)
+    awaited = [name for name in words if spec.awaited.get(name)]
+    assert (enum[1] if enum else "") == ", ".join(f"{name} = {words.index(name)}" for name in awaited)
+
+
 @pytest.mark.parametrize("spec", SAMPLES, ids=lambda spec: type(spec).__name__)
 def test_bad_stems_say_what_is_wrong(spec: Spec) -> None:
     words = spec.stem.split("_")

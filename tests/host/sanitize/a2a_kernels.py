@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from host.sanitize.build import (
     EXPERTS,
@@ -12,11 +12,10 @@ from host.sanitize.build import (
     TOPK,
     Kernel,
     KernelSet,
-    entries_of,
     flag,
     initialiser,
+    kernel_of,
     kernels_of,
-    params_bytes_of,
     shape_header,
     struct,
     variants_header,
@@ -90,8 +89,8 @@ def _row(variant: Variant) -> str:
     dispatch, combine = _specs(variant)
     columns = (
         f'"{variant.name}"',
-        *map(entries_of, variant.kernels),
-        *map(params_bytes_of, variant.kernels),
+        kernel_of(variant.dispatch, "DispatchParams"),
+        kernel_of(variant.combine, "CombineParams"),
         str(dispatch.block_threads),
         str(dispatch.dynamic_shared_bytes),
         str(combine.out_row_bytes // HIDDEN),
@@ -128,11 +127,7 @@ def headers(variants: Sequence[Variant]) -> dict[str, str]:
         kStatsWords=STATS_WORDS,
         kDestinations=dispatch.destinations,
     )
-    structs = (
-        struct("DispatchParams", dispatch.params),
-        struct("CombineParams", replace(combine, rows="pushed").params),
-        struct("PullingCombineParams", replace(combine, rows="pulled").params),
-    )
+    structs = (struct("DispatchParams", dispatch.params), struct("CombineParams", combine.params))
     return {
         "shape.hpp": shape + _layout(dispatch.num_ranks),
         "variants.hpp": variants_header(structs, kernels_of(variants), list(map(_row, variants))),

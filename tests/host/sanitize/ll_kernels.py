@@ -12,11 +12,10 @@ from host.sanitize.build import (
     TOPK,
     Kernel,
     KernelSet,
-    entries_of,
     flag,
     initialiser,
+    kernel_of,
     kernels_of,
-    params_bytes_of,
     shape_header,
     struct,
     variants_header,
@@ -54,8 +53,10 @@ def _row(variant: Variant) -> str:
     dispatch_at = regions(dispatch, MAX_TOKENS, 0)
     combine_at = regions(combine, MAX_TOKENS, dispatch_at.end)
     late, masked = map(flag, (combine.weights == "atcombine", dispatch.masked))
-    kernels = (variant.dispatch, variant.combine)
-    columns = (*map(entries_of, kernels), *map(params_bytes_of, kernels), str(dispatch.block_threads), late, masked)
+    structs = (
+        ("MaskedDispatchParams", "MaskedCombineParams") if dispatch.masked else ("DispatchParams", "CombineParams")
+    )
+    columns = (*map(kernel_of, variant.kernels, structs), str(dispatch.block_threads), late, masked)
     return ", ".join(
         (f'"{variant.name}"', *columns, initialiser(astuple(dispatch_at)), initialiser(astuple(combine_at)))
     )
