@@ -241,7 +241,6 @@ def initialized(workspace: Tensor, ep_rank: int, ep_size: int) -> Workspace:
 
 _REMEDY = "moe_a2a_get_workspace_size_per_rank says how large to make it"
 _LONGEST_ROW = 32768
-_E4M3_LARGEST = 448.0
 
 
 def _row_address(tensor: Tensor, ep_rank: int) -> int:
@@ -252,4 +251,5 @@ def _to_fp8(rows: Tensor) -> Tensor:
     """Rounded to e4m3 without a scale; what is larger becomes the largest."""
     if rows.dtype == torch.float8_e4m3fn:
         return rows
-    return rows.clamp(-_E4M3_LARGEST, _E4M3_LARGEST).to(torch.float8_e4m3fn)
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return rows.clamp(-largest, largest).to(torch.float8_e4m3fn)
