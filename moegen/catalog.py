@@ -11,6 +11,7 @@ from moegen.codegen.problem import Problem
 from moegen.codegen.row_spec import LAYOUTS
 from moegen.codegen.spec import Spec
 from moegen.errors import InputError
+from moegen.formats import BF16
 from moegen.high_throughput.select import CollectiveRowSelection, RowSelection, select_rows
 from moegen.limits import MAX_TOKENS_PER_RANK
 from moegen.low_latency.select import select
@@ -42,7 +43,7 @@ _ROWS_CATALOG: tuple[tuple[str, int, dict[str, Any]], ...] = (
 others, the whole ops.
 """
 
-_PAYLOADS = (2, 4, 4)
+_PAYLOADS = (BF16.element_bytes, 4, 4)
 """Of the one-sided kernels that are built beforehand: bytes of hidden's elements, of ids and of weights."""
 
 FAMILIES = ("ll", "ht", "a2a", "coll")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from moegen.codegen.params import Param
+from moegen.formats import SUMMANDS
 from moegen.limits import MAX_RANKS
 
 ON_PATH_COLLECTIVE = {
@@ -48,8 +49,6 @@ class Field:
     text: Callable[[int], str] | None
 
 
-ROW_DTYPES = ("bf16", "fp16", "fp32", "e4m3")
-
 FIELDS: dict[str, tuple[Field, ...]] = {
     "ll_combine": (Field("topk_weights", 1, _whether),),
     "ht_dispatch": (Field("mode or handle", 2, _one_of('mode "capacity"', 'mode "exact"', "a handle")),),
@@ -62,7 +61,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         Field("stats", 11, _words),
     ),
     "a2a_combine": (
-        Field("dtype of y", 2, _one_of(*ROW_DTYPES)),
+        Field("dtype of y", 2, _one_of(*SUMMANDS)),
         Field("expert_rows() as y", 1, _yes),
         Field("active_ranks", 7, None),
         Field("max_tokens of the handle", 20, lambda value: str(value + 1)),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from moegen.codegen.call_words import pack
 from moegen.codegen.spec import Spec, rare, tag
-from moegen.formats import FORMATS, FP8_GROUP, RowFormat
+from moegen.formats import BF16, ROWS, Format
 from moegen.limits import (
     MAX_BLOCK_WARPS,
     MAX_EXPERTS,
@@ -56,7 +56,7 @@ def require_routing(spec: Any) -> None:
 class RowSpec(Spec):
     """What dispatch and combine of rows have in common."""
 
-    dtype: str = tag(one_of=tuple(FORMATS))
+    dtype: str = tag(one_of=tuple(ROWS))
     layout: str = tag(one_of=LAYOUTS)
     num_ranks: int = tag("r")
     hidden: int = tag("h")
@@ -69,11 +69,11 @@ class RowSpec(Spec):
     def validate(self) -> None:
         require_routing(self)
         self.require(
-            self.row_bytes > 0 and 2 * self.hidden <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
+            self.row_bytes > 0 and BF16.row_bytes(self.hidden) <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
             f"a row is a multiple of 16 bytes up to {MAX_ROW_BYTES} (of bf16); hidden {self.hidden} in {self.dtype} "
             f"gives {self.row_bytes}",
         )
-        group = FP8_GROUP * self.format.scales_per_word
+        group = self.format.word_elements
         self.require(
             not group or self.hidden % group == 0,
             f"hidden is a multiple of {group} in {self.dtype}; got {self.hidden}",
@@ -91,22 +91,21 @@ class RowSpec(Spec):
         raise NotImplementedError
 
     @property
-    def format(self) -> RowFormat:
-        return FORMATS[self.dtype]
+    def format(self) -> Format:
+        return ROWS[self.dtype]
 
     @property
     def quantises(self) -> bool:
-        return self.format.quantised_here
+        return self.format.quantized_here
 
     @property
     def row_bytes(self) -> int:
-        return self.hidden * self.format.element_bytes
+        return self.format.row_bytes(self.hidden)
 
     @property
     def scale_words(self) -> int:
         """32-bit words of scales that travel with a row."""
-        per_word = self.format.scales_per_word
-        return self.hidden // (FP8_GROUP * per_word) if per_word else 0
+        return self.format.scale_words(self.hidden)
 
     @property
     def block_threads(self) -> int:
@@ -186,7 +185,7 @@ class RowDispatch(RowSpec):
     @property
     def record_bytes(self) -> int:
         """Of a row and its scales, as they are staged."""
-        return ceil_div(self.row_bytes + 4 * self.scale_words, PIECE_BYTES) * PIECE_BYTES
+        return ceil_div(self.format.moved_bytes(self.hidden), PIECE_BYTES) * PIECE_BYTES
 
     @property
     def num_counters(self) -> int:

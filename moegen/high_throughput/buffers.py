@@ -110,8 +110,7 @@ class RowMemory:
         if spec.packed:
             most = rows * min(problem.num_topk, local_experts) + (alignment - 1) * local_experts
             self.capacity = ceil_div(most, alignment) * alignment
-        self.dtype = torch.bfloat16 if spec.dtype == "bf16" else torch.float8_e4m3fn
-        self.scales_dtype = torch.int32 if spec.format.scales_per_word > 1 else torch.float32
+        self.dtype, self.scales_dtype = spec.format.dtype, spec.format.scale_dtypes[0]
 
     def empty_numbers(self) -> torch.Tensor:
         return torch.empty(self.words, dtype=torch.int32, device=self._device)

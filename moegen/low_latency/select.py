@@ -11,7 +11,7 @@ from moegen.codegen.problem import Problem
 from moegen.codegen.spec import Spec, WarpGroups
 from moegen.collective.row_spec import CollectivePlace, CollectiveReduce, CollectiveReturn, CollectiveSend
 from moegen.errors import SpecError
-from moegen.formats import DTYPE_BYTES, FORMATS
+from moegen.formats import BF16, ROWS
 from moegen.limits import MAX_BLOCK_WARPS, WARP_SIZE, ceil_div
 from moegen.low_latency.spec import LowLatencyCombine, LowLatencyDispatch
 from moegen.tuning import Choice, Table
@@ -91,7 +91,7 @@ def select_collective(problem: Problem) -> CollectiveSelection:
     # K numbers travel as a row of 16-byte vectors, of eight bf16 each.
     weights = ("bf16", "token", problem.num_ranks, 8 * ceil_div(problem.num_topk, WEIGHTS_OF_VECTOR), *routing)
     warps = dict.fromkeys(GPU_NUM_WARPS, HOST_NUM_WARPS) if problem.on_host else GPU_NUM_WARPS
-    sends = warps["quantising" if FORMATS[problem.dtype].quantised_here else "dispatch"]
+    sends = warps["quantising" if ROWS[problem.dtype].quantized_here else "dispatch"]
     return CollectiveSelection(
         CollectiveSend(problem.dtype, *by_expert, sends, "whole"),
         CollectivePlace(problem.dtype, *by_expert, warps["dispatch"], "whole"),
@@ -160,7 +160,7 @@ def fitted(wanted: WarpGroups, row_bytes: int) -> WarpGroups:
 
 def row_bytes(hidden: int, dtype: str) -> int:
     """Of a token's elements as they travel; of a dtype that no kernel has, as bf16: the Spec refuses it."""
-    return hidden * DTYPE_BYTES.get(dtype, 2)
+    return ROWS.get(dtype, BF16).row_bytes(hidden)
 
 
 def _make(cls: type[Op], problem: Problem, chosen: Choice, **more: str) -> Op:

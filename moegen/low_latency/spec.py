@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from moegen.codegen import call_words
 from moegen.codegen.params import Param, ParamStruct
 from moegen.codegen.spec import Spec, WarpGroups, rare, tag
-from moegen.formats import DTYPE_BYTES, FP8_GROUP, SCALES_PER_WORD
+from moegen.formats import BF16, ROWS, Format
 from moegen.limits import (
     MAX_BLOCK_WARPS,
     MAX_EXPERTS,
@@ -61,7 +61,7 @@ PHASE_WORDS = ("whole", "send", "receive")
 class LowLatencySpec(Spec):
     """What dispatch and combine of this family have in common."""
 
-    dtype: str = tag(one_of=tuple(SCALES_PER_WORD))
+    dtype: str = tag(one_of=tuple(word for word, form in ROWS.items() if not form.given))
     layout: str = tag(one_of=("expert",))
     num_ranks: int = tag("r")
     hidden: int = tag("h")
@@ -88,11 +88,11 @@ class LowLatencySpec(Spec):
             f"num_topk is 1..{MAX_TOPK} and at most num_experts ({self.num_experts}); got {self.num_topk}",
         )
         self.require(
-            self.row_bytes > 0 and 2 * self.hidden <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
+            self.row_bytes > 0 and BF16.row_bytes(self.hidden) <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
             f"a row is a multiple of 16 bytes up to {MAX_ROW_BYTES} (of bf16); hidden {self.hidden} in {self.dtype} "
             f"gives {self.row_bytes}",
         )
-        group = FP8_GROUP * SCALES_PER_WORD[self.dtype]
+        group = self.format.word_elements
         self.require(
             not group or self.hidden % group == 0,
             f"hidden is a multiple of {group} in {self.dtype}; got {self.hidden}",
@@ -104,8 +104,12 @@ class LowLatencySpec(Spec):
         self.require(groups <= 15 or warps == 1, f"at most 15 warp groups of several warps; got {self.warp_groups}")
 
     @property
+    def format(self) -> Format:
+        return ROWS[self.dtype]
+
+    @property
     def row_bytes(self) -> int:
-        return self.hidden * DTYPE_BYTES[self.dtype]
+        return self.format.row_bytes(self.hidden)
 
     @property
     def row_vectors(self) -> int:
@@ -113,7 +117,8 @@ class LowLatencySpec(Spec):
 
     @property
     def scale_words(self) -> int:
-        return scale_words(self.hidden, self.dtype)
+        """32-bit words of scales that travel with a row."""
+        return self.format.scale_words(self.hidden)
 
     @property
     def piece_words(self) -> int:
@@ -173,12 +178,6 @@ def _common(spec: LowLatencySpec) -> tuple[Param, ...]:
     )
 
 
-def scale_words(hidden: int, dtype: str) -> int:
-    """32-bit words of scales that travel with a row."""
-    per_word = SCALES_PER_WORD[dtype]
-    return hidden // (FP8_GROUP * per_word) if per_word else 0
-
-
 @dataclass(frozen=True)
 class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
     """Sends each token once to every rank that holds one of its experts and fans it out there, expert by expert."""
@@ -213,7 +212,8 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
         """Upper bound of a block's shared memory: per team a head that goes and one that comes with its targets, and
         tokens per expert; those of the first block by source, and tokens per rank.
         """
-        groups = self.hidden // FP8_GROUP if self.scale_words else 0
+        group = self.format.group
+        groups = self.hidden // group if group else 0
         head = (self.head_pieces * self.piece_words + groups) * 4
         incoming = head + self.num_topk * 16 + self.route_pieces * IDS_OF_PIECE * 2 + 16
         tally = 4 * (self.max_local_experts + 1)

@@ -9,8 +9,9 @@ from functools import lru_cache
 
 import torch
 
-from moegen.codegen.call_words import ROW_DTYPES, of_payloads, of_ranks, pack
+from moegen.codegen.call_words import of_payloads, of_ranks, pack
 from moegen.codegen.problem import Problem
+from moegen.formats import SUMMANDS
 from moegen.limits import FIRST_EPOCH
 from moegen.one_sided.regions import planes, regions
 from moegen.one_sided.results import PayloadsHandle
@@ -68,12 +69,12 @@ def dispatch_word(
 @lru_cache(_KEPT_WORDS)
 def combine_word(dtype: str, pulls: bool, slots: int, active: int) -> int:
     """Call word of a combine."""
-    return pack("a2a_combine", ROW_DTYPES.index(dtype), pulls, of_ranks(active), slots - 1)
+    return pack("a2a_combine", tuple(SUMMANDS).index(dtype), pulls, of_ranks(active), slots - 1)
 
 
 def _combine_varying(spec: OneSidedCombine) -> tuple[str, ...]:
     rows = () if spec.pulls else ("y",)  # what is pulled lies where it always does
-    results = (param.name for param in spec.result.params)
+    results = (param.name for param in spec.result_params)
     return (*rows, "out", *results, *OF_HANDLE, "active", "call", "timeout_ns", "tokens", "slots")
 
 

@@ -51,7 +51,7 @@ _UNUSED_IDS = ("ids_payload", "id_words", "unused_id")
 
 def _varying(spec: Spec) -> tuple[str, ...]:
     if isinstance(spec, CollectiveSum):
-        return ("out", *(param.name for param in spec.result.params), *OF_HANDLE[:3], "tokens", "first_rows")
+        return ("out", *(param.name for param in spec.result_params), *OF_HANDLE[:3], "tokens", "first_rows")
     if isinstance(spec, CollectiveOpen):
         return ("headers", "own_headers", "counts", "exchanged", "gathered", "stride", "slots", "stats_words", "word")
     if isinstance(spec, CollectiveMove):

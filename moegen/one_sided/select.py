@@ -35,7 +35,7 @@ def dispatch_spec(problem: Problem, widths: tuple[int, ...]) -> OneSidedDispatch
 
 
 def combine_spec(problem: Problem, dtype: str, out: str, *, pulls: bool = False) -> OneSidedCombine:
-    """The kernel that adds rows of `dtype` up to results of `out`, words of `moegen.one_sided.spec`.
+    """The kernel that adds rows of `dtype` up to results of `out`, words of `moegen.formats`' SUMMANDS and RESULTS.
 
     Args:
         pulls: rows are read where the other ranks have them; else they are sent.

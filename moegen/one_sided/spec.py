@@ -15,10 +15,10 @@ from moegen.codegen.call_words import FIELDS, PLACE
 from moegen.codegen.params import Param, ParamStruct
 from moegen.codegen.row_spec import require_routing
 from moegen.codegen.spec import Spec, WarpGroups, rare, tag
+from moegen.formats import RESULTS, SUMMANDS, Format
 from moegen.limits import MAX_BLOCK_WARPS, MAX_RANKS, MAX_ROW_BYTES, MAX_SHARED_BYTES, WARP_SIZE, ceil_div
 from moegen.one_sided.common_params import BEGIN, ROLES
 from moegen.one_sided.payload_table import UNITS, BulkRow, Payload, RowBytes
-from moegen.one_sided.result_formats import RESULTS, Result, in_whole_tiles
 
 PHASES = {
     "kPeerReady": "the end of its reading of the rows before",
@@ -39,10 +39,6 @@ PIECE_BYTES = 16
 PIECE_WORDS = 3
 AHEAD = 7
 """Units of a row that a thread has under way at once; seven divide rows of 7168 bf16 between 128 threads."""
-
-ROW_DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "e4m3": 1}
-"""What combine adds up: bytes of an element."""
-
 
 STAGES = 2
 """Of a team whose rows travel by bulk copies."""
@@ -243,7 +239,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
 class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     """Sends rows back to where they came from and adds those of a token up, in fp32 and in the order of the ranks."""
 
-    dtype: str = tag(one_of=tuple(ROW_DTYPES))
+    dtype: str = tag(one_of=tuple(SUMMANDS))
     out: str = tag("to", one_of=tuple(RESULTS))
     num_ranks: int = tag("r")
     hidden: int = tag("h")
@@ -280,21 +276,34 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
         return self.rows == "pulled"
 
     @property
+    def format(self) -> Format:
+        return SUMMANDS[self.dtype]
+
+    @property
     def row_bytes(self) -> int:
-        return self.hidden * ROW_DTYPES[self.dtype]
+        return self.format.row_bytes(self.hidden)
 
     @property
     def word_floats(self) -> int:
         """Elements in 32 bits."""
-        return 4 // ROW_DTYPES[self.dtype]
+        return 4 // self.format.element_bytes
 
     @property
-    def result(self) -> Result:
+    def result(self) -> Format:
         return RESULTS[self.out]
 
     @property
     def quantised(self) -> bool:
-        return self.result.group != 0
+        return self.result.quantized_here
+
+    @property
+    def result_params(self) -> tuple[Param, ...]:
+        """Those that a kernel of this result has beside its `out`."""
+        if not self.quantised:
+            return ()
+        scales = Param("uint8_t*", "scales", "one per group of elements" + ", in tiles" * self.result.tiled)
+        factor = Param("const float*", "output_scale", "one number, which results are multiplied by; null: 1")
+        return (scales, factor) if self.result.scaled_by_user else (scales,)
 
     @property
     def out_place(self) -> str:
@@ -303,12 +312,12 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
 
     @property
     def out_row_bytes(self) -> int:
-        return self.hidden * self.result.bits // 8
+        return self.result.row_bytes(self.hidden)
 
     @property
     def out_bytes(self) -> int:
         """What a vector of 16 bytes becomes."""
-        return 4 * self.word_floats * self.result.bits // 8
+        return self.result.row_bytes(4 * self.word_floats)
 
     @property
     def out_words(self) -> int:
@@ -318,7 +327,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     @property
     def group_lanes(self) -> int:
         """Lanes whose vectors share a scale."""
-        return self.result.group * ROW_DTYPES[self.dtype] // PIECE_BYTES
+        return self.format.row_bytes(self.result.group) // PIECE_BYTES
 
     @property
     def row_scales(self) -> int:
@@ -327,7 +336,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     @property
     def padded_scales(self) -> int:
         """Scales of a row that there is room for."""
-        return in_whole_tiles(0, self.row_scales)[1] if self.result.tiled else self.row_scales
+        return self.result.scales_shape(0, self.hidden)[1]
 
     @property
     def pair(self) -> str:
@@ -341,7 +350,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     @property
     def summed_ahead(self) -> int:
         """Of a row that is added: a thread has its sums, too."""
-        floats = PIECE_BYTES // ROW_DTYPES[self.dtype]
+        floats = PIECE_BYTES // self.format.element_bytes
         few = self.block_threads <= (256 if self.quantised and floats == 4 else 512)  # more would spill
         return max(1, min((16 if not few or (self.pulls and self.destinations > 2) else 32) // floats, self.ahead))
 
@@ -368,7 +377,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
                 Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
                 *(() if self.pulls else (Param("const uint8_t*", "y", "[ranks, slots, hidden]"),)),
                 Param("uint8_t*", "out", "[tokens, hidden]"),
-                *self.result.params,
+                *self.result_params,
                 Param("const uint64_t*", "token_ranks", "[tokens]: bit r: rank r holds an expert of this token"),
                 Param("const int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),

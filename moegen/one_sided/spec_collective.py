@@ -214,7 +214,7 @@ class CollectiveSum(OneSidedCombine, family="coll", op="sum"):
             (
                 Param("const uint8_t*", "rows", "[rows, hidden]: what has come back, rank by rank"),
                 Param("uint8_t*", "out", "[tokens, hidden]"),
-                *self.result.params,
+                *self.result_params,
                 Param("const uint64_t*", "token_ranks", "[tokens]: bit r: rank r holds an expert of this token"),
                 Param("const int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
