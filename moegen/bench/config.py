@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moegen.base.arguments import MAX_SLOTS
 from moegen.bench.routing import ROUTINGS
 from moegen.errors import InputError
 from moegen.formats import BF16, QUANTIZED, ROWS, Format
+from moegen.limits import MAX_SLOTS
 
 
 @dataclass(frozen=True)

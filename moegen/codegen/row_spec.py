@@ -16,17 +16,14 @@ from moegen.limits import (
     MAX_ROW_BYTES,
     MAX_SHARED_BYTES,
     MAX_TOPK,
+    PIECE_WORDS,
+    VECTOR_BYTES,
     WARP_SIZE,
     ceil_div,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-PIECE_BYTES = 16
-
-PIECE_WORDS = 3
-"""32-bit words of counts and plan entries in 16 bytes, which carry their epoch."""
 
 CHUNK = 64
 """Tokens that one block plans at a time: two words of bits per counter."""
@@ -69,9 +66,9 @@ class RowSpec(Spec):
     def validate(self) -> None:
         require_routing(self)
         self.require(
-            self.row_bytes > 0 and BF16.row_bytes(self.hidden) <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
-            f"a row is a multiple of 16 bytes up to {MAX_ROW_BYTES} (of bf16); hidden {self.hidden} in {self.dtype} "
-            f"gives {self.row_bytes}",
+            self.row_bytes > 0 and BF16.row_bytes(self.hidden) <= MAX_ROW_BYTES and self.row_bytes % VECTOR_BYTES == 0,
+            f"a row is a multiple of {VECTOR_BYTES} bytes up to {MAX_ROW_BYTES} (of bf16); hidden {self.hidden} in "
+            f"{self.dtype} gives {self.row_bytes}",
         )
         group = self.format.word_elements
         self.require(
@@ -118,7 +115,7 @@ class RowSpec(Spec):
     @property
     def vectors_ahead(self) -> int:
         """16-byte vectors of a row that a lane has under way at once: fewer in short rows."""
-        return max(1, min(self.most_ahead, ceil_div(self.row_bytes // PIECE_BYTES, WARP_SIZE)))
+        return max(1, min(self.most_ahead, ceil_div(self.row_bytes // VECTOR_BYTES, WARP_SIZE)))
 
     @property
     def packed(self) -> bool:
@@ -185,7 +182,7 @@ class RowDispatch(RowSpec):
     @property
     def record_bytes(self) -> int:
         """Of a row and its scales, as they are staged."""
-        return ceil_div(self.format.moved_bytes(self.hidden), PIECE_BYTES) * PIECE_BYTES
+        return ceil_div(self.format.moved_bytes(self.hidden), VECTOR_BYTES) * VECTOR_BYTES
 
     @property
     def num_counters(self) -> int:
@@ -214,7 +211,7 @@ class RowCombine(RowSpec):
     @property
     def record_bytes(self) -> int:
         """Of a row and its weights, as they are staged."""
-        return self.row_bytes + ceil_div(4 * self.num_topk, PIECE_BYTES) * PIECE_BYTES
+        return self.row_bytes + ceil_div(4 * self.num_topk, VECTOR_BYTES) * VECTOR_BYTES
 
     @property
     def shared_bytes(self) -> int:

@@ -21,6 +21,7 @@ from moegen.collective.row_spec import (
     chunks,
 )
 from moegen.errors import CapacityError
+from moegen.limits import CONTROL_WORDS
 from moegen.runtime.bound import BoundKernel, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.memory import SymmetricMemory
@@ -31,7 +32,6 @@ from moegen.runtime.worlds import RankWorld
 
 log = logging.getLogger(__name__)
 
-_CONTROL_WORDS = 32
 _LAST_STAGE = {"combine": "reduce"}
 
 Chunked = CollectiveSend | CollectiveReturn
@@ -72,7 +72,7 @@ class ChunkExchange:
         except RuntimeError as error:
             raise CapacityError(f"no room for {self.buffer_bytes:,} bytes of chunks on {world.device}") from error
         self.memory = SymmetricMemory(local, (local.data_ptr(),))
-        self._control = torch.zeros(_CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        self._control = torch.zeros(CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._control[0] = signed(first_epoch)
         self._watchdog = Watchdog([kernel.spec.stem for kernel in kernels], {}, 0.0, pinned=world.device.type == "cuda")
         self._fixed: dict[str, int] = {

@@ -16,7 +16,7 @@ from moegen.formats import BF16, QUANTIZED, ROWS
 from moegen.high_throughput.buffers import RowMemory
 from moegen.high_throughput.results import Given, RowsHandle
 from moegen.high_throughput.select import CollectiveRowSelection, RowSelection
-from moegen.limits import MAX_TOKENS_PER_RANK
+from moegen.limits import MAX_BIASES, MAX_ROWS, MAX_TOKENS_PER_RANK
 
 
 class RowOwner(arguments.Owner, Protocol):
@@ -36,8 +36,6 @@ _GIVEN_SCALES = {form.scale_dtypes[0]: form.word for form in _GIVEN}
 _DTYPES = tuple(dict.fromkeys(form.dtype for form in (BF16, *_GIVEN)))
 """Of the tokens that dispatch takes."""
 
-MAX_BIASES = 2
-MAX_ROWS = 2**31 - 1
 MODES = ("capacity", "exact")
 
 

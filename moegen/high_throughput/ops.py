@@ -19,7 +19,7 @@ from moegen.high_throughput.results import RowsHandle
 from moegen.high_throughput.roles import roles
 from moegen.high_throughput.select import RowSelection
 from moegen.high_throughput.spec import PHASES, HighThroughputCombine, HighThroughputDispatch
-from moegen.limits import FIRST_EPOCH, ceil_div
+from moegen.limits import CONTROL_WORDS, FIRST_EPOCH, ceil_div
 from moegen.runtime.bound import BoundKernel, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.memory import SymmetricMemory
@@ -28,9 +28,6 @@ from moegen.runtime.watchdog import Watchdog
 from moegen.runtime.worlds import RankWorld
 
 log = logging.getLogger(__name__)
-
-_CONTROL_WORDS = 32
-"""32-bit words per op: struct Control, on a 128-byte line of its own; the last line holds the abort word."""
 
 _DISPATCH_VARYING = (
     "x",
@@ -98,7 +95,8 @@ class HighThroughputOps:
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
         if selection.dispatch.borrowed:
             self.row_memory.lend(self.memory.local[dispatch.rows : dispatch.tags])
-        self._control = torch.zeros(3, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        # One per op; the last line holds the abort word.
+        self._control = torch.zeros(3, CONTROL_WORDS, dtype=torch.int32, device=world.device)
         chunks = ceil_div(problem.max_tokens, CHUNK)
         counters = selection.dispatch.num_counters
         self._chunk_counts = torch.zeros(chunks, counters, dtype=torch.int32, device=world.device)

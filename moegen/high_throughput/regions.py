@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from moegen.codegen.call_words import REGION_BYTES
-from moegen.codegen.row_spec import PIECE_BYTES
 from moegen.high_throughput.spec import HighThroughputCombine, HighThroughputDispatch
-from moegen.limits import REGION_ALIGNMENT, ceil_div
+from moegen.limits import PIECE_BYTES, REGION_ALIGNMENT, ceil_div
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from moegen.codegen.call_words import PLACE
 from moegen.codegen.params import Param, ParamStruct
-from moegen.codegen.row_spec import PIECE_WORDS, RowCombine, RowDispatch
-from moegen.limits import (
-    ceil_div,
-)
-
-if TYPE_CHECKING:
-    pass
+from moegen.codegen.row_spec import RowCombine, RowDispatch
+from moegen.limits import PIECE_WORDS, ceil_div
 
 PHASES = {
     "kPeerReady": "the end of its previous call",

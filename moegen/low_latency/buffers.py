@@ -9,9 +9,9 @@ import torch
 
 from moegen.codegen.problem import Problem
 from moegen.formats import ROWS
+from moegen.limits import WORD_BYTES
 from moegen.low_latency.results import Dispatched, GivenNumbers, Handle, NumbersLayout
 
-_WORD_BYTES = 4
 _NOTHING_GIVEN = GivenNumbers()
 FOR_EVERY_COMBINE = ("first_rows", "row_origin", "row_slots", "row_weights", "token_ranks", "tokens_sent")
 FOR_MASKED_COMBINE = ("selected_ranks", "selected_weights")
@@ -58,8 +58,8 @@ class Received:
         self.layout = NumbersLayout(
             local_experts, ranks, rows, ranges=at["ranges"], counts=at["counts"], row_tokens=at["row_tokens"]
         )
-        self._for_combine = [_WORD_BYTES * at[name] for name in for_combine]
-        self._for_user = [_WORD_BYTES * at[name] for name in _FOR_USER]
+        self._for_combine = [WORD_BYTES * at[name] for name in for_combine]
+        self._for_user = [WORD_BYTES * at[name] for name in _FOR_USER]
         self._device = device
         self.tokens_shape = (local_experts, rows, problem.hidden)
         form = ROWS[problem.dtype]

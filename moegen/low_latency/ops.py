@@ -12,7 +12,7 @@ import torch
 
 from moegen.base.admission import Span
 from moegen.codegen.problem import Problem
-from moegen.limits import FIRST_EPOCH
+from moegen.limits import CONTROL_WORDS, FIRST_EPOCH
 from moegen.low_latency.buffers import FOR_EVERY_COMBINE, Received
 from moegen.low_latency.regions import regions
 from moegen.low_latency.results import Dispatched, Handle
@@ -32,9 +32,6 @@ log = logging.getLogger(__name__)
 
 Launch = tuple[int, str, str, str]
 """Slot, op, phase, and for combine when its weights come."""
-
-_CONTROL_WORDS = 32
-"""32-bit words per (slot, op): struct Control, on a 128-byte line of its own; the last line holds the abort word."""
 
 _DISPATCH_VARYING = (
     "x",
@@ -114,7 +111,8 @@ class LowLatency:
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
         pinned = world.device.type == "cuda"
-        self.control = torch.zeros(2 * slots + 1, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        # One per (slot, op); the last line holds the abort word.
+        self.control = torch.zeros(2 * slots + 1, CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._verdicts = torch.zeros(2 * slots, problem.num_ranks, dtype=torch.int32, device=world.device)
         stems = [kernel.spec.stem for kernel in kernels]
         self._watchdog = Watchdog(stems * slots, PHASES, timeout, pinned=pinned)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from moegen.codegen import call_words
-from moegen.limits import REGION_ALIGNMENT, ceil_div
-from moegen.low_latency.spec import HALVES, PIECE_BYTES, WEIGHT_PIECE_WORDS, LowLatencyCombine, LowLatencyDispatch
+from moegen.limits import HALVES, PIECE_BYTES, PIECE_WORDS, REGION_ALIGNMENT, ceil_div
+from moegen.low_latency.spec import LowLatencyCombine, LowLatencyDispatch
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start
         rows * spec.record_bytes,
         rows * 8 if spec.wire == "row" else 0,
         # Reserved for either combine, so that weights may come at combine on any call.
-        0 if isinstance(spec, LowLatencyDispatch) else rows * ceil_div(spec.num_topk, WEIGHT_PIECE_WORDS) * PIECE_BYTES,
+        0 if isinstance(spec, LowLatencyDispatch) else rows * ceil_div(spec.num_topk, PIECE_WORDS) * PIECE_BYTES,
     )
     ends = list(accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=start))
     return Regions(*ends)

@@ -12,15 +12,14 @@ from moegen.codegen.spec import Spec, WarpGroups
 from moegen.collective.row_spec import CollectivePlace, CollectiveReduce, CollectiveReturn, CollectiveSend
 from moegen.errors import SpecError
 from moegen.formats import BF16, ROWS
-from moegen.limits import MAX_BLOCK_WARPS, WARP_SIZE, ceil_div
+from moegen.limits import MAX_BLOCK_WARPS, VECTOR_BYTES, WARP_SIZE, ceil_div
 from moegen.low_latency.spec import LowLatencyCombine, LowLatencyDispatch
 from moegen.tuning import Choice, Table
 from moegen.tuning.blocks import GPU_NUM_WARPS, HOST_NUM_WARPS, HOST_WARP_GROUPS
 
 Op = TypeVar("Op", LowLatencyDispatch, LowLatencyCombine)
 
-VECTOR_BYTES = 16
-WEIGHTS_OF_VECTOR = 4
+WEIGHTS_OF_VECTOR = VECTOR_BYTES // 4
 
 MOST_STEPS = 8
 """Vectors of a row that a thread holds in registers."""
@@ -89,7 +88,8 @@ def select_collective(problem: Problem) -> CollectiveSelection:
     by_expert = ("expert", problem.num_ranks, problem.hidden, *routing)
     packed = ("packed", problem.num_ranks, problem.hidden, *routing)
     # K numbers travel as a row of 16-byte vectors, of eight bf16 each.
-    weights = ("bf16", "token", problem.num_ranks, 8 * ceil_div(problem.num_topk, WEIGHTS_OF_VECTOR), *routing)
+    columns = VECTOR_BYTES // BF16.element_bytes * ceil_div(problem.num_topk, WEIGHTS_OF_VECTOR)
+    weights = ("bf16", "token", problem.num_ranks, columns, *routing)
     warps = dict.fromkeys(GPU_NUM_WARPS, HOST_NUM_WARPS) if problem.on_host else GPU_NUM_WARPS
     sends = warps["quantising" if ROWS[problem.dtype].quantized_here else "dispatch"]
     return CollectiveSelection(

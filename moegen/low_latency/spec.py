@@ -21,7 +21,11 @@ from moegen.limits import (
     MAX_RANKS,
     MAX_ROW_BYTES,
     MAX_SHARED_BYTES,
+    MAX_TEAMS,
     MAX_TOPK,
+    PIECE_BYTES,
+    PIECE_WORDS,
+    VECTOR_BYTES,
     WARP_SIZE,
     ceil_div,
 )
@@ -39,19 +43,11 @@ PHASES = {
 }
 """What a wait of this family waits for: the name in the kernel, and in words for PeerTimeoutError."""
 
-PIECE_WORDS = {"inline": 3, "row": 4}
+WIRE_WORDS = {"inline": PIECE_WORDS, "row": VECTOR_BYTES // 4}
 """32-bit payload words in each 16 bytes of a staged record: `inline` spends the fourth on the epoch."""
 
-PIECE_BYTES = 16
-IDS_OF_PIECE = 6
-"""16-bit expert ids in 16 bytes of routes, which carry their epoch."""
-
-WEIGHT_PIECE_WORDS = 3
-"""Late weights in 16 bytes, which carry their epoch."""
-
-HALVES = 2
-"""Receive buffers per op: an epoch writes into the one that the epoch before last used, so that a sender need not wait
-until the previous epoch has been read."""
+IDS_OF_PIECE = 2 * PIECE_WORDS
+"""16-bit expert ids in a piece of routes."""
 
 PHASE_WORDS = ("whole", "send", "receive")
 """What of an op one launch does: all of it, or (with hooks) one half, the other following in a launch of its own."""
@@ -69,7 +65,7 @@ class LowLatencySpec(Spec):
     num_experts: int = tag("e")
     path: str = tag(one_of=("ipc",))
     warp_groups: WarpGroups = tag("w")
-    wire: str = tag(one_of=tuple(PIECE_WORDS))
+    wire: str = tag(one_of=tuple(WIRE_WORDS))
     phase: str = tag(one_of=PHASE_WORDS)
     peers: str = rare("required", "masked")
 
@@ -88,9 +84,9 @@ class LowLatencySpec(Spec):
             f"num_topk is 1..{MAX_TOPK} and at most num_experts ({self.num_experts}); got {self.num_topk}",
         )
         self.require(
-            self.row_bytes > 0 and BF16.row_bytes(self.hidden) <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
-            f"a row is a multiple of 16 bytes up to {MAX_ROW_BYTES} (of bf16); hidden {self.hidden} in {self.dtype} "
-            f"gives {self.row_bytes}",
+            self.row_bytes > 0 and BF16.row_bytes(self.hidden) <= MAX_ROW_BYTES and self.row_bytes % VECTOR_BYTES == 0,
+            f"a row is a multiple of {VECTOR_BYTES} bytes up to {MAX_ROW_BYTES} (of bf16); hidden {self.hidden} in "
+            f"{self.dtype} gives {self.row_bytes}",
         )
         group = self.format.word_elements
         self.require(
@@ -101,7 +97,10 @@ class LowLatencySpec(Spec):
             groups >= 1 and warps >= 1 and groups * warps <= MAX_BLOCK_WARPS,
             f"warp groups times warps is 1..{MAX_BLOCK_WARPS}; got {self.warp_groups}",
         )
-        self.require(groups <= 15 or warps == 1, f"at most 15 warp groups of several warps; got {self.warp_groups}")
+        self.require(
+            groups <= MAX_TEAMS or warps == 1,
+            f"at most {MAX_TEAMS} warp groups of several warps; got {self.warp_groups}",
+        )
 
     @property
     def format(self) -> Format:
@@ -113,7 +112,7 @@ class LowLatencySpec(Spec):
 
     @property
     def row_vectors(self) -> int:
-        return self.row_bytes // PIECE_BYTES
+        return self.row_bytes // VECTOR_BYTES
 
     @property
     def scale_words(self) -> int:
@@ -122,7 +121,7 @@ class LowLatencySpec(Spec):
 
     @property
     def piece_words(self) -> int:
-        return PIECE_WORDS[self.wire]
+        return WIRE_WORDS[self.wire]
 
     @property
     def row_pieces(self) -> int:

@@ -14,9 +14,8 @@ from moegen.codegen.problem import Problem
 from moegen.codegen.spec import Spec
 from moegen.errors import CapacityError, HandleError, InputError, MissingKernelError
 from moegen.formats import BF16, RESULTS, SUMMANDS
-from moegen.limits import MAX_ROW_BYTES, MAX_TOKENS_PER_RANK, MAX_TOPK
+from moegen.limits import MAX_PAYLOADS, MAX_ROW_BYTES, MAX_STATS, MAX_TOKENS_PER_RANK, MAX_TOPK
 from moegen.one_sided.results import PayloadsHandle
-from moegen.one_sided.spec import MAX_PAYLOADS, MAX_STATS
 
 
 class PayloadOwner(arguments.Owner, Protocol):

@@ -12,7 +12,7 @@ import torch
 from moegen.codegen.call_words import of_payloads, of_ranks, pack
 from moegen.codegen.problem import Problem
 from moegen.formats import SUMMANDS
-from moegen.limits import FIRST_EPOCH
+from moegen.limits import CONTROL_WORDS, FIRST_EPOCH
 from moegen.one_sided.regions import planes, regions
 from moegen.one_sided.results import PayloadsHandle
 from moegen.one_sided.roles import roles
@@ -26,9 +26,6 @@ from moegen.runtime.watchdog import Watchdog
 from moegen.runtime.worlds import RankWorld
 
 log = logging.getLogger(__name__)
-
-_CONTROL_WORDS = 32
-"""32-bit words per op: struct Control, on a 128-byte line of its own; the last line holds the abort word."""
 
 _DISPATCH, _COMBINE, _ABORTED = range(3)
 
@@ -99,7 +96,7 @@ class OneSidedOps(BoundKernels):
         self.buffer_bytes = self.at.end
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
-        self._control = torch.zeros(3, _CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        self._control = torch.zeros(3, CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._control[:_ABORTED, 0] = signed(first_epoch)
         before = 0xFFFFFFFF if first_epoch == FIRST_EPOCH else first_epoch - 1
         words = self.memory.local.view(torch.int32)

@@ -13,13 +13,13 @@ import torch
 
 from moegen.codegen.problem import Problem
 from moegen.codegen.spec import Spec
-from moegen.limits import CHUNK_ALIGNMENT, FIRST_EPOCH, ceil_div
+from moegen.limits import CHUNK_ALIGNMENT, CONTROL_WORDS, FIRST_EPOCH, MAX_PAYLOADS, ceil_div
 from moegen.one_sided.chunks import Chunks, Headers, Line
 from moegen.one_sided.ops import OF_HANDLE, dispatch_word
 from moegen.one_sided.regions import PLANE_ALIGNMENT
 from moegen.one_sided.results import ExchangedRows, PayloadsHandle
 from moegen.one_sided.roles import roles
-from moegen.one_sided.spec import MAX_PAYLOADS, PHASES
+from moegen.one_sided.spec import PHASES
 from moegen.one_sided.spec_collective import (
     MAX_HEADER_BYTES,
     CollectiveMove,
@@ -39,8 +39,6 @@ from moegen.runtime.watchdog import Watchdog
 from moegen.runtime.worlds import RankWorld
 
 log = logging.getLogger(__name__)
-
-_CONTROL_WORDS = 32
 
 _KEPT_LAYOUTS = 128
 """Kinds of calls (payloads, max_tokens, statistics) whose chunks are laid out at a time."""
@@ -138,7 +136,7 @@ class CollectiveOps(BoundKernels):
         """Addresses of what dispatch returns. A next one may not be given them, though it could be here: a program that
         says path "auto" does not know on which it is.
         """
-        self._control = torch.zeros(_CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        self._control = torch.zeros(CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._control[0] = signed(first_epoch)
         self._object = world.exchange(secrets.randbits(32))[0]
         self._timeout, self._num_sms, self._world = timeout, num_sms, world

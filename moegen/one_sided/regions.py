@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from moegen.codegen.call_words import REGION_BYTES
-from moegen.limits import REGION_ALIGNMENT, ceil_div
-from moegen.one_sided.spec import (
+from moegen.limits import (
+    HALVES,
     MAX_PAYLOADS,
     MAX_SENDERS,
     MAX_STATS,
     PIECE_BYTES,
     PIECE_WORDS,
+    REGION_ALIGNMENT,
+    ceil_div,
 )
-
-HALVES = 2
-"""Of what is staged, for even and odd epochs: whoever begins an epoch has seen all ranks begin the one before, and so
-end the one before that.
-"""
 
 PLANE_ALIGNMENT = 128
 

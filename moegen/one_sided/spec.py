@@ -16,7 +16,21 @@ from moegen.codegen.params import Param, ParamStruct
 from moegen.codegen.row_spec import require_routing
 from moegen.codegen.spec import Spec, WarpGroups, rare, tag
 from moegen.formats import RESULTS, SUMMANDS, Format
-from moegen.limits import MAX_BLOCK_WARPS, MAX_RANKS, MAX_ROW_BYTES, MAX_SHARED_BYTES, WARP_SIZE, ceil_div
+from moegen.limits import (
+    MAX_BLOCK_WARPS,
+    MAX_PAYLOADS,
+    MAX_RANKS,
+    MAX_ROW_BYTES,
+    MAX_SENDERS,
+    MAX_SHARED_BYTES,
+    MAX_STAGE_BYTES,
+    MAX_STATS,
+    MAX_TEAMS,
+    PIECE_WORDS,
+    VECTOR_BYTES,
+    WARP_SIZE,
+    ceil_div,
+)
 from moegen.one_sided.common_params import BEGIN, ROLES
 from moegen.one_sided.payload_table import UNITS, BulkRow, Payload, RowBytes
 
@@ -30,21 +44,11 @@ PHASES = {
 }
 """What a wait of this family waits for: the name in the kernel, and in words for PeerTimeoutError."""
 
-MAX_PAYLOADS = 16
-MAX_STATS = 1024
-MAX_SENDERS = 256
-"""Blocks that send rows in one launch; each signals for itself."""
-
-PIECE_BYTES = 16
-PIECE_WORDS = 3
 AHEAD = 7
 """Units of a row that a thread has under way at once; seven divide rows of 7168 bf16 between 128 threads."""
 
 STAGES = 2
 """Of a team whose rows travel by bulk copies."""
-
-MAX_STAGE_BYTES = 200 * 1024
-"""Of all stages of a block: an H100 grants 227 KiB of shared memory."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,9 @@ class OneSidedSpec(Spec):
             groups >= 1 and warps >= 1 and groups * warps <= MAX_BLOCK_WARPS,
             f"warp groups times warps is 1..{MAX_BLOCK_WARPS}; got {self.groups}",
         )
-        self.require(groups <= 15 or warps == 1, f"at most 15 warp groups of several warps; got {self.groups}")
+        self.require(
+            groups <= MAX_TEAMS or warps == 1, f"at most {MAX_TEAMS} warp groups of several warps; got {self.groups}"
+        )
 
 
 @dataclass(frozen=True)
@@ -156,15 +162,15 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         return tuple(row for row in self.rows if row.units > self.team_threads and not self._is_bulk(row))
 
     def _is_bulk(self, row: Payload) -> bool:
-        return self.copy == "bulk" and row.unit == UNITS[16] and row.units > self.team_threads
+        return self.copy == "bulk" and row.unit == UNITS[VECTOR_BYTES] and row.units > self.team_threads
 
     @cached_property
     def bulk(self) -> tuple[BulkRow, ...]:
         """Those that bulk copies move: too wide for one step of a team, and of whole 16-byte vectors."""
         made, offset = [], 0
         for row in filter(self._is_bulk, self.rows):
-            made.append(BulkRow(row.number, row.units, 16 * row.units, offset))
-            offset += 16 * row.units
+            made.append(BulkRow(row.number, row.units, VECTOR_BYTES * row.units, offset))
+            offset += VECTOR_BYTES * row.units
         return tuple(made)
 
     @property
@@ -250,9 +256,9 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
 
     def validate(self) -> None:
         self.require(
-            0 < self.row_bytes <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
-            f"a row is a multiple of 16 bytes up to {MAX_ROW_BYTES}; hidden {self.hidden} in {self.dtype} gives "
-            f"{self.row_bytes}",
+            0 < self.row_bytes <= MAX_ROW_BYTES and self.row_bytes % VECTOR_BYTES == 0,
+            f"a row is a multiple of {VECTOR_BYTES} bytes up to {MAX_ROW_BYTES}; hidden {self.hidden} in {self.dtype} "
+            f"gives {self.row_bytes}",
         )
         self.require(1 <= self.num_ranks <= MAX_RANKS, f"num_ranks is 1..{MAX_RANKS}; got {self.num_ranks}")
         self.require(
@@ -327,7 +333,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     @property
     def group_lanes(self) -> int:
         """Lanes whose vectors share a scale."""
-        return self.format.row_bytes(self.result.group) // PIECE_BYTES
+        return self.format.row_bytes(self.result.group) // VECTOR_BYTES
 
     @property
     def row_scales(self) -> int:
@@ -345,12 +351,12 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
 
     @property
     def ahead(self) -> int:
-        return max(1, min(AHEAD, ceil_div(self.row_bytes // PIECE_BYTES, self.team_threads)))
+        return max(1, min(AHEAD, ceil_div(self.row_bytes // VECTOR_BYTES, self.team_threads)))
 
     @property
     def summed_ahead(self) -> int:
         """Of a row that is added: a thread has its sums, too."""
-        floats = PIECE_BYTES // self.format.element_bytes
+        floats = VECTOR_BYTES // self.format.element_bytes
         few = self.block_threads <= (256 if self.quantised and floats == 4 else 512)  # more would spill
         return max(1, min((16 if not few or (self.pulls and self.destinations > 2) else 32) // floats, self.ahead))
 

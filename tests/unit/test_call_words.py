@@ -6,8 +6,7 @@ from itertools import combinations
 from moegen.codegen.call_words import FIELDS, differences, of_payloads, of_ranks, pack
 from moegen.codegen.row_spec import PHASE_WORDS
 from moegen.formats import SUMMANDS
-from moegen.limits import MAX_RANKS, MAX_TOKENS_PER_RANK
-from moegen.one_sided.spec import MAX_SENDERS, MAX_STATS
+from moegen.limits import MAX_RANKS, MAX_SENDERS, MAX_STATS, MAX_TOKENS_PER_RANK
 
 
 def bits_of(op: str) -> int:

@@ -10,13 +10,13 @@ import torch
 from moegen.base import admission
 from moegen.codegen.integers import as_int
 from moegen.errors import InputError
+from moegen.limits import MAX_PAYLOADS, MAX_RANKS, ceil_div
 from moegen.one_sided.checks import OUT_DTYPES, ROW_DTYPES
 
 Tensor = torch.Tensor
 
-MAX_PAYLOADS = 16
-RANK_MASK_WORDS = 1
-"""64-bit words of a rank mask: there are no more than 64 ranks."""
+RANK_MASK_WORDS = ceil_div(MAX_RANKS, 64)
+"""64-bit words of a rank mask."""
 
 
 class CallError(InputError, RuntimeError, AssertionError):
