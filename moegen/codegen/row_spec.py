@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 CHUNK = 64
 """Tokens that one block plans at a time: two words of bits per counter."""
 
-AHEAD_IN_DISPATCH, AHEAD_IN_COMBINE = 7, 4
-"""16-byte vectors of a part. Seven divide rows of 7168 elements; combine has three parts under way, and sums of one."""
-
 PHASE_WORDS = ("whole", "plan", "rows")
 """What one launch of dispatch does: all of it, only tell every rank which rows come where, or only move rows by a plan
 that was made before."""
@@ -62,6 +59,7 @@ class RowSpec(Spec):
     path: str = tag(one_of=("ipc",))
     num_warps: int = tag("w")
     most_ahead: ClassVar[int]
+    """16-byte vectors of a part that a lane may have under way."""
 
     def validate(self) -> None:
         require_routing(self)
@@ -138,7 +136,6 @@ class RowDispatch(RowSpec):
     phase: str = tag(one_of=PHASE_WORDS)
     rows: str = rare("placed", "borrowed")
     chunk: ClassVar[int] = CHUNK
-    most_ahead: ClassVar[int] = AHEAD_IN_DISPATCH
 
     def in_phase(self, phase: str) -> Self:
         return replace(self, phase=phase)
@@ -205,7 +202,6 @@ class RowCombine(RowSpec):
 
     dtype: str = tag(one_of=("bf16",))
     moves: ClassVar[bool] = True
-    most_ahead: ClassVar[int] = AHEAD_IN_COMBINE
     borrowed: ClassVar[bool] = False
 
     @property

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from moegen.codegen.call_words import PLACE
 from moegen.codegen.params import Param, ParamStruct
 from moegen.codegen.row_spec import RowCombine, RowDispatch
 from moegen.limits import PIECE_WORDS, ceil_div
+from moegen.tuning.under_way import ROW_AHEAD
 
 PHASES = {
     "kPeerReady": "the end of its previous call",
@@ -63,6 +65,8 @@ def _of_handle(written: bool) -> tuple[Param, ...]:
 @dataclass(frozen=True)
 class HighThroughputDispatch(RowDispatch, family="ht", op="dispatch"):
     """One launch plans, sends and places rows; see `RowDispatch`."""
+
+    most_ahead: ClassVar[int] = ROW_AHEAD["dispatch"]
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -114,6 +118,8 @@ class HighThroughputDispatch(RowDispatch, family="ht", op="dispatch"):
 @dataclass(frozen=True)
 class HighThroughputCombine(RowCombine, family="ht", op="combine"):
     """One launch sends partial sums and adds what arrives; see `RowCombine`."""
+
+    most_ahead: ClassVar[int] = ROW_AHEAD["combine"]
 
     @property
     def phases(self) -> tuple[str, ...]:

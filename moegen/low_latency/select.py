@@ -16,13 +16,11 @@ from moegen.limits import MAX_BLOCK_WARPS, VECTOR_BYTES, WARP_SIZE, ceil_div
 from moegen.low_latency.spec import LowLatencyCombine, LowLatencyDispatch
 from moegen.tuning import Choice, Table
 from moegen.tuning.blocks import GPU_NUM_WARPS, HOST_NUM_WARPS, HOST_WARP_GROUPS
+from moegen.tuning.under_way import LOW_LATENCY_STEPS
 
 Op = TypeVar("Op", LowLatencyDispatch, LowLatencyCombine)
 
 WEIGHTS_OF_VECTOR = VECTOR_BYTES // 4
-
-MOST_STEPS = 8
-"""Vectors of a row that a thread holds in registers."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +147,11 @@ def warp_groups(problem: Problem, chosen: Choice, dtype: str) -> WarpGroups:
 
 def fitted(wanted: WarpGroups, row_bytes: int) -> WarpGroups:
     """Teams for rows of another length: no more warps than a row has warps' worth of 16-byte vectors, and enough that
-    a thread holds no more than MOST_STEPS.
+    a thread holds no more than LOW_LATENCY_STEPS.
     """
     vectors = row_bytes // VECTOR_BYTES
     warps = 1
-    while (warps < wanted.warps and warps * WARP_SIZE < vectors) or warps * WARP_SIZE * MOST_STEPS < vectors:
+    while (warps < wanted.warps and warps * WARP_SIZE < vectors) or warps * WARP_SIZE * LOW_LATENCY_STEPS < vectors:
         warps *= 2
     return WarpGroups(max(1, min(wanted.groups, MAX_BLOCK_WARPS // warps)), warps)
 

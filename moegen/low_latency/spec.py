@@ -30,6 +30,8 @@ from moegen.limits import (
     ceil_div,
 )
 from moegen.low_latency import active_params
+from moegen.tuning import under_way
+from moegen.tuning.blocks import COMBINE_RESIDENT_BLOCKS, COMBINE_RESIDENT_THREADS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -188,10 +190,10 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
 
     @property
     def routes_ahead(self) -> int:
-        """Tokens whose routes a thread asks for at once. With few ranks there are few, and more text takes longer to
-        fetch than that saves; only small blocks have the registers.
-        """
-        return max(1, 8 // self.route_pieces) if self.num_ranks > 4 and self.block_threads <= 128 else 1
+        """Tokens whose routes a thread asks for at once."""
+        if self.num_ranks <= under_way.ROUTES_AHEAD_RANKS or self.block_threads > under_way.ROUTES_AHEAD_THREADS:
+            return 1
+        return max(1, under_way.ROUTES_AHEAD_PIECES // self.route_pieces)
 
     @property
     def head_pieces(self) -> int:
@@ -273,13 +275,13 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
     @property
     def resident_blocks(self) -> int:
         """Of a multiprocessor."""
-        return 2 if self.block_threads <= 256 else 1
+        return COMBINE_RESIDENT_BLOCKS if self.block_threads <= COMBINE_RESIDENT_THREADS else 1
 
     @property
     def two_rows_ahead(self) -> bool:
         """Whether a thread has the registers for its parts of two rows; else they would spill."""
         steps = ceil_div(self.row_pieces, self.team_threads)
-        return steps * self.block_threads * self.resident_blocks <= 2048
+        return steps * self.block_threads * self.resident_blocks <= under_way.TWO_ROWS_VECTORS
 
     @cached_property
     def params(self) -> ParamStruct:

@@ -19,7 +19,7 @@ from moegen.codegen.problem import Problem
 from moegen.codegen.spec import Spec
 from moegen.limits import FIRST_EPOCH, MAX_EPOCH
 from moegen.one_sided import checks, quantized
-from moegen.one_sided.exchange_rule import ExchangeRule
+from moegen.one_sided.exchange_rule import EXCHANGES, ExchangeRule
 from moegen.one_sided.ops import OneSidedOps
 from moegen.one_sided.ops_collective import CollectiveOps
 from moegen.one_sided.results import DispatchedPayloads, PayloadsHandle, Quantised
@@ -30,7 +30,6 @@ from moegen.runtime.ownership import exclusive, lasting
 from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.streams import current_stream, record
 from moegen.runtime.worlds import as_rank_world
-from moegen.tuning.exchange import EXCHANGES
 
 log = logging.getLogger(__name__)
 

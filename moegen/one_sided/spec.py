@@ -33,6 +33,7 @@ from moegen.limits import (
 )
 from moegen.one_sided.common_params import BEGIN, ROLES
 from moegen.one_sided.payload_table import UNITS, BulkRow, Payload, RowBytes
+from moegen.tuning import under_way
 
 PHASES = {
     "kPeerReady": "the end of its reading of the rows before",
@@ -43,12 +44,6 @@ PHASES = {
     "kPartial": "a row to be added",
 }
 """What a wait of this family waits for: the name in the kernel, and in words for PeerTimeoutError."""
-
-AHEAD = 7
-"""Units of a row that a thread has under way at once; seven divide rows of 7168 bf16 between 128 threads."""
-
-STAGES = 2
-"""Of a team whose rows travel by bulk copies."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         self.require(self.shared_bytes <= MAX_SHARED_BYTES, f"{self.shared_bytes} bytes of shared memory are too many")
         self.require(
             self.dynamic_shared_bytes <= MAX_STAGE_BYTES,
-            f"bulk copies have {MAX_STAGE_BYTES} bytes of shared memory for {STAGES} rows of each of {self.teams} "
+            f"bulk copies have {MAX_STAGE_BYTES} bytes of shared memory for {self.stages} rows of each of {self.teams} "
             f"teams; these take {self.dynamic_shared_bytes}: fewer warp groups, or copy=vec",
         )
 
@@ -175,7 +170,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
 
     @property
     def stages(self) -> int:
-        return STAGES
+        return under_way.PAYLOAD_STAGES
 
     @property
     def stage_bytes(self) -> int:
@@ -183,16 +178,16 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
 
     @property
     def dynamic_shared_bytes(self) -> int:
-        return STAGES * self.teams * self.stage_bytes
+        return self.stages * self.teams * self.stage_bytes
 
     @property
     def long(self) -> tuple[Payload, ...]:
         """Those of the wide ones that a team has not under way at once."""
-        return tuple(row for row in self.wide if row.units > AHEAD * self.team_threads)
+        return tuple(row for row in self.wide if row.units > under_way.PAYLOAD_AHEAD * self.team_threads)
 
     @property
     def most_ahead(self) -> int:
-        return AHEAD
+        return under_way.PAYLOAD_AHEAD
 
     @property
     def max_senders(self) -> int:
@@ -351,19 +346,24 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
 
     @property
     def ahead(self) -> int:
-        return max(1, min(AHEAD, ceil_div(self.row_bytes // VECTOR_BYTES, self.team_threads)))
+        return max(1, min(under_way.PAYLOAD_AHEAD, ceil_div(self.row_bytes // VECTOR_BYTES, self.team_threads)))
 
     @property
     def summed_ahead(self) -> int:
         """Of a row that is added: a thread has its sums, too."""
         floats = VECTOR_BYTES // self.format.element_bytes
-        few = self.block_threads <= (256 if self.quantised and floats == 4 else 512)  # more would spill
-        return max(1, min((16 if not few or (self.pulls and self.destinations > 2) else 32) // floats, self.ahead))
+        wide = self.quantised and self.dtype == "fp32"
+        fits = self.block_threads <= (under_way.QUANTIZED_SUMS_THREADS if wide else under_way.SUMS_THREADS)
+        many = fits and not (self.pulls and self.destinations > under_way.PULLED_SUMS_RANKS)
+        return max(1, min((under_way.SUMS if many else under_way.FEWER_SUMS) // floats, self.ahead))
 
     @property
     def rows_ahead(self) -> int:
-        """Of a token, that a thread asks for at once where it reads them in place; more would spill."""
-        most = 4 if self.block_threads > 512 else 8 if self.quantised or self.dtype == "fp32" else 16
+        """Of a token, that a thread asks for at once where it reads them in place."""
+        wide = self.quantised or self.dtype == "fp32"
+        most = under_way.WIDE_PULLED_VECTORS if wide else under_way.PULLED_VECTORS
+        if self.block_threads > under_way.SUMS_THREADS:
+            most = under_way.FEWEST_PULLED_VECTORS
         return min(self.destinations, max(1, most // self.summed_ahead))
 
     @property

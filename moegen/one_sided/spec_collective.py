@@ -17,6 +17,7 @@ from moegen.limits import CHUNK_ALIGNMENT, MAX_RANKS, MAX_STATS, VECTOR_BYTES, c
 from moegen.one_sided.payload_table import RowBytes
 from moegen.one_sided.regions import planes
 from moegen.one_sided.spec import OneSidedCombine, OneSidedDispatch, OneSidedSpec
+from moegen.tuning.under_way import MOVED_AHEAD
 
 HEADER_WORDS = 8
 """32-bit words of a chunk's header, ahead of the statistics: its rows, the tokens of its source, the rows that it has
@@ -24,8 +25,6 @@ room for, the object and the call that it belongs to, and zeros.
 """
 
 MAX_HEADER_BYTES = 4 * (HEADER_WORDS + MAX_STATS)
-MOVED_AHEAD = 4
-"""Vectors of `coll_move` that a thread has under way: with 448 threads of 132 blocks, 3.8 MB."""
 
 _SENDERS = Param("Blocks", "senders", "blocks that pack rows")
 _RECEIVERS = Param("Blocks", "receivers", "the block that writes headers")
