@@ -63,7 +63,7 @@ WORD_BYTES = 4
 """Of the numbers that kernels leave for the host and each other."""
 
 CONTROL_WORDS = 32
-"""32-bit words of struct Control, on a 128-byte line of its own."""
+"""32-bit words of a struct Control in device memory: a 128-byte line of its own, so that launches share none."""
 
 REGION_ALIGNMENT = 256
 """Bytes: of every region in symmetric memory."""

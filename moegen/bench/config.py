@@ -19,7 +19,7 @@ class LinkConfig:
         bytes: that each rank sends, to all others together.
         blocks: of a launch.
         threads: per block.
-        in_flight: 16-byte accesses that a thread has under way.
+        in_flight: 16-byte accesses that a thread has in flight.
         ops: pushes in a graph.
         replays: of that graph.
     """

@@ -165,8 +165,8 @@ class RowsCase:
         if isinstance(given[0], tuple):
             scales = torch.stack([part[1] for part in given])[mine.sources, mine.tokens]
         elif found.scales is not None:
-            quantised, scales = quantise(tokens[mine.sources, mine.tokens], "fp8")
-            wanted = quantised.view(torch.uint8)
+            quantized, scales = quantise(tokens[mine.sources, mine.tokens], "fp8")
+            wanted = quantized.view(torch.uint8)
         self._require(torch.equal(found.tokens.view(torch.uint8)[mine.places], wanted), "dispatch: rows differ")
         if scales is not None and found.scales is not None:
             self._require(torch.equal(found.scales[mine.places], scales), "dispatch: scales differ")

@@ -11,7 +11,7 @@ from moegen.formats import ROWS
 
 LAYOUTS = ("token", "packed")
 DTYPES = {"bf16": "bf16", "fp8": "fp8", "fp8_given": "e4m3"}
-"""How dispatch's tokens are given and travel: bfloat16; quantised on the way; quantised by the caller."""
+"""How dispatch's tokens are given and travel: bfloat16; quantized on the way; quantized by the caller."""
 
 OPS = ("dispatch", "cached", "combine")
 """Dispatch of a new routing; of the same routing again, by its handle; combine, always of bfloat16."""

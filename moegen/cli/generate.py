@@ -29,27 +29,27 @@ def generate(
 
 
 def _write_text(root: Path) -> bool:
-    from moegen.catalog import catalog
+    from moegen.catalog import catalog, shown
     from moegen.codegen import generated
 
-    for change in generated.write(root, catalog()):
+    for change in generated.write(root, catalog(), shown()):
         typer.echo(f"{'removed' if change.kind == 'orphaned' else 'wrote'} generated/{change.path}")
-    typer.echo(f"generated/ holds {len(catalog())} kernels")
+    typer.echo(f"generated/ holds {len(shown())} kernels, its manifest {len(catalog())}")
     return True
 
 
 def _check_text(root: Path) -> bool:
-    from moegen.catalog import catalog
+    from moegen.catalog import catalog, shown
     from moegen.codegen import generated
 
-    found = generated.differences(root, catalog())
+    found = generated.differences(root, catalog(), shown())
     for difference in found:
         typer.echo(f"{difference.kind}: generated/{difference.path}")
         typer.echo(difference.diff)
     if found:
         typer.echo(f"{len(found)} files differ; run `moegen generate` and commit the result")
         return False
-    typer.echo(f"generated/ is up to date: {len(catalog())} kernels")
+    typer.echo(f"generated/ is up to date: {len(shown())} kernels, {len(catalog())} in its manifest")
     return True
 
 

@@ -29,6 +29,7 @@ from moegen.runtime.worlds import RankWorld
 
 log = logging.getLogger(__name__)
 
+
 _DISPATCH_VARYING = (
     "x",
     "x_scales",
@@ -95,7 +96,7 @@ class HighThroughputOps:
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
         if selection.dispatch.borrowed:
             self.row_memory.lend(self.memory.local[dispatch.rows : dispatch.tags])
-        # One per op; the last line holds the abort word.
+        # One per op, and the abort word.
         self._control = torch.zeros(3, CONTROL_WORDS, dtype=torch.int32, device=world.device)
         chunks = ceil_div(problem.max_tokens, CHUNK)
         counters = selection.dispatch.num_counters

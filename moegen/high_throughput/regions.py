@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
+from moegen.base.regions import offsets
 from moegen.codegen.call_words import REGION_BYTES
 from moegen.high_throughput.spec import HighThroughputCombine, HighThroughputDispatch
-from moegen.limits import PIECE_BYTES, REGION_ALIGNMENT, ceil_div
+from moegen.limits import PIECE_BYTES
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,4 @@ def regions(spec: HighThroughputDispatch | HighThroughputCombine, max_tokens: in
         rows * spec.record_bytes,
         rows * 8,
     )
-    ends = accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=start)
-    return Regions(*ends)
+    return Regions(*offsets(sizes, start))

@@ -3,19 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from moegen.base.roles import Roles
 from moegen.codegen.row_spec import RowSpec
 from moegen.tuning.shares import FEW_RANKS, ROW_SEND_SHARES, ROW_SEND_SHARES_OF_MANY
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Which blocks of a launch send and which receive: (first block, number of blocks)."""
-
-    blocks: int
-    senders: tuple[int, int]
-    receivers: tuple[int, int]
 
 
 def roles(spec: RowSpec, blocks: int) -> Roles:

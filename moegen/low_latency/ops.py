@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Launch = tuple[int, str, str, str]
 """Slot, op, phase, and for combine when its weights come."""
 
+
 _DISPATCH_VARYING = (
     "x",
     "topk_idx",
@@ -111,7 +112,7 @@ class LowLatency:
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
         pinned = world.device.type == "cuda"
-        # One per (slot, op); the last line holds the abort word.
+        # One per op, and the abort word.
         self.control = torch.zeros(2 * slots + 1, CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._verdicts = torch.zeros(2 * slots, problem.num_ranks, dtype=torch.int32, device=world.device)
         stems = [kernel.spec.stem for kernel in kernels]

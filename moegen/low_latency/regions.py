@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
+from moegen.base.regions import offsets
 from moegen.codegen import call_words
-from moegen.limits import HALVES, PIECE_BYTES, PIECE_WORDS, REGION_ALIGNMENT, ceil_div
+from moegen.limits import HALVES, PIECE_BYTES, PIECE_WORDS, ceil_div
 from moegen.low_latency.spec import LowLatencyCombine, LowLatencyDispatch
 
 
@@ -36,8 +36,7 @@ def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start
         # Reserved for either combine, so that weights may come at combine on any call.
         0 if isinstance(spec, LowLatencyDispatch) else rows * ceil_div(spec.num_topk, PIECE_WORDS) * PIECE_BYTES,
     )
-    ends = list(accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=start))
-    return Regions(*ends)
+    return Regions(*offsets(sizes, start))
 
 
 def _routes_bytes(spec: LowLatencyDispatch, max_tokens: int) -> int:

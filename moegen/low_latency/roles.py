@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moegen.base.roles import Roles
 from moegen.limits import ceil_div
 from moegen.low_latency.spec import LowLatencySpec
 from moegen.tuning.shares import (
@@ -16,30 +17,25 @@ from moegen.tuning.shares import (
 
 
 @dataclass(frozen=True)
-class Roles:
-    """Which blocks of a launch do what; block 0 of a dispatch also tells the user how much has come.
+class LowLatencyRoles(Roles):
+    """Block 0 of a dispatch also tells the user how much has arrived.
 
     Attributes:
-        blocks: of the launch.
-        tellers: first blocks, which tell the routes.
-        shares: that a token's destinations are dealt out to, each a team's work; of dispatch.
-        senders, receivers: (first block, number of blocks).
+        tellers: first blocks, which broadcast expert ids ahead of the rows; of dispatch.
+        shares: that a token's destinations are dealt out to, each a warp group's work; of dispatch.
     """
 
-    blocks: int
-    senders: tuple[int, int]
-    receivers: tuple[int, int]
     tellers: int = 0
     shares: int = 1
 
 
-def roles(spec: LowLatencySpec, max_tokens: int, resident_blocks: int) -> Roles:
+def roles(spec: LowLatencySpec, max_tokens: int, resident_blocks: int) -> LowLatencyRoles:
     """Blocks to launch, never more than can run at the same time: one per row that may come, and one per row that may
     be sent (of dispatch, per share of a token's destinations), if there are so many; else a block's teams share them.
     """
     sends, receives = spec.phase != "receive", spec.phase != "send"
     if resident_blocks == 1:
-        return Roles(1, (0, int(sends)), (0, int(receives)), int(sends))
+        return LowLatencyRoles(1, (0, int(sends)), (0, int(receives)), int(sends))
     ranks = spec.num_ranks
     share, of = (LOW_LATENCY_SEND_SHARE if ranks <= FEW_RANKS else LOW_LATENCY_SEND_SHARE_OF_MANY)[spec.op]
     shares = 1
@@ -58,8 +54,8 @@ def roles(spec: LowLatencySpec, max_tokens: int, resident_blocks: int) -> Roles:
     elif not sends:
         out, come = 0, min(come, room)
     elif room == 1:
-        return Roles(2, (0, 1), (1, 1), 1)
+        return LowLatencyRoles(2, (0, 1), (1, 1), 1)
     elif out + come > room:
         out = max(1, min(out, room * share // of), room - come)
         come = room - out
-    return Roles(tell + out + come, (tell, out), (tell + out, come), tell, shares)
+    return LowLatencyRoles(tell + out + come, (tell, out), (tell + out, come), tell, shares)

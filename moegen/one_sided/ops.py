@@ -27,6 +27,7 @@ from moegen.runtime.worlds import RankWorld
 
 log = logging.getLogger(__name__)
 
+
 _DISPATCH, _COMBINE, _ABORTED = range(3)
 
 _KEPT_WORDS = 1024
@@ -96,6 +97,7 @@ class OneSidedOps(BoundKernels):
         self.buffer_bytes = self.at.end
         log.info("rank %d allocates %s bytes of symmetric memory", world.rank, f"{self.buffer_bytes:,}")
         self.memory: SymmetricMemory = world.allocate(self.buffer_bytes)
+        # One per op, and the abort word.
         self._control = torch.zeros(3, CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._control[:_ABORTED, 0] = signed(first_epoch)
         before = 0xFFFFFFFF if first_epoch == FIRST_EPOCH else first_epoch - 1

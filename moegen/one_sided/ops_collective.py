@@ -40,6 +40,7 @@ from moegen.runtime.worlds import RankWorld
 
 log = logging.getLogger(__name__)
 
+
 _KEPT_LAYOUTS = 128
 """Kinds of calls (payloads, max_tokens, statistics) whose chunks are laid out at a time."""
 

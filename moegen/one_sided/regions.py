@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
+from moegen.base.regions import offsets
 from moegen.codegen.call_words import REGION_BYTES
 from moegen.limits import (
     HALVES,
@@ -14,7 +15,6 @@ from moegen.limits import (
     MAX_STATS,
     PIECE_BYTES,
     PIECE_WORDS,
-    REGION_ALIGNMENT,
     ceil_div,
 )
 
@@ -60,8 +60,7 @@ def regions(num_ranks: int, max_tokens: int, payload_bytes: int, combine_bytes: 
         HALVES * slots * combine_bytes,
         slots * combine_bytes if expert_rows else 0,
     )
-    ends = accumulate((ceil_div(size, REGION_ALIGNMENT) * REGION_ALIGNMENT for size in sizes), initial=0)
-    return Regions(*ends)
+    return Regions(*offsets(sizes))
 
 
 def planes(widths: tuple[int, ...], num_ranks: int, slots: int, start: int) -> list[int]:

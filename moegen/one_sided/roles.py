@@ -3,20 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from moegen.base.roles import Roles
 from moegen.limits import MAX_SENDERS, ceil_div
 from moegen.one_sided.spec import OneSidedCombine, OneSidedDispatch
 from moegen.tuning.shares import ONE_SIDED_COMBINE_SEND_SHARE
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Which blocks of a launch send and which receive: (first block, number of blocks)."""
-
-    blocks: int
-    senders: tuple[int, int]
-    receivers: tuple[int, int]
 
 
 def roles(spec: OneSidedDispatch | OneSidedCombine, max_tokens: int, resident: int) -> Roles:

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import moegen
+from moegen.base.roles import Roles
 from moegen.codegen.row_spec import CHUNK, RowSpec
 from moegen.codegen.spec import Spec
 from moegen.errors import PeerTimeoutError
 from moegen.high_throughput.regions import Regions, regions
-from moegen.high_throughput.roles import Roles, roles
+from moegen.high_throughput.roles import roles
 from moegen.high_throughput.spec import PHASES
 from moegen.limits import FIRST_EPOCH, PIECE_BYTES, PIECE_WORDS
 from moegen.runtime.worlds import RankWorld

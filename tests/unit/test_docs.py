@@ -15,7 +15,8 @@ import pytest
 from moegen import env, errors
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = "bench/results"
+PAGES = [page for folder in (".", "docs", RESULTS) for page in sorted((ROOT / folder).glob("*.md"))]
 README_ORDER = ["Install", "Example", "Two commands", "What runs where", "Measured", "Limits", "Links"]
 
 
@@ -42,10 +43,20 @@ def test_the_readme_has_its_sections_in_order() -> None:
     assert re.findall(r"^## (.*)$", text("README.md"), re.MULTILINE) == README_ORDER
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+        if target.startswith("https://") or (RESULTS in target and not (ROOT / RESULTS).is_dir()):  # an sdist has none
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
 def test_licence_and_notice_are_whole() -> None:

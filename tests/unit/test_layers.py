@@ -115,17 +115,7 @@ def test_the_compile_layer_imports_lazily(python: Run) -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def code_lines(text: str) -> int:
-    """Lines of a module but those of the docstrings of classes and functions."""
-    kinds = (ast.ClassDef, ast.FunctionDef)
-    owners = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds) and ast.get_docstring(node)]
-    docstrings = [owner.body[0] for owner in owners]
-    return len(text.splitlines()) - sum((node.end_lineno or 0) - node.lineno + 1 for node in docstrings)
-
-
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_every_file_says_its_license_and_stays_short(path: Path) -> None:
-    """Docstrings of a public class may take a file over 400 lines; code may not."""
+def test_every_file_says_its_license(path: Path) -> None:
     text = path.read_text()
     assert not text or text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
-    assert code_lines(text) <= 400 and len(text.splitlines()) <= 500

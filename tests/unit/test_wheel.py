@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -28,27 +29,35 @@ def layer(world):
         received = ep.dispatch(x, torch.tensor([[0], [1], [1]]))
         return received.counts.tolist(), torch.equal(ep.combine(received.tokens, received.handle), x)
 
-print(moegen.__file__, find("templates"), find("generated"))
+print(moegen.__file__, find("templates"))
 print(moegen.LocalWorld(2).run(layer))
 """
 
 
-def run(*command: str | Path, cwd: Path, **variables: str) -> str:
+def ran(*command: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MOEGEN"))}
     environment = {**kept, **variables}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
+    done = ran(*command, cwd=cwd, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the sdist, which is built from a copy of what the repository holds."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, built from a copy of what the repository holds, and the wheel that is built from it."""
     folder = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
-    assert len(list(folder.glob("*.tar.gz"))) == 1
-    (built,) = folder.glob("*.whl")
-    return built
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (wheel,) = built.glob("*.whl")
+    return wheel
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +84,25 @@ def dependency_paths() -> list[str]:
 def test_the_wheel_is_pure_and_whole(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for folder in ("templates", "generated"):
-        files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
-        assert files and files <= {name.removeprefix("moegen/") for name in names}
+    templates = files_of("templates")
+    assert templates and templates <= {name.removeprefix("moegen/") for name in names}
+    assert not [name for name in names if name.startswith("moegen/generated/")], "kernels are rendered, not carried"
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "moegen").rglob("*.py")}
     tables = {path.relative_to(ROOT).as_posix() for path in (ROOT / "moegen" / "tuning").glob("*.json")}
     assert tables and modules | tables | {"moegen/py.typed"} <= set(names)
     assert not [name for name in names if not name.startswith(("moegen/", "moegen-"))]
+
+
+def files_of(folder: str) -> set[str]:
+    return {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
+
+
+def test_the_sdist_has_what_tests_read_and_no_results(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert files_of("generated") <= names and files_of("templates") <= names
+    assert not [name for name in names if name.startswith("bench/")]
 
 
 def test_a_host_kernel_runs_from_the_wheel(python: Path, tmp_path: Path) -> None:
@@ -94,6 +115,12 @@ def test_a_host_kernel_runs_from_the_wheel(python: Path, tmp_path: Path) -> None
     assert result == "[([2], True), ([4], True)]"
 
 
-def test_the_command_is_installed(python: Path, tmp_path: Path) -> None:
-    text = run(python.parent / "moegen", "list", cwd=tmp_path, MOEGEN_CACHE_DIR=str(tmp_path / "cache"))
-    assert text.startswith("ll_dispatch_")
+def test_the_command_needs_no_checkout_but_to_write_one(python: Path, tmp_path: Path) -> None:
+    command, cache = python.parent / "moegen", {"MOEGEN_CACHE_DIR": str(tmp_path / "cache")}
+    stems = run(command, "list", cwd=tmp_path, **cache).split()
+    assert stems[0].startswith("ll_dispatch_")
+    (committed,) = (ROOT / "generated").rglob(f"{stems[0]}.cu")
+    assert run(command, "show", stems[0], cwd=tmp_path, **cache) == committed.read_text()
+    for options in ([], ["--check"]):
+        refused = ran(command, "generate", *options, cwd=tmp_path, **cache)
+        assert refused.returncode == 1 and "run `moegen generate` in a clone" in refused.stderr

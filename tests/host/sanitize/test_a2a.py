@@ -62,10 +62,10 @@ FLAGS = {
 """How a block announces its rows."""
 
 TAGS = {
-    "tag_barrier": barrier_before(r"store_release_sys\(tag_at\(", "team_sync"),
+    "tag_barrier": barrier_before(r"store_release_sys\(tag_at\(", r"Group::sync"),
     "tag_store": relaxed_store(r"tag_at\("),
     "tag_load": relaxed_load("tag"),
-    "tag_vote": Edit(KERNEL, r"(wait_for\(watch, what[^}]*\}\);\s*\}\s*)team_sync\(\);", r"\1"),
+    "tag_vote": Edit(KERNEL, r"(wait_for\(watch, what[^}]*\}\);\s*\}\s*)Group::sync\(\);", r"\1"),
 }
 """How a team announces a row of combine, and how another learns of it."""
 
@@ -93,7 +93,7 @@ each warp has counted.
 """
 
 COPIES = {
-    "settle": Edit(KERNEL, r"if \(team_thread\(\) == 0\) bulk_wait<0>\(\);", ""),
+    "settle": Edit(KERNEL, r"if \(Group::thread\(\) == 0\) bulk_wait<0>\(\);", ""),
     "stage": Edit(KERNEL, r"bulk_wait_read<0>\(\);", ""),
     "loaded": Edit(KERNEL, r"while \(!mbarrier_test\(loaded, [^)]*\)\) poll_pause\(\);", "(void)loaded;"),
 }

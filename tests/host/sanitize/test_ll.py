@@ -46,11 +46,11 @@ relaxed 16-byte atomics, which are no data race.
 TAG = r"tag_at\("
 OF_DISPATCH = {
     "tag_store": relaxed_store(TAG),
-    "tag_barrier": barrier_before(rf"store_release_sys\({TAG}", "team_sync"),
+    "tag_barrier": barrier_before(rf"store_release_sys\({TAG}", r"Group::sync"),
 }
 OF_COMBINE = {
     "tag_store": relaxed_store("tag, "),
-    "tag_barrier": barrier_before(r"\}\s*announce\(sent", "team_sync"),
+    "tag_barrier": barrier_before(r"\}\s*announce\(sent", r"Group::sync"),
 }
 
 WEAKENED = [
@@ -60,7 +60,9 @@ WEAKENED = [
     weakened(ROW, "dispatch", "entering_acquire", entering("__ATOMIC_RELEASE")),
 ]
 UNORDERED_REPORT = weakened(ROW, "dispatch", "report", REPORT)
-BEYOND = weakened(ROW, "dispatch", "beyond", Edit(KERNEL, r"(p\.topk_weights\[[^]]*\+ team_thread\(\))\]", r"\1 + 1]"))
+BEYOND = weakened(
+    ROW, "dispatch", "beyond", Edit(KERNEL, r"(p\.topk_weights\[[^]]*\+ Group::thread\(\))\]", r"\1 + 1]")
+)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `scripts/compare_kernels.py` is made of."""
