@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from moegen.limits import ceil_div
-
 if TYPE_CHECKING:
     import torch
 
@@ -114,7 +112,7 @@ class Format:
     def scales_shape(self, tokens: int, hidden: int) -> tuple[int, int]:
         """Of the tensor that holds so many rows' scales, in whole tiles."""
         rows, columns = SCALE_LAYOUTS[self.scales.layout]
-        return ceil_div(tokens, rows) * rows, ceil_div(hidden // self.group, columns) * columns
+        return -(-tokens // rows) * rows, -(-(hidden // self.group) // columns) * columns
 
     @cached_property
     def dtype(self) -> torch.dtype:
