@@ -43,8 +43,8 @@ _ROWS_CATALOG: tuple[tuple[str, int, dict[str, Any]], ...] = (
 others, the whole ops.
 """
 
-_PAYLOADS = (2, 4, 4)
-"""Of the one-sided kernels that are built beforehand: bytes of hidden's elements, of ids and of weights."""
+_ID_BYTES, _WEIGHT_BYTES = 4, 4
+"""Of payloads of the one-sided kernels that are built beforehand; their tokens are what combine takes."""
 
 FAMILIES = ("ll", "ht", "a2a", "coll")
 
@@ -149,15 +149,15 @@ def _specs(name: str, num_ranks: int, capacities: Sequence[int], **options: Any)
 def _one_sided(name: str, num_ranks: int, capacities: Sequence[int], **options: Any) -> Iterator[Spec]:
     """Dispatch of tokens, ids and weights, and combine: from any memory and in place, or what path collective has."""
     layer = preset(name)
-    element, id_bytes, weight_bytes = _PAYLOADS
-    widths = (element * layer.hidden, id_bytes * layer.num_topk, weight_bytes * layer.num_topk)
+    beside = (_ID_BYTES * layer.num_topk, _WEIGHT_BYTES * layer.num_topk)
     for capacity in capacities:
         problem = Problem(
             num_ranks, layer.num_experts, layer.num_topk, layer.hidden, capacity, layout="rank", **options
         )
-        yield dispatch_spec(problem, widths)
         both = (False,) if problem.path == "collective" else (False, True)
-        yield from (combine_spec(problem, "bf16", "bf16", pulls=pulls) for pulls in both)
+        adds = [combine_spec(problem, "bf16", "bf16", pulls=pulls) for pulls in both]
+        yield dispatch_spec(problem, (adds[0].row_bytes, *beside))
+        yield from adds
         if problem.path == "collective":
             yield open_spec(problem)
 

@@ -13,6 +13,7 @@ from moegen.base import admission
 from moegen.codegen.integers import as_int
 from moegen.codegen.problem import Problem
 from moegen.errors import CapacityError, InputError
+from moegen.limits import MAX_SMS, VECTOR_BYTES
 
 
 class Placed(Protocol):
@@ -34,12 +35,7 @@ class Owner(Placed, Protocol):
     def local_experts(self) -> range: ...
 
 
-MAX_SMS = 1024
-"""Thread blocks per launch that a caller may ask for."""
-
 HANDLE_MEMORY = "the memory of the handle"
-_ROW_ALIGNMENT = 16
-MAX_SLOTS = 16
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -97,12 +93,10 @@ def tokens(owner: Owner, x: torch.Tensor) -> torch.Tensor:
             f"{x.shape[0]} tokens are more than this object was made for; make it with "
             f"max_tokens_per_rank={x.shape[0]} (now {problem.max_tokens}) or dispatch in parts"
         )
-    rows_fit = (
-        x.stride(1) == 1 and x.stride(0) >= problem.hidden and x.stride(0) * x.element_size() % _ROW_ALIGNMENT == 0
-    )
+    rows_fit = x.stride(1) == 1 and x.stride(0) >= problem.hidden and x.stride(0) * x.element_size() % VECTOR_BYTES == 0
     if x.shape[0] <= 1 or not rows_fit:
         x = x.contiguous()
-    return x if x.data_ptr() % _ROW_ALIGNMENT == 0 else x.clone()
+    return x if x.data_ptr() % VECTOR_BYTES == 0 else x.clone()
 
 
 def topk_idx(owner: Placed, ids: torch.Tensor, num_tokens: int, used: torch.Tensor | None) -> torch.Tensor:
@@ -138,13 +132,13 @@ def num_tokens(owner: Placed, count: torch.Tensor | None) -> torch.Tensor | None
 def readable(tensor: torch.Tensor) -> torch.Tensor:
     """What a kernel reads by 16 bytes: the tensor itself, or a copy of it."""
     tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % _ROW_ALIGNMENT == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % VECTOR_BYTES == 0 else tensor.clone()
 
 
 def require_writable(name: str, tensor: torch.Tensor) -> None:
     """What a kernel writes by 16 bytes."""
-    if not tensor.is_contiguous() or tensor.data_ptr() % _ROW_ALIGNMENT != 0:
-        raise InputError(f"{name} is contiguous and {_ROW_ALIGNMENT}-byte aligned; got strides {tensor.stride()}")
+    if not tensor.is_contiguous() or tensor.data_ptr() % VECTOR_BYTES != 0:
+        raise InputError(f"{name} is contiguous and {VECTOR_BYTES}-byte aligned; got strides {tensor.stride()}")
 
 
 def total_counts(owner: Owner, totals: torch.Tensor | None) -> None:

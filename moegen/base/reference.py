@@ -11,6 +11,9 @@ BF16_ROUNDING = 2.0**-8
 FP32_ROUNDING = 2.0**-24
 """Unit roundoff: half an ulp of a number with 8 and 24 significant bits, relative to that number."""
 
+SMALLEST_BF16 = 2.0**-133
+LARGEST_E4M3 = 448.0
+
 
 def expert_ranges(num_experts: int, num_ranks: int) -> list[range]:
     """The experts of each rank: contiguous, the first `num_experts % num_ranks` ranks hold one more."""

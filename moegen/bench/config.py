@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moegen.base.arguments import MAX_SLOTS
 from moegen.bench.routing import ROUTINGS
 from moegen.errors import InputError
-from moegen.formats import QUANTIZED
-from moegen.low_latency.spec import scale_words
+from moegen.formats import BF16, QUANTIZED, ROWS, Format
+from moegen.limits import MAX_SLOTS
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class LowLatencyConfig:
     @property
     def row_bytes(self) -> int:
         """Payload of one token and of one partial sum: bf16."""
-        return 2 * self.hidden
+        return BF16.row_bytes(self.hidden)
 
     @property
     def combine_row_bytes(self) -> int:
@@ -108,9 +107,12 @@ class LowLatencyConfig:
     @property
     def dispatch_row_bytes(self) -> int:
         """Payload of one token as dispatch sends it, its scales included."""
-        if not self.quantize:
-            return self.row_bytes
-        return self.hidden + 4 * scale_words(self.hidden, QUANTIZED[self.quantize])
+        return self.sent.moved_bytes(self.hidden)
+
+    @property
+    def sent(self) -> Format:
+        """How dispatch sends tokens."""
+        return ROWS[QUANTIZED[self.quantize]] if self.quantize else BF16
 
     @property
     def virtual(self) -> bool:

@@ -106,8 +106,7 @@ class Buffers:
         self.x = [self.x_of(world.rank, index).clone() for index in range(count)]
         self.combined = [torch.empty(tokens, config.hidden, dtype=dtype, device=device) for _ in range(count)]
         self.quantize = config.quantize
-        received = torch.float8_e4m3fn if config.quantize else dtype
-        self.out = [torch.empty(shape, dtype=received, device=device) for _ in range(rows)]
+        self.out = [torch.empty(shape, dtype=config.sent.dtype, device=device) for _ in range(rows)]
         self.y = [table[self.table_rows(world.rank, index).to(device)] for index in range(rows)]
 
     def x_of(self, rank: int, index: int) -> torch.Tensor:

@@ -18,9 +18,6 @@ from moegen.codegen.spec import Spec, tag
 from moegen.limits import MAX_BLOCK_WARPS, MAX_RANKS, WARP_SIZE
 
 BARRIER_PHASES = {"kArrival": "the arrival at the benchmark's barrier"}
-VECTOR_BYTES = 16
-"""What one thread moves at once."""
-
 MAX_IN_FLIGHT = 32
 
 

@@ -27,6 +27,7 @@ from moegen.codegen.problem import Problem
 from moegen.codegen.spec import WarpGroups
 from moegen.compile.target import Target
 from moegen.errors import InputError, SpecError
+from moegen.formats import ROWS
 from moegen.low_latency.api import ExpertParallel
 from moegen.low_latency.select import fitted, row_bytes, select
 from moegen.runtime.worlds import RankWorld
@@ -39,7 +40,7 @@ Json = dict[str, Any]
 FORMS = {"dispatch": ("dispatch",), "combine": ("combine", "combine_weighted")}
 """Op -> what is timed of it; its figure is the mean, because one choice serves all forms."""
 
-QUANTIZE = {"bf16": "", "fp8": "fp8"}
+QUANTIZE = {word: ROWS[word].quantize for word in tuning.DTYPES["dispatch"]}
 """Dtype of dispatch -> the user's word. What comes back is bf16 in any case, so combine is timed with the first."""
 
 

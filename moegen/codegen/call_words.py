@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from moegen.codegen.params import Param
-from moegen.limits import MAX_RANKS
+from moegen.formats import SUMMANDS
+from moegen.limits import MAX_RANKS, MAX_SENDERS, MAX_STATS, MAX_TOKENS_PER_RANK
 
 ON_PATH_COLLECTIVE = {
     "coll_place": "ht_dispatch",
@@ -48,24 +49,25 @@ class Field:
     text: Callable[[int], str] | None
 
 
-ROW_DTYPES = ("bf16", "fp16", "fp32", "e4m3")
+_MAX_TOKENS_BITS = (MAX_TOKENS_PER_RANK - 1).bit_length()
+"""Numbers of tokens from 1 on, less 1."""
 
 FIELDS: dict[str, tuple[Field, ...]] = {
     "ll_combine": (Field("topk_weights", 1, _whether),),
     "ht_dispatch": (Field("mode or handle", 2, _one_of('mode "capacity"', 'mode "exact"', "a handle")),),
     "ht_combine": (Field("weighted", 1, _yes), Field("topk_weights", 1, _whether)),
     "a2a_dispatch": (
-        Field("", 9, None),  # zeros; the number of sending blocks travels there
+        Field("", MAX_SENDERS.bit_length(), None),  # zeros; the number of sending blocks travels there
         Field("active_ranks", 7, None),
         Field("payloads (how many, in which order, of which widths and dtypes)", 16, None),
-        Field("max_tokens", 20, lambda value: str(value + 1)),
-        Field("stats", 11, _words),
+        Field("max_tokens", _MAX_TOKENS_BITS, lambda value: str(value + 1)),
+        Field("stats", MAX_STATS.bit_length(), _words),
     ),
     "a2a_combine": (
-        Field("dtype of y", 2, _one_of(*ROW_DTYPES)),
+        Field("dtype of y", (len(SUMMANDS) - 1).bit_length(), _one_of(*SUMMANDS)),
         Field("expert_rows() as y", 1, _yes),
         Field("active_ranks", 7, None),
-        Field("max_tokens of the handle", 20, lambda value: str(value + 1)),
+        Field("max_tokens of the handle", _MAX_TOKENS_BITS, lambda value: str(value + 1)),
     ),
 }
 """By op, from the lowest bit up."""

@@ -16,7 +16,7 @@ class Problem:
     Attributes:
         num_ranks, num_experts, num_topk, hidden: the layer.
         max_tokens: capacity, tokens per rank.
-        dtype: of the tokens as they travel, a word of `moegen.low_latency.spec.SCALES_PER_WORD`.
+        dtype: of the tokens as they travel, a word of `moegen.formats.ROWS`; or combine's rows, of SUMMANDS.
         layout: of what dispatch returns, e.g. "expert".
         path: "ipc".
         on_host: the ranks run on CPUs, where a thread costs a switch and not a lane.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from moegen.codegen.call_words import pack
 from moegen.codegen.spec import Spec, rare, tag
-from moegen.formats import FORMATS, FP8_GROUP, RowFormat
+from moegen.formats import BF16, ROWS, Format
 from moegen.limits import (
     MAX_BLOCK_WARPS,
     MAX_EXPERTS,
@@ -16,6 +16,8 @@ from moegen.limits import (
     MAX_ROW_BYTES,
     MAX_SHARED_BYTES,
     MAX_TOPK,
+    PIECE_WORDS,
+    VECTOR_BYTES,
     WARP_SIZE,
     ceil_div,
 )
@@ -23,16 +25,8 @@ from moegen.limits import (
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-PIECE_BYTES = 16
-
-PIECE_WORDS = 3
-"""32-bit words of counts and plan entries in 16 bytes, which carry their epoch."""
-
 CHUNK = 64
 """Tokens that one block plans at a time: two words of bits per counter."""
-
-AHEAD_IN_DISPATCH, AHEAD_IN_COMBINE = 7, 4
-"""16-byte vectors of a part. Seven divide rows of 7168 elements; combine has three parts under way, and sums of one."""
 
 PHASE_WORDS = ("whole", "plan", "rows")
 """What one launch of dispatch does: all of it, only tell every rank which rows come where, or only move rows by a plan
@@ -56,7 +50,7 @@ def require_routing(spec: Any) -> None:
 class RowSpec(Spec):
     """What dispatch and combine of rows have in common."""
 
-    dtype: str = tag(one_of=tuple(FORMATS))
+    dtype: str = tag(one_of=tuple(ROWS))
     layout: str = tag(one_of=LAYOUTS)
     num_ranks: int = tag("r")
     hidden: int = tag("h")
@@ -65,15 +59,16 @@ class RowSpec(Spec):
     path: str = tag(one_of=("ipc",))
     num_warps: int = tag("w")
     most_ahead: ClassVar[int]
+    """16-byte vectors of a part that a lane may have under way."""
 
     def validate(self) -> None:
         require_routing(self)
         self.require(
-            self.row_bytes > 0 and 2 * self.hidden <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
-            f"a row is a multiple of 16 bytes up to {MAX_ROW_BYTES} (of bf16); hidden {self.hidden} in {self.dtype} "
-            f"gives {self.row_bytes}",
+            self.row_bytes > 0 and BF16.row_bytes(self.hidden) <= MAX_ROW_BYTES and self.row_bytes % VECTOR_BYTES == 0,
+            f"a row is a multiple of {VECTOR_BYTES} bytes up to {MAX_ROW_BYTES} (of bf16); hidden {self.hidden} in "
+            f"{self.dtype} gives {self.row_bytes}",
         )
-        group = FP8_GROUP * self.format.scales_per_word
+        group = self.format.word_elements
         self.require(
             not group or self.hidden % group == 0,
             f"hidden is a multiple of {group} in {self.dtype}; got {self.hidden}",
@@ -91,22 +86,21 @@ class RowSpec(Spec):
         raise NotImplementedError
 
     @property
-    def format(self) -> RowFormat:
-        return FORMATS[self.dtype]
+    def format(self) -> Format:
+        return ROWS[self.dtype]
 
     @property
     def quantises(self) -> bool:
-        return self.format.quantised_here
+        return self.format.quantized_here
 
     @property
     def row_bytes(self) -> int:
-        return self.hidden * self.format.element_bytes
+        return self.format.row_bytes(self.hidden)
 
     @property
     def scale_words(self) -> int:
         """32-bit words of scales that travel with a row."""
-        per_word = self.format.scales_per_word
-        return self.hidden // (FP8_GROUP * per_word) if per_word else 0
+        return self.format.scale_words(self.hidden)
 
     @property
     def block_threads(self) -> int:
@@ -119,7 +113,7 @@ class RowSpec(Spec):
     @property
     def vectors_ahead(self) -> int:
         """16-byte vectors of a row that a lane has under way at once: fewer in short rows."""
-        return max(1, min(self.most_ahead, ceil_div(self.row_bytes // PIECE_BYTES, WARP_SIZE)))
+        return max(1, min(self.most_ahead, ceil_div(self.row_bytes // VECTOR_BYTES, WARP_SIZE)))
 
     @property
     def packed(self) -> bool:
@@ -142,7 +136,6 @@ class RowDispatch(RowSpec):
     phase: str = tag(one_of=PHASE_WORDS)
     rows: str = rare("placed", "borrowed")
     chunk: ClassVar[int] = CHUNK
-    most_ahead: ClassVar[int] = AHEAD_IN_DISPATCH
 
     def in_phase(self, phase: str) -> Self:
         return replace(self, phase=phase)
@@ -186,7 +179,7 @@ class RowDispatch(RowSpec):
     @property
     def record_bytes(self) -> int:
         """Of a row and its scales, as they are staged."""
-        return ceil_div(self.row_bytes + 4 * self.scale_words, PIECE_BYTES) * PIECE_BYTES
+        return ceil_div(self.format.moved_bytes(self.hidden), VECTOR_BYTES) * VECTOR_BYTES
 
     @property
     def num_counters(self) -> int:
@@ -210,13 +203,12 @@ class RowCombine(RowSpec):
     dtype: str = tag(one_of=("bf16",))
     plans: ClassVar[bool] = False
     moves: ClassVar[bool] = True
-    most_ahead: ClassVar[int] = AHEAD_IN_COMBINE
     borrowed: ClassVar[bool] = False
 
     @property
     def record_bytes(self) -> int:
         """Of a row and its weights, as they are staged."""
-        return self.row_bytes + ceil_div(4 * self.num_topk, PIECE_BYTES) * PIECE_BYTES
+        return self.row_bytes + ceil_div(4 * self.num_topk, VECTOR_BYTES) * VECTOR_BYTES
 
     @property
     def shared_bytes(self) -> int:

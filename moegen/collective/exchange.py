@@ -21,7 +21,8 @@ from moegen.collective.row_spec import (
     chunks,
 )
 from moegen.errors import CapacityError
-from moegen.runtime.bound import CONTROL_WORDS, BoundKernel, signed
+from moegen.limits import CONTROL_WORDS
+from moegen.runtime.bound import BoundKernel, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.stages import Stages

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import ClassVar
 
 from moegen.codegen.params import Param, ParamStruct, read_if
-from moegen.codegen.row_spec import PIECE_BYTES, RowCombine, RowDispatch
+from moegen.codegen.row_spec import RowCombine, RowDispatch
 from moegen.codegen.spec import rare, tag
-from moegen.limits import CHUNK_ALIGNMENT, ceil_div
+from moegen.limits import CHUNK_ALIGNMENT, VECTOR_BYTES, ceil_div
+from moegen.tuning.under_way import ROW_AHEAD
 
 HEADER_WORDS = 4
 """32-bit words ahead of a chunk's counts: the object and the call that it belongs to, the call word, and a zero."""
@@ -92,6 +94,7 @@ class CollectiveSend(_Chunked, RowDispatch, family="coll", op="send"):
     layout: str = tag(one_of=("token", "packed", "expert"))
     path: str = tag(one_of=("collective",))
     rows: str = rare("placed")
+    most_ahead: ClassVar[int] = ROW_AHEAD["dispatch"]
 
     @property
     def count_words(self) -> int:
@@ -107,7 +110,7 @@ class CollectiveSend(_Chunked, RowDispatch, family="coll", op="send"):
     @property
     def entry_bytes(self) -> int:
         """Of what is told of a row: its token, then a selection and a weight for each k."""
-        return ceil_div(4 * self.entry_words, PIECE_BYTES) * PIECE_BYTES if self.plans else 0
+        return ceil_div(4 * self.entry_words, VECTOR_BYTES) * VECTOR_BYTES if self.plans else 0
 
     def records_offset(self, rows: int) -> int:
         """Where rows begin in a chunk that has room for so many."""
@@ -206,6 +209,7 @@ class CollectiveReturn(_Chunked, RowCombine, family="coll", op="return"):
     """
 
     path: str = tag(one_of=("collective",))
+    most_ahead: ClassVar[int] = ROW_AHEAD["combine"]
 
     @property
     def header_bytes(self) -> int:

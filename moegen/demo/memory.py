@@ -18,7 +18,7 @@ from moegen.presets import PRESETS
 PROCESS_BYTES = 300 * 10**6
 """Of one Python process with torch, on the CPU."""
 
-_BF16, _FP32, _FP64 = 2, 4, 8
+_BF16, _FP32, _FP64 = torch.bfloat16.itemsize, torch.float32.itemsize, torch.float64.itemsize
 
 
 @dataclass(frozen=True)

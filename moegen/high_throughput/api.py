@@ -30,7 +30,7 @@ from moegen.high_throughput.results import (
     tensors_in,
 )
 from moegen.high_throughput.select import CollectiveRowSelection, select_rows
-from moegen.limits import FIRST_EPOCH
+from moegen.limits import FIRST_EPOCH, MAX_ALIGNMENT, MAX_EPOCH
 from moegen.runtime.ownership import exclusive, lasting
 from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.streams import CommStream, Event
@@ -124,8 +124,8 @@ class HighThroughput(RowCalls, Staged):
         arguments.one_of("mode", mode, checks.MODES)
         if borrow and mode != "capacity":
             raise InputError('borrow is for mode "capacity": there is nothing to make of the right size')
-        first_epoch = arguments.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
-        alignment = arguments.in_range("alignment", alignment, 1, 2**16)
+        first_epoch = arguments.in_range("first_epoch", first_epoch, FIRST_EPOCH, MAX_EPOCH)
+        alignment = arguments.in_range("alignment", alignment, 1, MAX_ALIGNMENT)
         num_sms = arguments.num_sms(num_sms)
         arguments.seconds("timeout", timeout)
         arguments.one_of("path", path, ("auto", *PATHS))

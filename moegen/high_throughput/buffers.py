@@ -10,10 +10,8 @@ import torch
 
 from moegen.codegen.problem import Problem
 from moegen.codegen.row_spec import RowDispatch
-from moegen.limits import ceil_div
+from moegen.limits import VECTOR_BYTES, WORD_BYTES, ceil_div
 
-_WORD_BYTES = 4
-_COLUMN_WORDS = 4
 OF_HANDLE = ("token_ranks", "tokens_sent", "first_rows", "row_tokens", "row_slots", "row_weights", "own_rows")
 
 
@@ -110,8 +108,7 @@ class RowMemory:
         if spec.packed:
             most = rows * min(problem.num_topk, local_experts) + (alignment - 1) * local_experts
             self.capacity = ceil_div(most, alignment) * alignment
-        self.dtype = torch.bfloat16 if spec.dtype == "bf16" else torch.float8_e4m3fn
-        self.scales_dtype = torch.int32 if spec.format.scales_per_word > 1 else torch.float32
+        self.dtype, self.scales_dtype = spec.format.dtype, spec.format.scale_dtypes[0]
 
     def empty_numbers(self) -> torch.Tensor:
         return torch.empty(self.words, dtype=torch.int32, device=self._device)
@@ -119,10 +116,10 @@ class RowMemory:
     def numbers(self, memory: torch.Tensor) -> Numbers:
         """The numbers that lie in `memory`: a dispatch's, or `empty_numbers()`."""
         base = memory.data_ptr()
-        return Numbers(memory, tuple(base + _WORD_BYTES * self._at[name] for name in OF_HANDLE), self)
+        return Numbers(memory, tuple(base + WORD_BYTES * self._at[name] for name in OF_HANDLE), self)
 
     def address(self, memory: torch.Tensor, name: str) -> int:
-        return memory.data_ptr() + _WORD_BYTES * self._at[name]
+        return memory.data_ptr() + WORD_BYTES * self._at[name]
 
     def lend(self, staged: torch.Tensor) -> None:
         """Rows are not made but lie here, uint8, a record for each (source, token)."""
@@ -132,7 +129,7 @@ class RowMemory:
         """Tokens and scales, [source, token, ...], as they were received."""
         spec = self._spec
         records = self._lent[: self.capacity * spec.record_bytes].view(spec.num_ranks, -1, spec.record_bytes)
-        end = spec.row_bytes + _WORD_BYTES * spec.scale_words
+        end = spec.row_bytes + WORD_BYTES * spec.scale_words
         tokens = records[:, :, : spec.row_bytes].view(self.dtype)
         return tokens, records[:, :, spec.row_bytes : end].view(self.scales_dtype) if spec.scale_words else None
 
@@ -162,7 +159,7 @@ class RowMemory:
             tokens = make((number, self._hidden), self.dtype)
         words = self._spec.scale_words
         if scales is None and words:
-            column = ceil_div(number, _COLUMN_WORDS) * _COLUMN_WORDS
+            column = ceil_div(WORD_BYTES * number, VECTOR_BYTES) * VECTOR_BYTES // WORD_BYTES
             shape = (words, column) if by_column else (number, words)
             scales = make(shape, self.scales_dtype)
             scales = scales.t()[:number] if by_column else scales

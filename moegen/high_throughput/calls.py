@@ -18,6 +18,7 @@ from moegen.high_throughput.ops import HighThroughputOps
 from moegen.high_throughput.ops_collective import CollectiveRows
 from moegen.high_throughput.results import DispatchedRows, Given, RowsHandle
 from moegen.high_throughput.select import CollectiveRowSelection, RowSelection
+from moegen.limits import MAX_ROWS
 from moegen.runtime.streams import current_stream, record
 
 Tensor = torch.Tensor
@@ -160,7 +161,7 @@ class RowCalls(Membership[HighThroughputOps | CollectiveRows]):
         """
         memory = checks.handle_memory(self, memory, self.row_memory.words)
         num_tokens = arguments.in_range("num_tokens", num_tokens, 0, self.problem.max_tokens)
-        rows = arguments.in_range("rows", rows, 0, checks.MAX_ROWS)
+        rows = arguments.in_range("rows", rows, 0, MAX_ROWS)
         numbers = self.row_memory.numbers(memory)
         if self.mode == "exact" and self.problem.path == "collective":
             numbers = replace(numbers, sources=numbers.source_counts.tolist())

@@ -12,11 +12,11 @@ from moegen.base import admission, arguments
 from moegen.codegen.problem import Problem
 from moegen.codegen.row_spec import LAYOUTS
 from moegen.errors import CapacityError, HandleError, InputError
-from moegen.formats import FORMATS, QUANTIZED
+from moegen.formats import BF16, QUANTIZED, ROWS
 from moegen.high_throughput.buffers import RowMemory
 from moegen.high_throughput.results import Given, RowsHandle
 from moegen.high_throughput.select import CollectiveRowSelection, RowSelection
-from moegen.limits import MAX_TOKENS_PER_RANK
+from moegen.limits import MAX_BIASES, MAX_ROWS, MAX_TOKENS_PER_RANK
 
 
 class RowOwner(arguments.Owner, Protocol):
@@ -30,11 +30,12 @@ class RowOwner(arguments.Owner, Protocol):
     def row_memory(self) -> RowMemory: ...
 
 
-_GIVEN_SCALES = {torch.float32: "e4m3", torch.int32: "e4m3ue8m0"}
+_GIVEN = [form for form in ROWS.values() if form.given]
+_GIVEN_SCALES = {form.scale_dtypes[0]: form.word for form in _GIVEN}
 """Dtype of the scales of given FP8 tokens -> how they travel."""
+_DTYPES = tuple(dict.fromkeys(form.dtype for form in (BF16, *_GIVEN)))
+"""Of the tokens that dispatch takes."""
 
-MAX_BIASES = 2
-MAX_ROWS = 2**31 - 1
 MODES = ("capacity", "exact")
 
 
@@ -55,12 +56,12 @@ def problem(
 ) -> Problem:
     """The arguments that decide the kernels; what only the Spec can judge is judged there."""
     arguments.one_of("layout", layout, LAYOUTS)
-    arguments.one_of("dtype", dtype, (torch.bfloat16, torch.float8_e4m3fn))
+    arguments.one_of("dtype", dtype, _DTYPES)
     arguments.one_of("quantize", quantize, (None, *QUANTIZED))
     arguments.one_of("scale_dtype", scale_dtype, tuple(_GIVEN_SCALES))
     max_tokens_per_rank = arguments.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
-    word = "bf16" if quantize is None else QUANTIZED[quantize]
-    if dtype == torch.float8_e4m3fn:
+    word = BF16.word if quantize is None else QUANTIZED[quantize]
+    if dtype != BF16.dtype:
         if quantize is not None:
             raise InputError("tokens of dtype float8_e4m3fn are quantised already; leave quantize out")
         word = _GIVEN_SCALES[scale_dtype]
@@ -122,8 +123,7 @@ def all_fit(owner: RowOwner, tokens: Sequence[int]) -> None:
 
 def given_tokens(owner: RowOwner, x: torch.Tensor | Given) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Tokens and, if the caller quantised them, their scales."""
-    form = FORMATS[owner.problem.dtype]
-    if not form.given:
+    if not ROWS[owner.problem.dtype].given:
         if isinstance(x, tuple):
             raise InputError(
                 "this object takes bfloat16 tokens; make it with dtype=torch.float8_e4m3fn for (x, scales)"

@@ -20,8 +20,8 @@ from moegen.base import admission, arguments
 from moegen.errors import HandleError, InputError
 from moegen.high_throughput.api import HighThroughput, by_number
 from moegen.high_throughput.buffers import Numbers
-from moegen.high_throughput.checks import MAX_ROWS
 from moegen.high_throughput.results import RowsHandle
+from moegen.limits import MAX_ROWS
 
 _ROWS_AT_ONCE = 8192
 """Rows whose products with their gradients are formed in fp32 at a time."""

@@ -10,12 +10,9 @@ from moegen.high_throughput.results import Layout
 from moegen.runtime.bound import BoundKernel
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.watchdog import Watchdog
+from moegen.tuning.blocks import LAYOUT_MAX_BLOCKS
 
 _VARYING = ("topk_idx", "counters", "token_in_rank", "tokens", "wide_ids")
-
-
-MAX_BLOCKS = 128
-"""More would count fewer tokens each than they have warps, and only add to the additions at the end."""
 
 
 class LayoutOp:
@@ -27,7 +24,7 @@ class LayoutOp:
         self._spec, self._device = spec, device
         self._watchdog = Watchdog([spec.stem], {}, 0.0, pinned=device.type == "cuda")
         fixed = {"failure": self._watchdog.address(0)}
-        blocks = kernel.blocks(ranks_per_device, MAX_BLOCKS if device.type == "cuda" else None)
+        blocks = kernel.blocks(ranks_per_device, LAYOUT_MAX_BLOCKS if device.type == "cuda" else None)
         self._bound = BoundKernel(kernel, spec.params, blocks, fixed, _VARYING)
 
     def __call__(self, topk_idx: torch.Tensor) -> Layout:

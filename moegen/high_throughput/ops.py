@@ -19,8 +19,8 @@ from moegen.high_throughput.results import RowsHandle
 from moegen.high_throughput.roles import roles
 from moegen.high_throughput.select import RowSelection
 from moegen.high_throughput.spec import PHASES, HighThroughputCombine, HighThroughputDispatch
-from moegen.limits import FIRST_EPOCH, ceil_div
-from moegen.runtime.bound import CONTROL_WORDS, BoundKernel, address, signed
+from moegen.limits import CONTROL_WORDS, FIRST_EPOCH, ceil_div
+from moegen.runtime.bound import BoundKernel, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.streams import StreamOrder, current_stream, record

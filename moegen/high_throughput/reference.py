@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moegen.base.reference import BF16_ROUNDING, FP32_ROUNDING, Combined, expert_ranges
+from moegen.base.reference import BF16_ROUNDING, FP32_ROUNDING, SMALLEST_BF16, Combined, expert_ranges
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def combine_rows(
             magnitude += bias.cpu().double().abs()
         additions = num_topk + num_ranks + len(more)
         bound = BF16_ROUNDING * (rounded + exact.abs()) + additions * FP32_ROUNDING * magnitude
-        results.append(Combined(exact, bound * (1 + 2.0**-6) + 2.0**-133))
+        results.append(Combined(exact, bound * (1 + 2.0**-6) + SMALLEST_BF16))
     return results
 
 

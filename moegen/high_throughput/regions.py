@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from moegen.base.regions import offsets
 from moegen.codegen.call_words import REGION_BYTES
-from moegen.codegen.row_spec import PIECE_BYTES
 from moegen.high_throughput.spec import HighThroughputCombine, HighThroughputDispatch
+from moegen.limits import PIECE_BYTES
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from moegen.codegen.problem import Problem
 from moegen.codegen.row_spec import PHASE_WORDS
 from moegen.codegen.spec import Spec
 from moegen.collective.row_spec import CollectivePlace, CollectiveReduce, CollectiveReturn, CollectiveSend
-from moegen.formats import FORMATS
+from moegen.formats import ROWS
 from moegen.high_throughput.layout_spec import HighThroughputLayout
 from moegen.high_throughput.spec import HighThroughputCombine, HighThroughputDispatch
 from moegen.tuning.blocks import GPU_NUM_WARPS, HOST_NUM_WARPS, LAYOUT_NUM_WARPS
@@ -75,7 +75,7 @@ def select_rows(problem: Problem) -> RowSelection | CollectiveRowSelection:
     shape = (problem.layout, problem.num_ranks, problem.hidden, problem.num_topk, problem.num_experts, problem.path)
     rows = "borrowed" if problem.borrowed else "placed"
     warps = dict.fromkeys(GPU_NUM_WARPS, HOST_NUM_WARPS) if problem.on_host else GPU_NUM_WARPS
-    sends = warps["quantising" if FORMATS[problem.dtype].quantised_here else "dispatch"]
+    sends = warps["quantising" if ROWS[problem.dtype].quantized_here else "dispatch"]
     counts = layout_spec(problem.num_ranks, problem.num_topk, problem.num_experts, on_host=problem.on_host)
     if problem.path == "collective":
         return CollectiveRowSelection(

@@ -14,8 +14,9 @@ from typing import ClassVar
 
 from moegen.codegen.call_words import PLACE
 from moegen.codegen.params import Param, ParamStruct, read_if
-from moegen.codegen.row_spec import PIECE_WORDS, RowCombine, RowDispatch
-from moegen.limits import ceil_div
+from moegen.codegen.row_spec import RowCombine, RowDispatch
+from moegen.limits import PIECE_WORDS, ceil_div
+from moegen.tuning.under_way import ROW_AHEAD
 
 PHASES = {
     "kPeerReady": "the end of its previous call",
@@ -76,6 +77,7 @@ class HighThroughputDispatch(RowDispatch, family="ht", op="dispatch"):
     """One launch plans, sends and places rows; see `RowDispatch`."""
 
     phase_words: ClassVar[Mapping[str, str]] = PHASES
+    most_ahead: ClassVar[int] = ROW_AHEAD["dispatch"]
 
     @property
     def awaited(self) -> Mapping[str, bool]:
@@ -152,6 +154,7 @@ class HighThroughputCombine(RowCombine, family="ht", op="combine"):
     """One launch sends partial sums and adds what arrives; see `RowCombine`."""
 
     phase_words: ClassVar[Mapping[str, str]] = PHASES
+    most_ahead: ClassVar[int] = ROW_AHEAD["combine"]
 
     @property
     def awaited(self) -> Mapping[str, bool]:

@@ -13,7 +13,7 @@ from moegen.base import admission, arguments
 from moegen.base.construction import load_on_all_ranks, raise_on_all_ranks
 from moegen.base.stage_timing import Staged
 from moegen.errors import HandleError
-from moegen.limits import FIRST_EPOCH
+from moegen.limits import FIRST_EPOCH, MAX_EPOCH, MAX_SLOTS
 from moegen.low_latency import checks
 from moegen.low_latency.membership import ActiveMembership
 from moegen.low_latency.ops import LowLatency
@@ -105,8 +105,8 @@ class ExpertParallel(ActiveMembership, Staged):
         arguments.one_of("mode", mode, ("capacity",))
         arguments.one_of("family", family, ("auto", "ll"))
         arguments.one_of("path", path, ("auto", *PATHS))
-        first_epoch = arguments.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
-        slots = arguments.in_range("slots", slots, 1, arguments.MAX_SLOTS)
+        first_epoch = arguments.in_range("first_epoch", first_epoch, FIRST_EPOCH, MAX_EPOCH)
+        slots = arguments.in_range("slots", slots, 1, MAX_SLOTS)
         num_sms = arguments.num_sms(num_sms)
         arguments.seconds("timeout", timeout)
         admission.require_real_tensors()

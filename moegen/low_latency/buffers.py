@@ -8,12 +8,10 @@ from itertools import accumulate
 import torch
 
 from moegen.codegen.problem import Problem
-from moegen.formats import SCALES_PER_WORD
+from moegen.formats import ROWS
+from moegen.limits import WORD_BYTES
 from moegen.low_latency.results import Dispatched, GivenNumbers, Handle, NumbersLayout
-from moegen.low_latency.spec import scale_words
 
-_DTYPES = {"bf16": torch.bfloat16}
-_WORD_BYTES = 4
 _NOTHING_GIVEN = GivenNumbers()
 FOR_EVERY_COMBINE = ("first_rows", "row_origin", "row_slots", "row_weights", "token_ranks", "tokens_sent")
 FOR_MASKED_COMBINE = ("selected_ranks", "selected_weights")
@@ -60,14 +58,14 @@ class Received:
         self.layout = NumbersLayout(
             local_experts, ranks, rows, ranges=at["ranges"], counts=at["counts"], row_tokens=at["row_tokens"]
         )
-        self._for_combine = [_WORD_BYTES * at[name] for name in for_combine]
-        self._for_user = [_WORD_BYTES * at[name] for name in _FOR_USER]
+        self._for_combine = [WORD_BYTES * at[name] for name in for_combine]
+        self._for_user = [WORD_BYTES * at[name] for name in _FOR_USER]
         self._device = device
         self.tokens_shape = (local_experts, rows, problem.hidden)
-        self.dtype = _DTYPES.get(problem.dtype, torch.float8_e4m3fn)
-        words = scale_words(problem.hidden, problem.dtype)
+        form = ROWS[problem.dtype]
+        self.dtype, self.scales_dtype = form.dtype, form.scale_dtypes[0]
+        words = form.scale_words(problem.hidden)
         self.scales_storage = (local_experts, words, rows) if words else None
-        self.scales_dtype = torch.int32 if SCALES_PER_WORD[problem.dtype] > 1 else torch.float32
 
     def allocate(
         self,

@@ -22,7 +22,7 @@ from moegen.base.arguments import (
 )
 from moegen.codegen.problem import Problem
 from moegen.errors import HandleError, InputError
-from moegen.formats import QUANTIZED
+from moegen.formats import BF16, QUANTIZED
 from moegen.limits import MAX_TOKENS_PER_RANK
 from moegen.low_latency.results import Dispatched, GivenNumbers, Handle, NumbersLayout
 from moegen.low_latency.spec import LowLatencyDispatch
@@ -34,9 +34,6 @@ class ExpertOwner(arguments.Owner, Protocol):
     _active: torch.Tensor | None
 
     def _alive(self) -> Any: ...
-
-
-_DTYPES = {torch.bfloat16: "bf16"}
 
 
 def problem(
@@ -59,7 +56,7 @@ def problem(
     """The arguments of `ExpertParallel` that decide its kernels; what only the Spec can judge is judged there."""
     one_of("layout", layout, ("expert",))
     one_of("wire", wire, ("auto", *LowLatencyDispatch.words("wire")))
-    one_of("dtype", dtype, tuple(_DTYPES))
+    one_of("dtype", dtype, (BF16.dtype,))
     one_of("quantize", quantize, (None, *QUANTIZED))
     if path == "collective" and (masked or wire != "auto" or warp_groups is not None):
         raise InputError(
@@ -73,7 +70,7 @@ def problem(
         num_topk=num_topk,
         hidden=hidden,
         max_tokens=max_tokens,
-        dtype=_DTYPES[dtype] if quantize is None else QUANTIZED[quantize],
+        dtype=BF16.word if quantize is None else QUANTIZED[quantize],
         layout=layout,
         path=path,
         on_host=on_host,

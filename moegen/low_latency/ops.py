@@ -12,7 +12,7 @@ import torch
 
 from moegen.base.admission import Span
 from moegen.codegen.problem import Problem
-from moegen.limits import FIRST_EPOCH
+from moegen.limits import CONTROL_WORDS, FIRST_EPOCH
 from moegen.low_latency.buffers import FOR_EVERY_COMBINE, Received
 from moegen.low_latency.regions import regions
 from moegen.low_latency.results import Dispatched, Handle
@@ -20,7 +20,7 @@ from moegen.low_latency.roles import roles
 from moegen.low_latency.select import Selection
 from moegen.low_latency.spec import PHASES, LowLatencyCombine, LowLatencyDispatch
 from moegen.low_latency.split_calls import OpenHalf, OpenHalves
-from moegen.runtime.bound import CONTROL_WORDS, BoundKernel, address, signed
+from moegen.runtime.bound import BoundKernel, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.liveness import LEFT_OUT_BYTES, liveness_of
 from moegen.runtime.memory import SymmetricMemory

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from moegen.base.reference import BF16_ROUNDING, FP32_ROUNDING, Combined, expert_ranges
+from moegen.base.reference import (
+    BF16_ROUNDING,
+    FP32_ROUNDING,
+    LARGEST_E4M3,
+    SMALLEST_BF16,
+    Combined,
+    expert_ranges,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,6 @@ class Expected:
 
 
 FP8_GROUP = 128
-FP8_LARGEST = 448.0
 SMALLEST_AMAX = 1e-4
 
 
@@ -54,8 +60,8 @@ def quantise(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, hidden = x.shape
     groups = x.float().reshape(tokens, hidden // FP8_GROUP, FP8_GROUP)
     amax = groups.abs().amax(dim=2).clamp(min=SMALLEST_AMAX)
-    scales = amax * torch.tensor(1 / FP8_LARGEST, dtype=torch.float32, device="cpu")
-    factors = torch.full_like(amax, FP8_LARGEST) / amax  # torch divides a plain number by way of a reciprocal
+    scales = amax * torch.tensor(1 / LARGEST_E4M3, dtype=torch.float32, device="cpu")
+    factors = torch.full_like(amax, LARGEST_E4M3) / amax  # torch divides a plain number by way of a reciprocal
     if kind != "fp8":
         bits = scales.view(torch.int32)
         exponents = (bits >> 23) + ((bits & 0x7FFFFF) != 0).int()
@@ -175,5 +181,5 @@ def combine(
             exact, before = exact * factor, before * factor.abs()
             before = before + 2 * (num_topk + 2) * FP32_ROUNDING * exact.abs()
         bound = before + BF16_ROUNDING * exact.abs()
-        results.append(Combined(exact, bound * (1 + 2.0**-6) + 2.0**-133))
+        results.append(Combined(exact, bound * (1 + 2.0**-6) + SMALLEST_BF16))
     return results

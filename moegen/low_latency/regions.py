@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from moegen.base.regions import offsets
 from moegen.codegen import call_words
-from moegen.limits import ceil_div
-from moegen.low_latency.spec import HALVES, PIECE_BYTES, WEIGHT_PIECE_WORDS, LowLatencyCombine, LowLatencyDispatch
+from moegen.limits import HALVES, PIECE_BYTES, PIECE_WORDS, ceil_div
+from moegen.low_latency.spec import LowLatencyCombine, LowLatencyDispatch
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start
         rows * spec.record_bytes,
         rows * 8 if spec.wire == "row" else 0,
         # Reserved for either combine, so that weights may come at combine on any call.
-        0 if isinstance(spec, LowLatencyDispatch) else rows * ceil_div(spec.num_topk, WEIGHT_PIECE_WORDS) * PIECE_BYTES,
+        0 if isinstance(spec, LowLatencyDispatch) else rows * ceil_div(spec.num_topk, PIECE_WORDS) * PIECE_BYTES,
     )
     return Regions(*offsets(sizes, start))
 

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from moegen.base.roles import Roles
 from moegen.limits import ceil_div
 from moegen.low_latency.spec import LowLatencySpec
-from moegen.tuning.shares import LOW_LATENCY_SEND_SHARE, LOW_LATENCY_SEND_SHARE_OF_MANY
+from moegen.tuning.shares import (
+    FEW_RANKS,
+    LOW_LATENCY_BLOCKS_PER_TELLER,
+    LOW_LATENCY_SEND_SHARE,
+    LOW_LATENCY_SEND_SHARE_OF_MANY,
+)
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,11 @@ def roles(spec: LowLatencySpec, max_tokens: int, resident_blocks: int) -> LowLat
     if resident_blocks == 1:
         return LowLatencyRoles(1, (0, int(sends)), (0, int(receives)), int(sends))
     ranks = spec.num_ranks
-    share, of = (LOW_LATENCY_SEND_SHARE if ranks <= 2 else LOW_LATENCY_SEND_SHARE_OF_MANY)[spec.op]
+    share, of = (LOW_LATENCY_SEND_SHARE if ranks <= FEW_RANKS else LOW_LATENCY_SEND_SHARE_OF_MANY)[spec.op]
     shares = 1
     if spec.op == "dispatch":
-        tell = min(ceil_div(max_tokens, spec.block_threads), max(1, resident_blocks // 8)) if sends else 1
+        most = max(1, resident_blocks // LOW_LATENCY_BLOCKS_PER_TELLER)
+        tell = min(ceil_div(max_tokens, spec.block_threads), most) if sends else 1
         room = resident_blocks - tell
         may_send = room * share // of if receives else room
         shares = max(1, min(ranks - receives, may_send // max_tokens))

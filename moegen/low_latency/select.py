@@ -11,19 +11,16 @@ from moegen.codegen.problem import Problem
 from moegen.codegen.spec import Spec, WarpGroups
 from moegen.collective.row_spec import CollectivePlace, CollectiveReduce, CollectiveReturn, CollectiveSend
 from moegen.errors import SpecError
-from moegen.formats import DTYPE_BYTES, FORMATS
-from moegen.limits import MAX_BLOCK_WARPS, WARP_SIZE, ceil_div
+from moegen.formats import BF16, ROWS
+from moegen.limits import MAX_BLOCK_WARPS, VECTOR_BYTES, WARP_SIZE, ceil_div
 from moegen.low_latency.spec import LowLatencyCombine, LowLatencyDispatch
 from moegen.tuning import Choice, Table
 from moegen.tuning.blocks import GPU_NUM_WARPS, HOST_NUM_WARPS, HOST_WARP_GROUPS
+from moegen.tuning.under_way import LOW_LATENCY_STEPS
 
 Op = TypeVar("Op", LowLatencyDispatch, LowLatencyCombine)
 
-VECTOR_BYTES = 16
-WEIGHTS_OF_VECTOR = 4
-
-MOST_STEPS = 8
-"""Vectors of a row that a thread holds in registers."""
+WEIGHTS_OF_VECTOR = VECTOR_BYTES // 4
 
 
 @dataclass(frozen=True)
@@ -89,9 +86,10 @@ def select_collective(problem: Problem) -> CollectiveSelection:
     by_expert = ("expert", problem.num_ranks, problem.hidden, *routing)
     packed = ("packed", problem.num_ranks, problem.hidden, *routing)
     # K numbers travel as a row of 16-byte vectors, of eight bf16 each.
-    weights = ("bf16", "token", problem.num_ranks, 8 * ceil_div(problem.num_topk, WEIGHTS_OF_VECTOR), *routing)
+    columns = VECTOR_BYTES // BF16.element_bytes * ceil_div(problem.num_topk, WEIGHTS_OF_VECTOR)
+    weights = ("bf16", "token", problem.num_ranks, columns, *routing)
     warps = dict.fromkeys(GPU_NUM_WARPS, HOST_NUM_WARPS) if problem.on_host else GPU_NUM_WARPS
-    sends = warps["quantising" if FORMATS[problem.dtype].quantised_here else "dispatch"]
+    sends = warps["quantising" if ROWS[problem.dtype].quantized_here else "dispatch"]
     return CollectiveSelection(
         CollectiveSend(problem.dtype, *by_expert, sends, "whole"),
         CollectivePlace(problem.dtype, *by_expert, warps["dispatch"], "whole"),
@@ -149,18 +147,18 @@ def warp_groups(problem: Problem, chosen: Choice, dtype: str) -> WarpGroups:
 
 def fitted(wanted: WarpGroups, row_bytes: int) -> WarpGroups:
     """Teams for rows of another length: no more warps than a row has warps' worth of 16-byte vectors, and enough that
-    a thread holds no more than MOST_STEPS.
+    a thread holds no more than LOW_LATENCY_STEPS.
     """
     vectors = row_bytes // VECTOR_BYTES
     warps = 1
-    while (warps < wanted.warps and warps * WARP_SIZE < vectors) or warps * WARP_SIZE * MOST_STEPS < vectors:
+    while (warps < wanted.warps and warps * WARP_SIZE < vectors) or warps * WARP_SIZE * LOW_LATENCY_STEPS < vectors:
         warps *= 2
     return WarpGroups(max(1, min(wanted.groups, MAX_BLOCK_WARPS // warps)), warps)
 
 
 def row_bytes(hidden: int, dtype: str) -> int:
     """Of a token's elements as they travel; of a dtype that no kernel has, as bf16: the Spec refuses it."""
-    return hidden * DTYPE_BYTES.get(dtype, 2)
+    return ROWS.get(dtype, BF16).row_bytes(hidden)
 
 
 def _make(cls: type[Op], problem: Problem, chosen: Choice, **more: str) -> Op:

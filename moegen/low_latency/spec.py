@@ -15,18 +15,24 @@ from typing import TYPE_CHECKING, ClassVar
 from moegen.codegen import call_words
 from moegen.codegen.params import Param, ParamStruct, read_if
 from moegen.codegen.spec import Spec, WarpGroups, rare, tag
-from moegen.formats import DTYPE_BYTES, FP8_GROUP, SCALES_PER_WORD
+from moegen.formats import BF16, ROWS, Format
 from moegen.limits import (
     MAX_BLOCK_WARPS,
     MAX_EXPERTS,
     MAX_RANKS,
     MAX_ROW_BYTES,
     MAX_SHARED_BYTES,
+    MAX_TEAMS,
     MAX_TOPK,
+    PIECE_BYTES,
+    PIECE_WORDS,
+    VECTOR_BYTES,
     WARP_SIZE,
     ceil_div,
 )
 from moegen.low_latency import active_params
+from moegen.tuning import under_way
+from moegen.tuning.blocks import COMBINE_RESIDENT_BLOCKS, COMBINE_RESIDENT_THREADS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,19 +46,11 @@ PHASES = {
 }
 """What a wait of this family waits for: the name in the kernel, and in words for PeerTimeoutError."""
 
-PIECE_WORDS = {"inline": 3, "row": 4}
+WIRE_WORDS = {"inline": PIECE_WORDS, "row": VECTOR_BYTES // 4}
 """32-bit payload words in each 16 bytes of a staged record: `inline` spends the fourth on the epoch."""
 
-PIECE_BYTES = 16
-IDS_OF_PIECE = 6
-"""16-bit expert ids in 16 bytes of routes, which carry their epoch."""
-
-WEIGHT_PIECE_WORDS = 3
-"""Late weights in 16 bytes, which carry their epoch."""
-
-HALVES = 2
-"""Receive buffers per op: an epoch writes into the one that the epoch before last used, so that a sender need not wait
-until the previous epoch has been read."""
+IDS_OF_PIECE = 2 * PIECE_WORDS
+"""16-bit expert ids in a piece of routes."""
 
 PHASE_WORDS = ("whole", "send", "receive")
 """What of an op one launch does: all of it, or (with hooks) one half, the other following in a launch of its own."""
@@ -62,7 +60,7 @@ PHASE_WORDS = ("whole", "send", "receive")
 class LowLatencySpec(Spec):
     """What dispatch and combine of this family have in common."""
 
-    dtype: str = tag(one_of=tuple(SCALES_PER_WORD))
+    dtype: str = tag(one_of=tuple(word for word, form in ROWS.items() if not form.given))
     layout: str = tag(one_of=("expert",))
     num_ranks: int = tag("r")
     hidden: int = tag("h")
@@ -70,7 +68,7 @@ class LowLatencySpec(Spec):
     num_experts: int = tag("e")
     path: str = tag(one_of=("ipc",))
     warp_groups: WarpGroups = tag("w")
-    wire: str = tag(one_of=tuple(PIECE_WORDS))
+    wire: str = tag(one_of=tuple(WIRE_WORDS))
     phase: str = tag(one_of=PHASE_WORDS)
     peers: str = rare("required", "masked")
     phase_words: ClassVar[Mapping[str, str]] = PHASES
@@ -90,11 +88,11 @@ class LowLatencySpec(Spec):
             f"num_topk is 1..{MAX_TOPK} and at most num_experts ({self.num_experts}); got {self.num_topk}",
         )
         self.require(
-            self.row_bytes > 0 and 2 * self.hidden <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
-            f"a row is a multiple of 16 bytes up to {MAX_ROW_BYTES} (of bf16); hidden {self.hidden} in {self.dtype} "
-            f"gives {self.row_bytes}",
+            self.row_bytes > 0 and BF16.row_bytes(self.hidden) <= MAX_ROW_BYTES and self.row_bytes % VECTOR_BYTES == 0,
+            f"a row is a multiple of {VECTOR_BYTES} bytes up to {MAX_ROW_BYTES} (of bf16); hidden {self.hidden} in "
+            f"{self.dtype} gives {self.row_bytes}",
         )
-        group = FP8_GROUP * SCALES_PER_WORD[self.dtype]
+        group = self.format.word_elements
         self.require(
             not group or self.hidden % group == 0,
             f"hidden is a multiple of {group} in {self.dtype}; got {self.hidden}",
@@ -103,23 +101,31 @@ class LowLatencySpec(Spec):
             groups >= 1 and warps >= 1 and groups * warps <= MAX_BLOCK_WARPS,
             f"warp groups times warps is 1..{MAX_BLOCK_WARPS}; got {self.warp_groups}",
         )
-        self.require(groups <= 15 or warps == 1, f"at most 15 warp groups of several warps; got {self.warp_groups}")
+        self.require(
+            groups <= MAX_TEAMS or warps == 1,
+            f"at most {MAX_TEAMS} warp groups of several warps; got {self.warp_groups}",
+        )
+
+    @property
+    def format(self) -> Format:
+        return ROWS[self.dtype]
 
     @property
     def row_bytes(self) -> int:
-        return self.hidden * DTYPE_BYTES[self.dtype]
+        return self.format.row_bytes(self.hidden)
 
     @property
     def row_vectors(self) -> int:
-        return self.row_bytes // PIECE_BYTES
+        return self.row_bytes // VECTOR_BYTES
 
     @property
     def scale_words(self) -> int:
-        return scale_words(self.hidden, self.dtype)
+        """32-bit words of scales that travel with a row."""
+        return self.format.scale_words(self.hidden)
 
     @property
     def piece_words(self) -> int:
-        return PIECE_WORDS[self.wire]
+        return WIRE_WORDS[self.wire]
 
     @property
     def row_pieces(self) -> int:
@@ -184,12 +190,6 @@ _CAPACITY = Param("uint32_t", "capacity", "tokens of a source that receive buffe
 _MAX_TOKENS = Param("uint32_t", "max_tokens", "tokens that a rank may send in this call, up to the capacity")
 
 
-def scale_words(hidden: int, dtype: str) -> int:
-    """32-bit words of scales that travel with a row."""
-    per_word = SCALES_PER_WORD[dtype]
-    return hidden // (FP8_GROUP * per_word) if per_word else 0
-
-
 @dataclass(frozen=True)
 class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
     """Sends each token once to every rank that holds one of its experts and fans it out there, expert by expert."""
@@ -205,10 +205,10 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
 
     @property
     def routes_ahead(self) -> int:
-        """Tokens whose routes a thread asks for at once. With few ranks there are few, and more text takes longer to
-        fetch than that saves; only small blocks have the registers.
-        """
-        return max(1, 8 // self.route_pieces) if self.num_ranks > 4 and self.block_threads <= 128 else 1
+        """Tokens whose routes a thread asks for at once."""
+        if self.num_ranks <= under_way.ROUTES_AHEAD_RANKS or self.block_threads > under_way.ROUTES_AHEAD_THREADS:
+            return 1
+        return max(1, under_way.ROUTES_AHEAD_PIECES // self.route_pieces)
 
     @property
     def head_pieces(self) -> int:
@@ -228,7 +228,8 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
         """Upper bound of a block's shared memory: per team a head that goes and one that comes with its targets, and
         tokens per expert; those of the first block by source, and tokens per rank.
         """
-        groups = self.hidden // FP8_GROUP if self.scale_words else 0
+        group = self.format.group
+        groups = self.hidden // group if group else 0
         head = (self.head_pieces * self.piece_words + groups) * 4
         incoming = head + self.num_topk * 16 + self.route_pieces * IDS_OF_PIECE * 2 + 16
         tally = 4 * (self.max_local_experts + 1)
@@ -307,13 +308,13 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
     @property
     def resident_blocks(self) -> int:
         """Of a multiprocessor."""
-        return 2 if self.block_threads <= 256 else 1
+        return COMBINE_RESIDENT_BLOCKS if self.block_threads <= COMBINE_RESIDENT_THREADS else 1
 
     @property
     def two_rows_ahead(self) -> bool:
         """Whether a thread has the registers for its parts of two rows; else they would spill."""
         steps = ceil_div(self.row_pieces, self.team_threads)
-        return steps * self.block_threads * self.resident_blocks <= 2048
+        return steps * self.block_threads * self.resident_blocks <= under_way.TWO_ROWS_VECTORS
 
     @property
     def awaited(self) -> Mapping[str, bool]:

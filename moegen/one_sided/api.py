@@ -17,9 +17,9 @@ from moegen.base.membership import Membership
 from moegen.base.stage_timing import Staged
 from moegen.codegen.problem import Problem
 from moegen.codegen.spec import Spec
-from moegen.limits import FIRST_EPOCH
+from moegen.limits import FIRST_EPOCH, MAX_EPOCH
 from moegen.one_sided import checks, quantized
-from moegen.one_sided.exchange_rule import ExchangeRule
+from moegen.one_sided.exchange_rule import EXCHANGES, ExchangeRule
 from moegen.one_sided.ops import OneSidedOps
 from moegen.one_sided.ops_collective import CollectiveOps
 from moegen.one_sided.results import DispatchedPayloads, PayloadsHandle, Quantised
@@ -30,7 +30,6 @@ from moegen.runtime.ownership import exclusive, lasting
 from moegen.runtime.paths import PATHS, choose
 from moegen.runtime.streams import current_stream, record
 from moegen.runtime.worlds import as_rank_world
-from moegen.tuning.exchange import EXCHANGES
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ class OneSided(Membership[OneSidedOps | CollectiveOps], Staged):
         device: str | torch.device | None = None,
         first_epoch: int = FIRST_EPOCH,
     ) -> None:
-        first_epoch = arguments.in_range("first_epoch", first_epoch, FIRST_EPOCH, 2**32 - 1)
+        first_epoch = arguments.in_range("first_epoch", first_epoch, FIRST_EPOCH, MAX_EPOCH)
         num_sms = arguments.num_sms(num_sms)
         arguments.seconds("timeout", timeout)
         admission.require_real_tensors()

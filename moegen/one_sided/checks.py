@@ -13,10 +13,9 @@ from moegen.base.lifecycle import Lifecycle
 from moegen.codegen.problem import Problem
 from moegen.codegen.spec import Spec
 from moegen.errors import CapacityError, HandleError, InputError, MissingKernelError
-from moegen.limits import MAX_ROW_BYTES, MAX_TOKENS_PER_RANK, MAX_TOPK
-from moegen.one_sided.result_formats import OUT_DTYPES
+from moegen.formats import BF16, RESULTS, SUMMANDS
+from moegen.limits import MAX_PAYLOADS, MAX_ROW_BYTES, MAX_STATS, MAX_TOKENS_PER_RANK, MAX_TOPK
 from moegen.one_sided.results import PayloadsHandle
-from moegen.one_sided.spec import MAX_PAYLOADS, MAX_STATS, ROW_DTYPES
 
 
 class PayloadOwner(arguments.Owner, Protocol):
@@ -30,11 +29,11 @@ class PayloadOwner(arguments.Owner, Protocol):
     def rank(self) -> int: ...
 
 
-WORDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "e4m3"}
+WORDS = {form.dtype: word for word, form in SUMMANDS.items()}
 """dtypes of combine's rows, as kernels name them."""
 
-_ROWS = tuple(dtype for dtype, word in WORDS.items() if word in ROW_DTYPES)
-_OUTS = tuple(dtype for dtype, word in WORDS.items() if word in OUT_DTYPES)
+ROW_DTYPES = tuple(WORDS)
+OUT_DTYPES = tuple(form.dtype for form in RESULTS.values() if not form.quantized_here)
 
 
 def problem(
@@ -52,7 +51,7 @@ def problem(
     on_host: bool,
 ) -> Problem:
     """The arguments that decide the kernels; what only the Spec can judge is judged there."""
-    arguments.one_of("dtype", dtype, _ROWS)
+    arguments.one_of("dtype", dtype, ROW_DTYPES)
     num_topk = arguments.in_range("num_topk", num_topk, 1, MAX_TOPK)
     max_tokens_per_rank = arguments.in_range("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
     arguments.in_range("payload_bytes", payload_bytes, 1, MAX_PAYLOADS * MAX_ROW_BYTES)
@@ -73,7 +72,7 @@ def copy(owner: PayloadOwner, given: str) -> str:
 
 def usual_out(dtype: torch.dtype) -> torch.dtype:
     """What combine makes of rows of that dtype, if nobody says."""
-    return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+    return dtype if dtype in OUT_DTYPES else BF16.dtype
 
 
 def foreseen(given: Sequence[tuple[int, torch.dtype]]) -> tuple[int, ...]:
@@ -204,7 +203,7 @@ def handle(owner: PayloadOwner, given: PayloadsHandle) -> None:
 
 
 def outputs(owner: PayloadOwner, y: torch.Tensor, slots: int) -> torch.Tensor:
-    y = arguments.require_tensor(owner, "y", y, _ROWS)
+    y = arguments.require_tensor(owner, "y", y, ROW_DTYPES)
     arguments.require_shape("y", y, (owner.num_ranks, slots, owner.problem.hidden))
     if y.shape[2] * y.element_size() > owner.combine_bytes:
         raise CapacityError(
@@ -231,7 +230,7 @@ def expert_rows(owner: PayloadOwner, has_them: bool, dtype: torch.dtype | None) 
     if not has_them:
         raise InputError("this object has no room for experts' rows; make it with expert_rows=True")
     if dtype is not None:
-        arguments.one_of("dtype", dtype, _ROWS)
+        arguments.one_of("dtype", dtype, ROW_DTYPES)
         if owner.problem.hidden * dtype.itemsize > owner.combine_bytes:
             raise InputError(
                 f"rows of {dtype} are longer than those of {owner.dtype}; make the object with dtype={dtype}"
@@ -247,11 +246,11 @@ def out_dtype(
 ) -> torch.dtype:
     """What combine's result is made of: said, that of the given tensor, or the usual."""
     if out is not None:
-        arguments.require_output(owner, "out", out, _OUTS if given is None else (given,))
+        arguments.require_output(owner, "out", out, OUT_DTYPES if given is None else (given,))
         arguments.require_shape("out", out, shape)
         arguments.require_writable("out", out)
         return out.dtype
     if given is None:
         return usual_out(rows)
-    arguments.one_of("out_dtype", given, _OUTS)
+    arguments.one_of("out_dtype", given, OUT_DTYPES)
     return given

@@ -16,6 +16,8 @@ from math import comb
 from moegen.codegen.problem import Problem
 from moegen.tuning import exchange
 
+EXCHANGES = ("auto", "padded", "exact")
+
 
 def share_of_tokens(problem: Problem) -> float:
     """Of a rank's tokens, how many go to another rank on average, if each selects different experts uniformly: the

@@ -9,14 +9,15 @@ from functools import lru_cache
 
 import torch
 
-from moegen.codegen.call_words import ROW_DTYPES, of_payloads, of_ranks, pack
+from moegen.codegen.call_words import of_payloads, of_ranks, pack
 from moegen.codegen.problem import Problem
-from moegen.limits import FIRST_EPOCH
+from moegen.formats import SUMMANDS
+from moegen.limits import CONTROL_WORDS, FIRST_EPOCH
 from moegen.one_sided.regions import planes, regions
 from moegen.one_sided.results import PayloadsHandle
 from moegen.one_sided.roles import roles
 from moegen.one_sided.spec import PHASES, OneSidedCombine, OneSidedDispatch
-from moegen.runtime.bound import CONTROL_WORDS, BoundKernel, BoundKernels, address, signed
+from moegen.runtime.bound import BoundKernel, BoundKernels, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.ownership import lasting
@@ -66,11 +67,11 @@ def dispatch_word(
 @lru_cache(_KEPT_WORDS)
 def combine_word(dtype: str, pulls: bool, slots: int, active: int) -> int:
     """Call word of a combine."""
-    return pack("a2a_combine", ROW_DTYPES.index(dtype), pulls, of_ranks(active), slots - 1)
+    return pack("a2a_combine", tuple(SUMMANDS).index(dtype), pulls, of_ranks(active), slots - 1)
 
 
 def _combine_varying(spec: OneSidedCombine) -> tuple[str, ...]:
-    results = (param.name for param in spec.result.params)
+    results = (param.name for param in spec.result_params)
     return ("y", "out", *results, *OF_HANDLE, "active", "call", "timeout_ns", "tokens", "slots")
 
 

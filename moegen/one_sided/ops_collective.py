@@ -13,13 +13,13 @@ import torch
 
 from moegen.codegen.problem import Problem
 from moegen.codegen.spec import Spec
-from moegen.limits import CHUNK_ALIGNMENT, FIRST_EPOCH, ceil_div
+from moegen.limits import CHUNK_ALIGNMENT, CONTROL_WORDS, FIRST_EPOCH, MAX_PAYLOADS, ceil_div
 from moegen.one_sided.chunks import Chunks, Headers, Line
 from moegen.one_sided.ops import OF_HANDLE, dispatch_word
 from moegen.one_sided.regions import PLANE_ALIGNMENT
 from moegen.one_sided.results import ExchangedRows, PayloadsHandle
 from moegen.one_sided.roles import roles
-from moegen.one_sided.spec import MAX_PAYLOADS, PHASES
+from moegen.one_sided.spec import PHASES
 from moegen.one_sided.spec_collective import (
     MAX_HEADER_BYTES,
     CollectiveMove,
@@ -28,7 +28,7 @@ from moegen.one_sided.spec_collective import (
     CollectiveSum,
     for_exact,
 )
-from moegen.runtime.bound import CONTROL_WORDS, BoundKernel, BoundKernels, address, signed
+from moegen.runtime.bound import BoundKernel, BoundKernels, address, signed
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.memory import SymmetricMemory
 from moegen.runtime.ownership import lasting
@@ -50,7 +50,7 @@ _UNUSED_IDS = ("ids_payload", "id_words", "unused_id")
 
 def _varying(spec: Spec) -> tuple[str, ...]:
     if isinstance(spec, CollectiveSum):
-        return ("out", *(param.name for param in spec.result.params), *OF_HANDLE[:3], "tokens", "first_rows")
+        return ("out", *(param.name for param in spec.result_params), *OF_HANDLE[:3], "tokens", "first_rows")
     if isinstance(spec, CollectiveOpen):
         return ("headers", "own_headers", "counts", "exchanged", "gathered", "stride", "slots", "stats_words", "word")
     if isinstance(spec, CollectiveMove):

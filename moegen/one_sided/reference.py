@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moegen.base.reference import FP32_ROUNDING, Combined, expert_ranges
+from moegen.base.reference import BF16_ROUNDING, FP32_ROUNDING, SMALLEST_BF16, Combined, expert_ranges
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ def out_dtype_of(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in OUT_DTYPES else torch.bfloat16
 
 
-_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}
+_ROUNDING = {torch.bfloat16: BF16_ROUNDING, torch.float16: 2.0**-11, torch.float32: 0.0}
 """Of the result, relative: half an ulp; none where the sum has that dtype already."""
-_SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
+_SMALLEST = {torch.bfloat16: SMALLEST_BF16, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
 
 
 @dataclass(frozen=True)

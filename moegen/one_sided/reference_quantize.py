@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import torch
 
+from moegen.base.reference import LARGEST_E4M3
+
 MXFP8_GROUP = 32
 NVFP4_GROUP = 16
-LARGEST_E4M3 = 448.0
 LARGEST_E2M1 = 6.0
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of FP4, by their three bits."""

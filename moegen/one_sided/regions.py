@@ -8,19 +8,15 @@ from itertools import accumulate
 
 from moegen.base.regions import offsets
 from moegen.codegen.call_words import REGION_BYTES
-from moegen.limits import ceil_div
-from moegen.one_sided.spec import (
+from moegen.limits import (
+    HALVES,
     MAX_PAYLOADS,
     MAX_SENDERS,
     MAX_STATS,
     PIECE_BYTES,
     PIECE_WORDS,
+    ceil_div,
 )
-
-HALVES = 2
-"""Of what is staged, for even and odd epochs: whoever begins an epoch has seen all ranks begin the one before, and so
-end the one before that.
-"""
 
 PLANE_ALIGNMENT = 128
 

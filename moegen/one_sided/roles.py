@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from moegen.base.roles import Roles
-from moegen.limits import ceil_div
-from moegen.one_sided.spec import MAX_SENDERS, OneSidedCombine, OneSidedDispatch
+from moegen.limits import MAX_SENDERS, ceil_div
+from moegen.one_sided.spec import OneSidedCombine, OneSidedDispatch
 from moegen.tuning.shares import ONE_SIDED_COMBINE_SEND_SHARE
 
 

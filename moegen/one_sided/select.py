@@ -11,7 +11,13 @@ from moegen.codegen.spec import Spec, WarpGroups
 from moegen.one_sided.payload_table import RowBytes
 from moegen.one_sided.spec import OneSidedCombine, OneSidedDispatch
 from moegen.one_sided.spec_collective import CollectiveOpen, CollectivePack, CollectiveSum
-from moegen.tuning.blocks import HOST_WARP_GROUPS, ONE_SIDED_GROUPS, PULLED_GROUPS
+from moegen.tuning.blocks import (
+    HOST_OPEN_WARP_GROUPS,
+    HOST_WARP_GROUPS,
+    ONE_SIDED_GROUPS,
+    OPEN_WARP_GROUPS,
+    PULLED_GROUPS,
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ def dispatch_spec(problem: Problem, widths: tuple[int, ...]) -> OneSidedDispatch
 
 
 def combine_spec(problem: Problem, dtype: str, out: str, *, pulls: bool = False) -> OneSidedCombine:
-    """The kernel that adds rows of `dtype` up to results of `out`, words of `moegen.one_sided.spec`.
+    """The kernel that adds rows of `dtype` up to results of `out`, words of `moegen.formats`' SUMMANDS and RESULTS.
 
     Args:
         pulls: rows are read where the other ranks have them; else they are sent.
@@ -53,7 +59,9 @@ def combine_spec(problem: Problem, dtype: str, out: str, *, pulls: bool = False)
 
 def open_spec(problem: Problem) -> CollectiveOpen:
     """The kernel that reads the headers of exchanged chunks."""
-    return CollectiveOpen(problem.num_ranks, "collective", WarpGroups(1, 1) if problem.on_host else WarpGroups(1, 8))
+    return CollectiveOpen(
+        problem.num_ranks, "collective", HOST_OPEN_WARP_GROUPS if problem.on_host else OPEN_WARP_GROUPS
+    )
 
 
 def _one_sided_groups(

@@ -17,10 +17,25 @@ from moegen.codegen.call_words import FIELDS, PLACE
 from moegen.codegen.params import Param, ParamStruct, read_if
 from moegen.codegen.row_spec import require_routing
 from moegen.codegen.spec import Spec, WarpGroups, rare, tag
-from moegen.limits import MAX_BLOCK_WARPS, MAX_RANKS, MAX_ROW_BYTES, MAX_SHARED_BYTES, WARP_SIZE, ceil_div
+from moegen.formats import RESULTS, SUMMANDS, Format
+from moegen.limits import (
+    MAX_BLOCK_WARPS,
+    MAX_PAYLOADS,
+    MAX_RANKS,
+    MAX_ROW_BYTES,
+    MAX_SENDERS,
+    MAX_SHARED_BYTES,
+    MAX_STAGE_BYTES,
+    MAX_STATS,
+    MAX_TEAMS,
+    PIECE_WORDS,
+    VECTOR_BYTES,
+    WARP_SIZE,
+    ceil_div,
+)
 from moegen.one_sided.common_params import BEGIN, roles_and_sizes
 from moegen.one_sided.payload_table import UNITS, BulkRow, Payload, RowBytes
-from moegen.one_sided.result_formats import RESULTS, Result, in_whole_tiles
+from moegen.tuning import under_way
 
 PHASES = {
     "kPeerReady": "the end of its reading of the rows before",
@@ -31,26 +46,6 @@ PHASES = {
     "kPartial": "a row to be added",
 }
 """What a wait of this family waits for: the name in the kernel, and in words for PeerTimeoutError."""
-
-MAX_PAYLOADS = 16
-MAX_STATS = 1024
-MAX_SENDERS = 256
-"""Blocks that send rows in one launch; each signals for itself."""
-
-PIECE_BYTES = 16
-PIECE_WORDS = 3
-AHEAD = 7
-"""Units of a row that a thread has under way at once; seven divide rows of 7168 bf16 between 128 threads."""
-
-ROW_DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "e4m3": 1}
-"""What combine adds up: bytes of an element."""
-
-
-STAGES = 2
-"""Of a team whose rows travel by bulk copies."""
-
-MAX_STAGE_BYTES = 200 * 1024
-"""Of all stages of a block: an H100 grants 227 KiB of shared memory."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,9 @@ class OneSidedSpec(Spec):
             groups >= 1 and warps >= 1 and groups * warps <= MAX_BLOCK_WARPS,
             f"warp groups times warps is 1..{MAX_BLOCK_WARPS}; got {self.groups}",
         )
-        self.require(groups <= 15 or warps == 1, f"at most 15 warp groups of several warps; got {self.groups}")
+        self.require(
+            groups <= MAX_TEAMS or warps == 1, f"at most {MAX_TEAMS} warp groups of several warps; got {self.groups}"
+        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         self.require(self.shared_bytes <= MAX_SHARED_BYTES, f"{self.shared_bytes} bytes of shared memory are too many")
         self.require(
             self.dynamic_shared_bytes <= MAX_STAGE_BYTES,
-            f"bulk copies have {MAX_STAGE_BYTES} bytes of shared memory for {STAGES} rows of each of {self.teams} "
+            f"bulk copies have {MAX_STAGE_BYTES} bytes of shared memory for {self.stages} rows of each of {self.teams} "
             f"teams; these take {self.dynamic_shared_bytes}: fewer warp groups, or copy=vec",
         )
 
@@ -164,20 +161,20 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         return tuple(row for row in self.rows if row.units > self.team_threads and not self._is_bulk(row))
 
     def _is_bulk(self, row: Payload) -> bool:
-        return self.copy == "bulk" and row.unit == UNITS[16] and row.units > self.team_threads
+        return self.copy == "bulk" and row.unit == UNITS[VECTOR_BYTES] and row.units > self.team_threads
 
     @cached_property
     def bulk(self) -> tuple[BulkRow, ...]:
         """Those that bulk copies move: too wide for one step of a team, and of whole 16-byte vectors."""
         made, offset = [], 0
         for row in filter(self._is_bulk, self.rows):
-            made.append(BulkRow(row.number, row.units, 16 * row.units, offset))
-            offset += 16 * row.units
+            made.append(BulkRow(row.number, row.units, VECTOR_BYTES * row.units, offset))
+            offset += VECTOR_BYTES * row.units
         return tuple(made)
 
     @property
     def stages(self) -> int:
-        return STAGES
+        return under_way.PAYLOAD_STAGES
 
     @property
     def stage_bytes(self) -> int:
@@ -185,16 +182,16 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
 
     @property
     def dynamic_shared_bytes(self) -> int:
-        return STAGES * self.teams * self.stage_bytes
+        return self.stages * self.teams * self.stage_bytes
 
     @property
     def long(self) -> tuple[Payload, ...]:
         """Those of the wide ones that a team has not under way at once."""
-        return tuple(row for row in self.wide if row.units > AHEAD * self.team_threads)
+        return tuple(row for row in self.wide if row.units > under_way.PAYLOAD_AHEAD * self.team_threads)
 
     @property
     def most_ahead(self) -> int:
-        return AHEAD
+        return under_way.PAYLOAD_AHEAD
 
     @property
     def max_senders(self) -> int:
@@ -247,7 +244,7 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
 class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     """Sends rows back to where they came from and adds those of a token up, in fp32 and in the order of the ranks."""
 
-    dtype: str = tag(one_of=tuple(ROW_DTYPES))
+    dtype: str = tag(one_of=tuple(SUMMANDS))
     out: str = tag("to", one_of=tuple(RESULTS))
     num_ranks: int = tag("r")
     hidden: int = tag("h")
@@ -258,9 +255,9 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
 
     def validate(self) -> None:
         self.require(
-            0 < self.row_bytes <= MAX_ROW_BYTES and self.row_bytes % 16 == 0,
-            f"a row is a multiple of 16 bytes up to {MAX_ROW_BYTES}; hidden {self.hidden} in {self.dtype} gives "
-            f"{self.row_bytes}",
+            0 < self.row_bytes <= MAX_ROW_BYTES and self.row_bytes % VECTOR_BYTES == 0,
+            f"a row is a multiple of {VECTOR_BYTES} bytes up to {MAX_ROW_BYTES}; hidden {self.hidden} in {self.dtype} "
+            f"gives {self.row_bytes}",
         )
         self.require(1 <= self.num_ranks <= MAX_RANKS, f"num_ranks is 1..{MAX_RANKS}; got {self.num_ranks}")
         self.require(
@@ -288,21 +285,34 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
         return self.rows == "pulled"
 
     @property
+    def format(self) -> Format:
+        return SUMMANDS[self.dtype]
+
+    @property
     def row_bytes(self) -> int:
-        return self.hidden * ROW_DTYPES[self.dtype]
+        return self.format.row_bytes(self.hidden)
 
     @property
     def word_floats(self) -> int:
         """Elements in 32 bits."""
-        return 4 // ROW_DTYPES[self.dtype]
+        return 4 // self.format.element_bytes
 
     @property
-    def result(self) -> Result:
+    def result(self) -> Format:
         return RESULTS[self.out]
 
     @property
     def quantised(self) -> bool:
-        return self.result.group != 0
+        return self.result.quantized_here
+
+    @property
+    def result_params(self) -> tuple[Param, ...]:
+        """Those that a kernel of this result has beside its `out`."""
+        if not self.quantised:
+            return ()
+        scales = Param("uint8_t*", "scales", "one per group of elements" + ", in tiles" * self.result.tiled)
+        factor = Param("const float*", "output_scale", "one number, which results are multiplied by; null: 1")
+        return (scales, factor) if self.result.scaled_by_user else (scales,)
 
     @property
     def out_place(self) -> str:
@@ -311,12 +321,12 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
 
     @property
     def out_row_bytes(self) -> int:
-        return self.hidden * self.result.bits // 8
+        return self.result.row_bytes(self.hidden)
 
     @property
     def out_bytes(self) -> int:
         """What a vector of 16 bytes becomes."""
-        return 4 * self.word_floats * self.result.bits // 8
+        return self.result.row_bytes(4 * self.word_floats)
 
     @property
     def out_words(self) -> int:
@@ -326,7 +336,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     @property
     def group_lanes(self) -> int:
         """Lanes whose vectors share a scale."""
-        return self.result.group * ROW_DTYPES[self.dtype] // PIECE_BYTES
+        return self.format.row_bytes(self.result.group) // VECTOR_BYTES
 
     @property
     def row_scales(self) -> int:
@@ -335,7 +345,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     @property
     def padded_scales(self) -> int:
         """Scales of a row that there is room for."""
-        return in_whole_tiles(0, self.row_scales)[1] if self.result.tiled else self.row_scales
+        return self.result.scales_shape(0, self.hidden)[1]
 
     @property
     def pair(self) -> str:
@@ -344,19 +354,24 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
 
     @property
     def ahead(self) -> int:
-        return max(1, min(AHEAD, ceil_div(self.row_bytes // PIECE_BYTES, self.team_threads)))
+        return max(1, min(under_way.PAYLOAD_AHEAD, ceil_div(self.row_bytes // VECTOR_BYTES, self.team_threads)))
 
     @property
     def summed_ahead(self) -> int:
         """Of a row that is added: a thread has its sums, too."""
-        floats = PIECE_BYTES // ROW_DTYPES[self.dtype]
-        few = self.block_threads <= (256 if self.quantised and floats == 4 else 512)  # more would spill
-        return max(1, min((16 if not few or (self.pulls and self.destinations > 2) else 32) // floats, self.ahead))
+        floats = VECTOR_BYTES // self.format.element_bytes
+        wide = self.quantised and self.dtype == "fp32"
+        fits = self.block_threads <= (under_way.QUANTIZED_SUMS_THREADS if wide else under_way.SUMS_THREADS)
+        many = fits and not (self.pulls and self.destinations > under_way.PULLED_SUMS_RANKS)
+        return max(1, min((under_way.SUMS if many else under_way.FEWER_SUMS) // floats, self.ahead))
 
     @property
     def rows_ahead(self) -> int:
-        """Of a token, that a thread asks for at once where it reads them in place; more would spill."""
-        most = 4 if self.block_threads > 512 else 8 if self.quantised or self.dtype == "fp32" else 16
+        """Of a token, that a thread asks for at once where it reads them in place."""
+        wide = self.quantised or self.dtype == "fp32"
+        most = under_way.WIDE_PULLED_VECTORS if wide else under_way.PULLED_VECTORS
+        if self.block_threads > under_way.SUMS_THREADS:
+            most = under_way.FEWEST_PULLED_VECTORS
         return min(self.destinations, max(1, most // self.summed_ahead))
 
     @property
@@ -379,7 +394,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
                 Param("uint8_t*", "peers", "symmetric memory of each rank, as mapped here", self.num_ranks),
                 Param("const uint8_t*", "y", "[ranks, slots, hidden]", when=not self.pulls),
                 Param("uint8_t*", "out", "[tokens, hidden]"),
-                *self.result.params,
+                *self.result_params,
                 Param("const uint64_t*", "token_ranks", "[tokens]: bit r: rank r holds an expert of this token"),
                 Param("const int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),

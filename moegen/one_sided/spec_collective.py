@@ -13,10 +13,11 @@ from functools import cache, cached_property
 
 from moegen.codegen.params import Param, ParamStruct
 from moegen.codegen.spec import Spec, WarpGroups, rare, tag
-from moegen.limits import CHUNK_ALIGNMENT, MAX_RANKS, ceil_div
+from moegen.limits import CHUNK_ALIGNMENT, MAX_RANKS, MAX_STATS, VECTOR_BYTES, ceil_div
 from moegen.one_sided.payload_table import RowBytes
 from moegen.one_sided.regions import planes
-from moegen.one_sided.spec import MAX_STATS, OneSidedCombine, OneSidedDispatch, OneSidedSpec
+from moegen.one_sided.spec import OneSidedCombine, OneSidedDispatch, OneSidedSpec
+from moegen.tuning.under_way import MOVED_AHEAD
 
 HEADER_WORDS = 8
 """32-bit words of a chunk's header, ahead of the statistics: its rows, the tokens of its source, the rows that it has
@@ -24,9 +25,6 @@ room for, the object and the call that it belongs to, and zeros.
 """
 
 MAX_HEADER_BYTES = 4 * (HEADER_WORDS + MAX_STATS)
-VECTOR_BYTES = 16
-MOVED_AHEAD = 4
-"""Vectors of `coll_move` that a thread has under way: with 448 threads of 132 blocks, 3.8 MB."""
 
 _SENDERS = Param("Blocks", "senders", "blocks that pack rows")
 _RECEIVERS = Param("Blocks", "receivers", "the block that writes headers")
@@ -222,7 +220,7 @@ class CollectiveSum(OneSidedCombine, family="coll", op="sum"):
             (
                 Param("const uint8_t*", "rows", "[rows, hidden]: what has come back, rank by rank"),
                 Param("uint8_t*", "out", "[tokens, hidden]"),
-                *self.result.params,
+                *self.result_params,
                 Param("const uint64_t*", "token_ranks", "[tokens]: bit r: rank r holds an expert of this token"),
                 Param("const int32_t*", "token_slots", "[tokens, destinations]: its slot with each of them"),
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),

@@ -14,9 +14,6 @@ from moegen.codegen.spec import Spec
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.watchdog import Watchdog
 
-CONTROL_WORDS = 32
-"""32-bit words of a struct Control in device memory: a 128-byte line of its own, so that launches share none."""
-
 
 class BoundKernel:
     """Calling it launches the kernel with new values for the members, or arrays, named `varying`, in that order.

@@ -15,7 +15,7 @@ from typing import Any
 
 from moegen.codegen.spec import WarpGroups
 from moegen.errors import InputError
-from moegen.formats import SCALES_PER_WORD
+from moegen.formats import BF16, ROWS
 from moegen.limits import MAX_BLOCK_WARPS
 
 SCHEMA = 1
@@ -171,7 +171,7 @@ class Table:
         """The choices for a shape, the best first. Of the lengths of a row that were measured, the one that differs by
         the smallest factor counts. Whether such kernels exist is for the Spec to say.
         """
-        kind = "fp8" if SCALES_PER_WORD.get(dtype) else "bf16"
+        kind = "fp8" if ROWS.get(dtype, BF16).group else BF16.word
         fitting = [entry for entry in self.entries if (entry.op, entry.dtype) == (op, kind)]
         nearest = min(
             fitting, key=lambda entry: (entry.path != path, _factor(entry.row_bytes, row_bytes), entry.row_bytes)

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an all-to-all of torch.distributed takes, measured; `moegen.one_sided.exchange_rule` uses it."""
+"""What links and an all-to-all of torch.distributed take, measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-EXCHANGES = ("auto", "padded", "exact")
 
 
 @dataclass(frozen=True)
@@ -28,3 +26,6 @@ padded, in 846 us exact (bench/results/coll_h200_processes_r2_h7168_k4_e16).
 
 GLOO = Link(0.6e9, 2.5e-3)
 """Four processes on two cores: 16 MiB to each other rank in 85 ms, a few bytes in 2.5 ms; two processes: 25 and 0.4."""
+
+NVLINK_GBS = 430.0
+"""Of 18 links of the fourth generation, in one direction, what is left for rows."""

@@ -14,17 +14,9 @@ import torch
 import moegen
 from moegen.codegen.spec import Spec
 from moegen.errors import PeerTimeoutError
-from moegen.limits import FIRST_EPOCH, MAX_RANKS, ceil_div
+from moegen.limits import FIRST_EPOCH, MAX_RANKS, MAX_SENDERS, MAX_STATS, PIECE_BYTES, PIECE_WORDS, ceil_div
 from moegen.one_sided.ops import combine_word, dispatch_word
-from moegen.one_sided.spec import (
-    MAX_SENDERS,
-    MAX_STATS,
-    PHASES,
-    PIECE_BYTES,
-    PIECE_WORDS,
-    OneSidedCombine,
-    OneSidedDispatch,
-)
+from moegen.one_sided.spec import PHASES, OneSidedCombine, OneSidedDispatch
 from moegen.runtime.streams import current_stream
 from moegen.runtime.worlds import RankWorld
 from support.a2a_data import PayloadShape

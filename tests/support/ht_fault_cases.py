@@ -13,14 +13,13 @@ import torch
 
 import moegen
 from moegen.base.roles import Roles
-from moegen.codegen.row_spec import CHUNK, PIECE_WORDS, RowSpec
+from moegen.codegen.row_spec import CHUNK, RowSpec
 from moegen.codegen.spec import Spec
 from moegen.errors import PeerTimeoutError
 from moegen.high_throughput.regions import Regions, regions
 from moegen.high_throughput.roles import roles
 from moegen.high_throughput.spec import PHASES
-from moegen.limits import FIRST_EPOCH
-from moegen.low_latency.spec import PIECE_BYTES
+from moegen.limits import FIRST_EPOCH, PIECE_BYTES, PIECE_WORDS
 from moegen.runtime.worlds import RankWorld
 from support.ht_layer import RowsLayer, RowsShape, expert_outputs
 from support.layer import random_routing

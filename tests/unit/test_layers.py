@@ -19,11 +19,11 @@ FAMILIES = ("low_latency", "high_throughput", "one_sided")
 FLOORS = (
     ("errors", "env", "limits", "formats"),
     ("codegen",),
+    ("tuning",),
     ("compile",),
     ("runtime",),
     ("base",),
     ("collective",),
-    ("tuning",),
     FAMILIES,
     ("catalog", "presets", "functional", "reference"),
     ("cli", "bench", "demo", "compat", "__main__"),

@@ -10,7 +10,7 @@ from moegen.codegen.spec import Spec, WarpGroups
 from moegen.compile.binary import obtain
 from moegen.compile.target import Target
 from moegen.errors import SpecError
-from moegen.one_sided.result_formats import RESULTS
+from moegen.formats import RESULTS
 from moegen.one_sided.spec import OneSidedCombine
 from moegen.one_sided.spec_collective import CollectiveSum
 

@@ -21,6 +21,7 @@ from moegen.high_throughput.api import HighThroughput
 from moegen.high_throughput.results import DispatchedRows, Given
 from moegen.runtime.kernel import HOST_NUM_SMS
 from moegen.runtime.ownership import Exclusive, exclusive
+from moegen.tuning.exchange import NVLINK_GBS
 
 Tensor = torch.Tensor
 Tokens = Tensor | Given
@@ -153,7 +154,7 @@ class ElasticBuffer(Exclusive, NotThere):
             nvlink_gbs: of the link, in one direction; 0: 430, eighteen links of the fourth generation.
             sm_read_gbs, sm_write_gbs: of one multiprocessor.
         """
-        gbs = (nvlink_gbs or elastic_sizes.NVLINK_GBS, sm_read_gbs, sm_write_gbs)
+        gbs = (nvlink_gbs or NVLINK_GBS, sm_read_gbs, sm_write_gbs)
         sms = elastic_sizes.sms_that_fill_the_link(self.num_ranks, num_experts, num_topk, *gbs)
         device = usual_device(self.group)
         most = HOST_NUM_SMS

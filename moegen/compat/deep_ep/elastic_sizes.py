@@ -11,14 +11,10 @@ from moegen.errors import InputError
 from moegen.high_throughput.regions import regions
 from moegen.high_throughput.select import RowSelection, select_rows
 from moegen.limits import MAX_EXPERTS, ceil_div
+from moegen.tuning.blocks import FEWEST_FILLING_SMS, FILLING_HEADROOM
 
 BUFFER_ALIGNMENT = 2 << 20
 USUAL_TOPK = 8
-NVLINK_GBS = 430.0
-"""Of 18 links of the fourth generation, what is left for rows."""
-
-HEADROOM = 1.25
-FEWEST_SMS = 4
 
 
 def buffer_bytes(num_ranks: int, max_tokens: int, hidden: int, num_topk: int, use_fp8: bool) -> int:
@@ -64,8 +60,8 @@ def sms_that_fill_the_link(
     if crossing == 0:
         return 0
     busy = max((1 + reach) / read_gbs, (crossing + reach) / write_gbs)
-    sms = math.ceil(HEADROOM * busy / (crossing / link_gbs))
-    return max(FEWEST_SMS, sms + sms % 2)
+    sms = math.ceil(FILLING_HEADROOM * busy / (crossing / link_gbs))
+    return max(FEWEST_FILLING_SMS, sms + sms % 2)
 
 
 def expanded_rows(num_ranks: int, max_tokens: int, num_topk: int, local_experts: int, alignment: int) -> int:
