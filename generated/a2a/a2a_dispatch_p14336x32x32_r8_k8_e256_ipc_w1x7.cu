@@ -3,6 +3,7 @@
 // OneSidedDispatch(payloads=RowBytes(widths=(14336, 32, 32)), num_ranks=8, num_topk=8, num_experts=256, path='ipc', warp_groups=WarpGroups(groups=1, warps=7))
 
 #include <moegen/ptx.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -114,12 +115,7 @@ __device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch, 
     return all_sound;
 }
 
-constexpr uint32_t kExperts = 256;
-constexpr uint32_t kLocalExperts = 32;  // of every rank
-
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
+using Experts = Partition<256, kRanks>;
 
 template <class Id>
 __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t token) {
@@ -129,8 +125,8 @@ __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t tok
 #pragma unroll
     for (uint32_t k = 0; k < kTopk; ++k) {
         const Id id = ids[k];
-        if (id >= 0 && id < Id(kExperts)) {
-            ranks |= uint64_t(1) << rank_of_expert(uint32_t(id));
+        if (id >= 0 && id < Id(Experts::kNumber)) {
+            ranks |= uint64_t(1) << Experts::rank_of(uint32_t(id));
         } else {
             invalid |= id != -1;
         }

@@ -3,6 +3,7 @@
 // CollectivePack(payloads=RowBytes(widths=(14336, 32, 32)), num_ranks=8, num_topk=8, num_experts=256, path='collective', warp_groups=WarpGroups(groups=1, warps=7))
 
 #include <moegen/launch.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -44,12 +45,7 @@ struct Params {
 
 static_assert(sizeof(Params) == 192);
 
-constexpr uint32_t kExperts = 256;
-constexpr uint32_t kLocalExperts = 32;  // of every rank
-
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
+using Experts = Partition<256, kRanks>;
 
 template <class Id>
 __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t token) {
@@ -59,8 +55,8 @@ __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t tok
 #pragma unroll
     for (uint32_t k = 0; k < kTopk; ++k) {
         const Id id = ids[k];
-        if (id >= 0 && id < Id(kExperts)) {
-            ranks |= uint64_t(1) << rank_of_expert(uint32_t(id));
+        if (id >= 0 && id < Id(Experts::kNumber)) {
+            ranks |= uint64_t(1) << Experts::rank_of(uint32_t(id));
         } else {
             invalid |= id != -1;
         }

@@ -3,6 +3,7 @@
 // CollectiveSend(dtype='bf16', layout='packed', num_ranks=8, hidden=7168, num_topk=8, num_experts=256, path='collective', num_warps=32, phase='whole')
 
 #include <moegen/launch.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -129,16 +130,11 @@ __device__ __forceinline__ void send_row(const Params& p, uint32_t token, uint64
     }
 }
 
-constexpr uint32_t kExperts = 256;
-constexpr uint32_t kLocalExperts = 32;  // of every rank
-
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
+using Experts = Partition<256, kRanks>;
 
 constexpr uint32_t kHeaderBytes = 256;  // counts behind the header included
 constexpr uint32_t kCountWords = 42;    // see count_word
-constexpr uint32_t kFirstSourceWord = 1 + kLocalExperts;
+constexpr uint32_t kFirstSourceWord = 1 + Experts::kLocal;
 constexpr uint32_t kSourceWords = 9;  // the source's tokens, its rows for each rank
 constexpr uint32_t kEntryWords = 17;  // of a row: its token, a selection and a weight for each k
 constexpr uint32_t kEntryBytes = 80;  // of a row's token, selections and weights
@@ -164,7 +160,7 @@ __device__ __forceinline__ int64_t id_of(const Params& p, uint32_t token, uint32
 }
 
 constexpr uint32_t kChunk = 64;            // tokens that a block plans at a time, a bit for each
-constexpr uint32_t kCounters = kRanks + kExperts;  // of tokens that go to each rank, and that select each expert
+constexpr uint32_t kCounters = kRanks + Experts::kNumber;  // of tokens: that go to a rank, that select an expert
 
 struct Chunk {
     uint32_t counted[kCounters][kChunk / 32];  // which tokens of the chunk each counter counts
@@ -193,14 +189,14 @@ __device__ __forceinline__ void read_chunk(const Params& p, uint32_t first, uint
         const uint32_t k = at % kTopk;
         const bool exists = first + token < tokens;
         const int64_t id = exists ? id_of(p, first + token, k) : -1;
-        const bool selects = id >= 0 && id < int64_t(kExperts);
+        const bool selects = id >= 0 && id < int64_t(Experts::kNumber);
         chunk.ids[token][k] = selects ? int16_t(id) : int16_t(-1);
         const bool weighs = exists && p.topk_weights != nullptr;
         chunk.weights[token][k] = weighs ? p.topk_weights[uint64_t(first + token) * kTopk + k] : 1.0f;
         if (!selects && id != -1) store_relaxed_sys(&p.failure->invalid_token, first + token + 1);
         if (!selects) continue;
         const uint32_t bit = 1u << token % 32;
-        atomicOr(&chunk.counted[rank_of_expert(uint32_t(id))][token / 32], bit);
+        atomicOr(&chunk.counted[Experts::rank_of(uint32_t(id))][token / 32], bit);
         atomicOr(&chunk.counted[kRanks + id][token / 32], bit);
     }
     __syncthreads();
@@ -231,9 +227,9 @@ __device__ __forceinline__ uint32_t entry_word(const Chunk& chunk, uint32_t firs
     if (word == 0) return first + token;
     if (word <= kTopk) {
         const int32_t id = chunk.ids[token][word - 1];
-        if (id < 0 || rank_of_expert(uint32_t(id)) != rank) return kNoSelection;
+        if (id < 0 || Experts::rank_of(uint32_t(id)) != rank) return kNoSelection;
         const uint32_t earlier = chunk.before[kRanks + id] + counted_before(chunk, kRanks + uint32_t(id), token);
-        return earlier << kExpertBits | (uint32_t(id) - first_expert(rank));
+        return earlier << kExpertBits | (uint32_t(id) - Experts::first_of(rank));
     }
     return word > 2 * kTopk ? 0 : __float_as_uint(chunk.weights[token][word - 1 - kTopk]);
 }
@@ -243,11 +239,11 @@ __device__ __forceinline__ uint32_t entry_word(const Chunk& chunk, uint32_t firs
 __device__ __forceinline__ uint32_t count_word(const Params& p, const Chunk& chunk, uint32_t tokens, uint32_t rank,
                                                uint32_t word) {
     uint32_t counter = rank;
-    if (word > 0) counter = kRanks + first_expert(rank) + word - 1;
-    if (word > kLocalExperts) counter = word - kFirstSourceWord - 1;
+    if (word > 0) counter = kRanks + Experts::first_of(rank) + word - 1;
+    if (word > Experts::kLocal) counter = word - kFirstSourceWord - 1;
     if (word == kFirstSourceWord) return max(tokens, p.tokens_wanted);
     if (word >= kFirstSourceWord + kSourceWords) return 0;
-    if (word > local_experts(rank) && word <= kLocalExperts) return 0;
+    if (word > Experts::number_of(rank) && word <= Experts::kLocal) return 0;
     return chunk.before[counter] + counted_before(chunk, counter, kChunk);
 }
 
@@ -279,8 +275,8 @@ __device__ __forceinline__ void count_before(const Params& p, uint32_t end, Chun
         uint64_t ranks = 0;
         for (uint32_t k = 0; k < kTopk; ++k) {
             const int64_t id = id_of(p, token, k);
-            if (id < 0 || id >= int64_t(kExperts)) continue;
-            const uint32_t rank = rank_of_expert(uint32_t(id));
+            if (id < 0 || id >= int64_t(Experts::kNumber)) continue;
+            const uint32_t rank = Experts::rank_of(uint32_t(id));
             if ((ranks >> rank & 1) == 0) atomicAdd(&chunk.before[rank], 1u);
             ranks |= uint64_t(1) << rank;
             bool again = false;

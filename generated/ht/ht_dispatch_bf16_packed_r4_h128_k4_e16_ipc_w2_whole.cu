@@ -3,6 +3,7 @@
 // HighThroughputDispatch(dtype='bf16', layout='packed', num_ranks=4, hidden=128, num_topk=4, num_experts=16, path='ipc', num_warps=2, phase='whole')
 
 #include <moegen/ptx.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -197,16 +198,11 @@ __device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Par
     }
 }
 
-constexpr uint32_t kExperts = 16;
-constexpr uint32_t kLocalExperts = 4;  // of every rank
-
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
+using Experts = Partition<16, kRanks>;
 
 constexpr uint32_t kPieceWords = 3;
 constexpr uint32_t kCountPieces = 4;  // see count_word
-constexpr uint32_t kFirstSourceWord = 1 + kLocalExperts;
+constexpr uint32_t kFirstSourceWord = 1 + Experts::kLocal;
 constexpr uint32_t kSourceWords = 5;             // the source's tokens, its rows for each rank
 constexpr uint32_t kCallWord = kFirstSourceWord + kSourceWords;  // the last one
 static_assert(kCallWord / kPieceWords == kCountPieces - 1);
@@ -235,7 +231,7 @@ __device__ __forceinline__ int64_t id_of(const Params& p, uint32_t token, uint32
 }
 
 constexpr uint32_t kChunk = 64;            // tokens that a block plans at a time, a bit for each
-constexpr uint32_t kCounters = kRanks + kExperts;  // of tokens that go to each rank, and that select each expert
+constexpr uint32_t kCounters = kRanks + Experts::kNumber;  // of tokens: that go to a rank, that select an expert
 
 struct Chunk {
     uint32_t counted[kCounters][kChunk / 32];  // which tokens of the chunk each counter counts
@@ -266,14 +262,14 @@ __device__ __forceinline__ void read_chunk(const Params& p, uint32_t number, uin
         const uint32_t k = at % kTopk;
         const bool exists = number * kChunk + token < tokens;
         const int64_t id = exists ? id_of(p, number * kChunk + token, k) : -1;
-        const bool selects = id >= 0 && id < int64_t(kExperts);
+        const bool selects = id >= 0 && id < int64_t(Experts::kNumber);
         chunk.ids[token][k] = selects ? int16_t(id) : int16_t(-1);
         const bool weighs = exists && p.topk_weights != nullptr;
         chunk.weights[token][k] = weighs ? p.topk_weights[uint64_t(number * kChunk + token) * kTopk + k] : 1.0f;
         if (!selects && id != -1) store_relaxed_sys(&p.failure->invalid_token, number * kChunk + token + 1);
         if (!selects) continue;
         const uint32_t bit = 1u << token % 32;
-        atomicOr(&chunk.counted[rank_of_expert(uint32_t(id))][token / 32], bit);
+        atomicOr(&chunk.counted[Experts::rank_of(uint32_t(id))][token / 32], bit);
         atomicOr(&chunk.counted[kRanks + id][token / 32], bit);
     }
     __syncthreads();
@@ -343,9 +339,9 @@ __device__ __forceinline__ uint32_t entry_word(const Chunk& chunk, uint32_t firs
     if (word == 0) return first + token;
     if (word <= kTopk) {
         const int32_t id = chunk.ids[token][word - 1];
-        if (id < 0 || rank_of_expert(uint32_t(id)) != rank) return kNoSelection;
+        if (id < 0 || Experts::rank_of(uint32_t(id)) != rank) return kNoSelection;
         const uint32_t earlier = chunk.before[kRanks + id] + counted_before(chunk, kRanks + uint32_t(id), token);
-        return earlier << kExpertBits | (uint32_t(id) - first_expert(rank));
+        return earlier << kExpertBits | (uint32_t(id) - Experts::first_of(rank));
     }
     return word > 2 * kTopk ? 0 : __float_as_uint(chunk.weights[token][word - 1 - kTopk]);
 }
@@ -389,11 +385,11 @@ __device__ __forceinline__ void leave_ranks(const Params& p, uint32_t first, uin
 __device__ __forceinline__ uint32_t count_word(const Params& p, const Chunk& chunk, uint32_t tokens, uint32_t rank,
                                                uint32_t word) {
     uint32_t counter = rank;
-    if (word > 0) counter = kRanks + first_expert(rank) + word - 1;
-    if (word > kLocalExperts) counter = word - kFirstSourceWord - 1;
+    if (word > 0) counter = kRanks + Experts::first_of(rank) + word - 1;
+    if (word > Experts::kLocal) counter = word - kFirstSourceWord - 1;
     if (word == kFirstSourceWord) return max(tokens, p.tokens_wanted);
     if (word >= kFirstSourceWord + kSourceWords) return 0;
-    if (word > local_experts(rank) && word <= kLocalExperts) return 0;
+    if (word > Experts::number_of(rank) && word <= Experts::kLocal) return 0;
     return chunk.before[counter] + counted_before(chunk, counter, kChunk);
 }
 
@@ -450,7 +446,7 @@ __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t tok
     uint64_t rank = 0;
     if (lane_id() < kTopk) {
         const int64_t id = id_of(p, token, lane_id());
-        if (id >= 0 && id < int64_t(kExperts)) rank = uint64_t(1) << rank_of_expert(uint32_t(id));
+        if (id >= 0 && id < int64_t(Experts::kNumber)) rank = uint64_t(1) << Experts::rank_of(uint32_t(id));
     }
     return __reduce_or_sync(kFullWarp, uint32_t(rank));
 }
@@ -489,7 +485,7 @@ __device__ __forceinline__ void send_rows(const Params& p, const Watch& watch, u
 // What comes, by source. Rows are numbered through, those of source 0 first.
 struct Arrivals {
     uint32_t first_row[kRanks + 1];
-    uint32_t slots[kRanks][kLocalExperts];  // rows that select each expert; in layout packed then the first of them
+    uint32_t slots[kRanks][Experts::kLocal];  // rows that select each expert; in layout packed then the first of them
     bool belong[kRanks];  // whether what a source has sent belongs to this call
 };
 
@@ -525,7 +521,7 @@ __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch
             const uint32_t at = piece * kPieceWords + word;
             const uint32_t count = came ? min(words[word], p.max_tokens) : 0;
             if (at == 0) arrivals.first_row[source + 1] = count;
-            if (at > 0 && at <= kLocalExperts) arrivals.slots[source][at - 1] = count;
+            if (at > 0 && at <= Experts::kLocal) arrivals.slots[source][at - 1] = count;
             const uint32_t of_source = at - kFirstSourceWord;
             if (of_source < kSourceWords && blockIdx.x == p.receivers.first) {
                 p.source_counts[source * kSourceWords + of_source] = came ? int32_t(words[word]) : 0;
@@ -550,7 +546,7 @@ __device__ __forceinline__ void tell_user(const Params& p, const Arrivals& arriv
         p.first_rows[source] = int32_t(arrivals.first_row[source]);
     }
 #pragma unroll 1
-    for (uint32_t local = threadIdx.x; local < local_experts(p.rank); local += kBlockThreads) {
+    for (uint32_t local = threadIdx.x; local < Experts::number_of(p.rank); local += kBlockThreads) {
         uint32_t rows = 0;
 #pragma unroll 1
         for (uint32_t source = 0; source < kRanks; ++source) rows += arrivals.slots[source][local];
@@ -566,10 +562,10 @@ __device__ __forceinline__ void lay_out_experts(const Params& p, Arrivals& arriv
     if (warp_id() == 0) {
         uint32_t begin = 0;
 #pragma unroll 1
-        for (uint32_t base = 0; base < kLocalExperts; base += kWarpSize) {
+        for (uint32_t base = 0; base < Experts::kLocal; base += kWarpSize) {
             const uint32_t local = base + lane_id();
             uint32_t rows = 0;
-            if (local < local_experts(p.rank)) {
+            if (local < Experts::number_of(p.rank)) {
 #pragma unroll 1
                 for (uint32_t source = 0; source < kRanks; ++source) rows += arrivals.slots[source][local];
                 rows = (rows + p.alignment - 1) / p.alignment * p.alignment;
@@ -580,11 +576,11 @@ __device__ __forceinline__ void lay_out_experts(const Params& p, Arrivals& arriv
                 const uint32_t more = __shfl_up_sync(kFullWarp, end - begin, below);
                 if (lane_id() >= below) end += more;
             }
-            if (local < local_experts(p.rank)) {
+            if (local < Experts::number_of(p.rank)) {
                 uint32_t first = end - rows;
                 if (blockIdx.x == p.receivers.first) {
                     p.first_slots[local] = int32_t(first);
-                    if (local == local_experts(p.rank) - 1) p.first_slots[local + 1] = int32_t(end);
+                    if (local == Experts::number_of(p.rank) - 1) p.first_slots[local + 1] = int32_t(end);
                 }
 #pragma unroll 1
                 for (uint32_t source = 0; source < kRanks; ++source) {

@@ -4,6 +4,7 @@
 
 #include <moegen/ptx.cuh>
 #include <moegen/masked_signal.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -220,12 +221,7 @@ __device__ __forceinline__ void send_pieces(const Row& pieces, uint4* to) {
     }
 }
 
-constexpr uint32_t kExperts = 256;
-constexpr uint32_t kLocalExperts = 32;  // of every rank
-
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
+using Experts = Partition<256, kRanks>;
 
 // A token's ids, as they travel: kAgain marks one that an earlier selection of the token names too, -1 is none.
 constexpr uint32_t kIdsOfPiece = 6;  // 16 bits each; the epoch fills the 16 bytes
@@ -267,7 +263,7 @@ __device__ __forceinline__ Ids load_ids(const Params& p, uint32_t token, uint32_
         for (uint32_t k = 0; k < kTopk; ++k) wide[k] = from[k];
 #pragma unroll
         for (uint32_t k = 0; k < kTopk; ++k) {
-            loaded.ids[k] = wide[k] >= -1 && wide[k] < int64_t(kExperts) ? int32_t(wide[k]) : -2;
+            loaded.ids[k] = wide[k] >= -1 && wide[k] < int64_t(Experts::kNumber) ? int32_t(wide[k]) : -2;
         }
     } else {
         const int32_t* from = static_cast<const int32_t*>(p.topk_idx) + uint64_t(token) * kTopk;
@@ -275,7 +271,7 @@ __device__ __forceinline__ Ids load_ids(const Params& p, uint32_t token, uint32_
         for (uint32_t k = 0; k < kTopk; ++k) loaded.ids[k] = from[k];
 #pragma unroll
         for (uint32_t k = 0; k < kTopk; ++k) {
-            loaded.ids[k] = loaded.ids[k] < int32_t(kExperts) ? max(loaded.ids[k], -2) : -2;
+            loaded.ids[k] = loaded.ids[k] < int32_t(Experts::kNumber) ? max(loaded.ids[k], -2) : -2;
         }
     }
     return loaded;
@@ -414,13 +410,13 @@ __device__ __forceinline__ void receive_sources(const Params& p, const Watch& wa
 // Of some tokens: how many select each of this rank's experts, counted once each, and how many rows of other ranks they
 // make.
 struct Tally {
-    uint32_t tokens_of_expert[kLocalExperts];
+    uint32_t tokens_of_expert[Experts::kLocal];
     uint32_t rows;
 };
 
 __device__ __forceinline__ void clear(Tally& sum) {
 #pragma unroll 1
-    for (uint32_t local = Group::thread(); local < kLocalExperts; local += kGroupThreads)
+    for (uint32_t local = Group::thread(); local < Experts::kLocal; local += kGroupThreads)
         sum.tokens_of_expert[local] = 0;
     if (Group::thread() == 0) sum.rows = 0;
 }
@@ -442,8 +438,8 @@ __device__ __forceinline__ Selections selections_of(uint4 (&pieces)[kRoutePieces
 #pragma unroll
         for (uint32_t at = 0; at < kIdsOfPiece; ++at) {
             const uint32_t id = arrived ? words[at / 2] >> at % 2 * 16 & 0xffff : 0xffff;
-            const uint32_t local = (id & ~uint32_t(kAgain)) - first_expert(watch.rank);
-            const bool selected = id != 0xffff && local < local_experts(watch.rank);
+            const uint32_t local = (id & ~uint32_t(kAgain)) - Experts::first_of(watch.rank);
+            const bool selected = id != 0xffff && local < Experts::number_of(watch.rank);
             here.experts[piece * kIdsOfPiece + at] = selected ? int16_t(local | (id & kAgain)) : int16_t(-1);
         }
     }
@@ -519,7 +515,7 @@ __device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
     count_routes(routes_at(p, watch, p.rank, 0), pieces_of_source(p), watch, first, Counted{0, first[kRanks]}, sums,
                  nullptr);
 #pragma unroll 1
-    for (uint32_t local = Group::thread(); local < local_experts(p.rank); local += kGroupThreads) {
+    for (uint32_t local = Group::thread(); local < Experts::number_of(p.rank); local += kGroupThreads) {
         uint32_t rows = 0;
 #pragma unroll 1
         for (uint32_t source = 0; source < kRanks; ++source) {
@@ -588,7 +584,7 @@ __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t ind
     uint64_t rank = 0;
     if (index < tokens && lane_id() < kTopk) {
         const int64_t expert = id_of(p, index, lane_id());
-        if (expert >= 0 && expert < int64_t(kExperts)) rank = uint64_t(1) << rank_of_expert(uint32_t(expert));
+        if (expert >= 0 && expert < int64_t(Experts::kNumber)) rank = uint64_t(1) << Experts::rank_of(uint32_t(expert));
     }
     return __reduce_or_sync(kFullWarp, uint32_t(rank));
 }
@@ -598,8 +594,8 @@ __device__ __forceinline__ void record_selection(const Params& p, uint32_t index
     if (Group::thread() >= kTopk) return;
     const uint64_t at = uint64_t(index) * kTopk + Group::thread();
     const int64_t expert = id_of(p, index, Group::thread());
-    const bool selected = expert >= 0 && expert < int64_t(kExperts);
-    p.selected_ranks[at] = selected ? int32_t(rank_of_expert(uint32_t(expert))) : -1;
+    const bool selected = expert >= 0 && expert < int64_t(Experts::kNumber);
+    p.selected_ranks[at] = selected ? int32_t(Experts::rank_of(uint32_t(expert))) : -1;
     p.selected_weights[at] = weight;
 }
 

@@ -4,6 +4,7 @@
 
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -145,11 +146,7 @@ __device__ __forceinline__ bool wait_for_tag(const Params& p, const Watch& watch
     return wait_for(watch, what, watch.epoch, [=] { return uint32_t(load_acquire_sys(tag)); });
 }
 
-constexpr uint32_t kLocalExperts = 32;  // of every rank
-
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
+using Experts = Partition<256, kRanks>;
 
 // A token's ids, as they travel: kAgain marks one that an earlier selection of the token names too, -1 is none.
 constexpr uint32_t kIdsOfPiece = 6;  // 16 bits each; the epoch fills the 16 bytes
@@ -196,13 +193,13 @@ __device__ __forceinline__ void receive_sources(const Params& p, const Watch& wa
 // Of some tokens: how many select each of this rank's experts, counted once each, and how many rows of other ranks they
 // make.
 struct Tally {
-    uint32_t tokens_of_expert[kLocalExperts];
+    uint32_t tokens_of_expert[Experts::kLocal];
     uint32_t rows;
 };
 
 __device__ __forceinline__ void clear(Tally& sum) {
 #pragma unroll 1
-    for (uint32_t local = Group::thread(); local < kLocalExperts; local += kGroupThreads)
+    for (uint32_t local = Group::thread(); local < Experts::kLocal; local += kGroupThreads)
         sum.tokens_of_expert[local] = 0;
     if (Group::thread() == 0) sum.rows = 0;
 }
@@ -224,8 +221,8 @@ __device__ __forceinline__ Selections selections_of(uint4 (&pieces)[kRoutePieces
 #pragma unroll
         for (uint32_t at = 0; at < kIdsOfPiece; ++at) {
             const uint32_t id = arrived ? words[at / 2] >> at % 2 * 16 & 0xffff : 0xffff;
-            const uint32_t local = (id & ~uint32_t(kAgain)) - first_expert(watch.rank);
-            const bool selected = id != 0xffff && local < local_experts(watch.rank);
+            const uint32_t local = (id & ~uint32_t(kAgain)) - Experts::first_of(watch.rank);
+            const bool selected = id != 0xffff && local < Experts::number_of(watch.rank);
             here.experts[piece * kIdsOfPiece + at] = selected ? int16_t(local | (id & kAgain)) : int16_t(-1);
         }
     }
@@ -301,7 +298,7 @@ __device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
     count_routes(routes_at(p, watch, p.rank, 0), pieces_of_source(p), watch, first, Counted{0, first[kRanks]}, sums,
                  nullptr);
 #pragma unroll 1
-    for (uint32_t local = Group::thread(); local < local_experts(p.rank); local += kGroupThreads) {
+    for (uint32_t local = Group::thread(); local < Experts::number_of(p.rank); local += kGroupThreads) {
         uint32_t rows = 0;
 #pragma unroll 1
         for (uint32_t source = 0; source < kRanks; ++source) {

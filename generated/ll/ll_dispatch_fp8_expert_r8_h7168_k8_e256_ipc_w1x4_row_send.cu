@@ -5,6 +5,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -178,12 +179,7 @@ __device__ __forceinline__ void send_pieces(const Row& pieces, uint4* to) {
     }
 }
 
-constexpr uint32_t kExperts = 256;
-constexpr uint32_t kLocalExperts = 32;  // of every rank
-
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
+using Experts = Partition<256, kRanks>;
 
 // A token's ids, as they travel: kAgain marks one that an earlier selection of the token names too, -1 is none.
 constexpr uint32_t kIdsOfPiece = 6;  // 16 bits each; the epoch fills the 16 bytes
@@ -225,7 +221,7 @@ __device__ __forceinline__ Ids load_ids(const Params& p, uint32_t token, uint32_
         for (uint32_t k = 0; k < kTopk; ++k) wide[k] = from[k];
 #pragma unroll
         for (uint32_t k = 0; k < kTopk; ++k) {
-            loaded.ids[k] = wide[k] >= -1 && wide[k] < int64_t(kExperts) ? int32_t(wide[k]) : -2;
+            loaded.ids[k] = wide[k] >= -1 && wide[k] < int64_t(Experts::kNumber) ? int32_t(wide[k]) : -2;
         }
     } else {
         const int32_t* from = static_cast<const int32_t*>(p.topk_idx) + uint64_t(token) * kTopk;
@@ -233,7 +229,7 @@ __device__ __forceinline__ Ids load_ids(const Params& p, uint32_t token, uint32_
         for (uint32_t k = 0; k < kTopk; ++k) loaded.ids[k] = from[k];
 #pragma unroll
         for (uint32_t k = 0; k < kTopk; ++k) {
-            loaded.ids[k] = loaded.ids[k] < int32_t(kExperts) ? max(loaded.ids[k], -2) : -2;
+            loaded.ids[k] = loaded.ids[k] < int32_t(Experts::kNumber) ? max(loaded.ids[k], -2) : -2;
         }
     }
     return loaded;
@@ -407,7 +403,7 @@ __device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t ind
     uint64_t rank = 0;
     if (index < tokens && lane_id() < kTopk) {
         const int64_t expert = id_of(p, index, lane_id());
-        if (expert >= 0 && expert < int64_t(kExperts)) rank = uint64_t(1) << rank_of_expert(uint32_t(expert));
+        if (expert >= 0 && expert < int64_t(Experts::kNumber)) rank = uint64_t(1) << Experts::rank_of(uint32_t(expert));
     }
     return __reduce_or_sync(kFullWarp, uint32_t(rank));
 }

@@ -120,15 +120,6 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         return self.warp_groups
 
     @property
-    def max_local_experts(self) -> int:
-        return ceil_div(self.num_experts, self.num_ranks)
-
-    @property
-    def phase(self) -> str:
-        """There is one launch: `templates/shared/experts.cuh.jinja` asks."""
-        return "whole"
-
-    @property
     def destinations(self) -> int:
         """Ranks that one token may reach."""
         return min(self.num_ranks, self.num_topk)
