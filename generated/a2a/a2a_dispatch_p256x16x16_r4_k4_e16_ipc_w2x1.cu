@@ -117,35 +117,6 @@ __device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch, 
 
 using Experts = Partition<16, kRanks>;
 
-template <class Id>
-__device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t token) {
-    const Id* ids = static_cast<const Id*>(p.topk_idx) + uint64_t(token) * kTopk;
-    uint64_t ranks = 0;
-    bool invalid = false;
-#pragma unroll
-    for (uint32_t k = 0; k < kTopk; ++k) {
-        const Id id = ids[k];
-        if (id >= 0 && id < Id(Experts::kNumber)) {
-            ranks |= uint64_t(1) << Experts::rank_of(uint32_t(id));
-        } else {
-            invalid |= id != -1;
-        }
-    }
-    if (invalid) store_relaxed_sys(&p.failure->invalid_token, token + 1);
-    return ranks & p.active;
-}
-
-// Bit r: rank r holds an expert of the token. An id that names none selects nothing and is reported to the host.
-__device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t token) {
-    return p.wide_ids ? ranks_of_token<int64_t>(p, token) : ranks_of_token<int32_t>(p, token);
-}
-
-__device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
-    if (p.num_tokens == nullptr) return p.tokens;
-    const int32_t given = *p.num_tokens;
-    return given < 0 ? 0 : min(uint32_t(given), p.tokens);
-}
-
 constexpr uint32_t kWarps = kBlockThreads / kWarpSize;
 
 // How many tokens go to each rank: every warp counts for itself, so that nothing is waited for before.
@@ -163,7 +134,8 @@ __device__ __forceinline__ uint64_t count_tokens(const Params& p, uint32_t begin
 #pragma unroll 1
     for (uint32_t group = warp_id(); group <= groups; group += kWarps) {
         const uint32_t token = (group == 0 ? begin : (group - 1) * kWarpSize) + lane_id();
-        const uint64_t ranks = token < (group == 0 ? end : begin) ? ranks_of_token(p, token) : 0;
+        const bool exists = token < (group == 0 ? end : begin);
+        const uint64_t ranks = exists ? ranks_of_token<Experts, kTopk>(p, token) : 0;
         if (group == 0) {
             own = ranks;
             continue;
@@ -191,7 +163,7 @@ __device__ __forceinline__ uint32_t sum_of_warps(const Counts& counts, uint32_t 
 
 // Of tokens beyond a block's first: out of line, because few launches have any.
 __device__ __noinline__ uint64_t ranks_of_later_token(const Params& p, uint32_t token) {
-    return ranks_of_token(p, token);
+    return ranks_of_token<Experts, kTopk>(p, token);
 }
 
 // Tokens of a block, one behind the other.

@@ -152,14 +152,7 @@ __device__ __forceinline__ uint32_t* entry_at(const Params& p, uint32_t rank, ui
     return reinterpret_cast<uint32_t*>(chunk_at(p, rank) + kHeaderBytes + uint64_t(row) * kEntryBytes);
 }
 
-// A token's k-th id as the user gave it.
-__device__ __forceinline__ int64_t id_of(const Params& p, uint32_t token, uint32_t k) {
-    const uint64_t at = uint64_t(token) * kTopk + k;
-    return p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
-                      : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
-}
-
-constexpr uint32_t kChunk = 64;            // tokens that a block plans at a time, a bit for each
+constexpr uint32_t kChunk = 64;                    // tokens that a block plans at a time, a bit for each
 constexpr uint32_t kCounters = kRanks + Experts::kNumber;  // of tokens: that go to a rank, that select an expert
 
 struct Chunk {
@@ -168,12 +161,6 @@ struct Chunk {
     int16_t ids[kChunk][kTopk];
     float weights[kChunk][kTopk];
 };
-
-__device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
-    if (p.num_tokens == nullptr) return p.tokens;
-    const int32_t given = *p.num_tokens;
-    return given < 0 ? 0 : min(uint32_t(given), p.tokens);
-}
 
 // Reads the ids of a chunk. One that names no expert counts as none and is reported to the host.
 __device__ __forceinline__ void read_chunk(const Params& p, uint32_t first, uint32_t tokens, Chunk& chunk) {
@@ -188,12 +175,12 @@ __device__ __forceinline__ void read_chunk(const Params& p, uint32_t first, uint
         const uint32_t token = at / kTopk;
         const uint32_t k = at % kTopk;
         const bool exists = first + token < tokens;
-        const int64_t id = exists ? id_of(p, first + token, k) : -1;
+        const int64_t id = exists ? id_of<kTopk>(p, first + token, k) : -1;
         const bool selects = id >= 0 && id < int64_t(Experts::kNumber);
         chunk.ids[token][k] = selects ? int16_t(id) : int16_t(-1);
         const bool weighs = exists && p.topk_weights != nullptr;
         chunk.weights[token][k] = weighs ? p.topk_weights[uint64_t(first + token) * kTopk + k] : 1.0f;
-        if (!selects && id != -1) store_relaxed_sys(&p.failure->invalid_token, first + token + 1);
+        if (!selects && id != -1) report_unknown_id(p, first + token);
         if (!selects) continue;
         const uint32_t bit = 1u << token % 32;
         atomicOr(&chunk.counted[Experts::rank_of(uint32_t(id))][token / 32], bit);
@@ -274,13 +261,13 @@ __device__ __forceinline__ void count_before(const Params& p, uint32_t end, Chun
     for (uint32_t token = threadIdx.x; token < end; token += kBlockThreads) {
         uint64_t ranks = 0;
         for (uint32_t k = 0; k < kTopk; ++k) {
-            const int64_t id = id_of(p, token, k);
+            const int64_t id = id_of<kTopk>(p, token, k);
             if (id < 0 || id >= int64_t(Experts::kNumber)) continue;
             const uint32_t rank = Experts::rank_of(uint32_t(id));
             if ((ranks >> rank & 1) == 0) atomicAdd(&chunk.before[rank], 1u);
             ranks |= uint64_t(1) << rank;
             bool again = false;
-            for (uint32_t earlier = 0; earlier < k; ++earlier) again |= id_of(p, token, earlier) == id;
+            for (uint32_t earlier = 0; earlier < k; ++earlier) again |= id_of<kTopk>(p, token, earlier) == id;
             if (!again) atomicAdd(&chunk.before[kRanks + id], 1u);
         }
     }

@@ -164,14 +164,7 @@ __device__ __forceinline__ uint4* entry_at(const Params& p, uint32_t rank, uint3
            (uint64_t(source) * p.max_tokens + row) * kEntryPieces;
 }
 
-// A token's k-th id as the user gave it.
-__device__ __forceinline__ int64_t id_of(const Params& p, uint32_t token, uint32_t k) {
-    const uint64_t at = uint64_t(token) * kTopk + k;
-    return p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
-                      : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
-}
-
-constexpr uint32_t kChunk = 64;            // tokens that a block plans at a time, a bit for each
+constexpr uint32_t kChunk = 64;                    // tokens that a block plans at a time, a bit for each
 constexpr uint32_t kCounters = kRanks + Experts::kNumber;  // of tokens: that go to a rank, that select an expert
 
 struct Chunk {
@@ -182,12 +175,6 @@ struct Chunk {
 };
 
 __device__ __forceinline__ uint32_t chunks_of(uint32_t tokens) { return max(1u, (tokens + kChunk - 1) / kChunk); }
-
-__device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
-    if (p.num_tokens == nullptr) return p.tokens;
-    const int32_t given = *p.num_tokens;
-    return given < 0 ? 0 : min(uint32_t(given), p.tokens);
-}
 
 // Reads the ids of a chunk. One that names no expert counts as none and is reported to the host.
 __device__ __forceinline__ void read_chunk(const Params& p, uint32_t number, uint32_t tokens, Chunk& chunk) {
@@ -202,12 +189,12 @@ __device__ __forceinline__ void read_chunk(const Params& p, uint32_t number, uin
         const uint32_t token = at / kTopk;
         const uint32_t k = at % kTopk;
         const bool exists = number * kChunk + token < tokens;
-        const int64_t id = exists ? id_of(p, number * kChunk + token, k) : -1;
+        const int64_t id = exists ? id_of<kTopk>(p, number * kChunk + token, k) : -1;
         const bool selects = id >= 0 && id < int64_t(Experts::kNumber);
         chunk.ids[token][k] = selects ? int16_t(id) : int16_t(-1);
         const bool weighs = exists && p.topk_weights != nullptr;
         chunk.weights[token][k] = weighs ? p.topk_weights[uint64_t(number * kChunk + token) * kTopk + k] : 1.0f;
-        if (!selects && id != -1) store_relaxed_sys(&p.failure->invalid_token, number * kChunk + token + 1);
+        if (!selects && id != -1) report_unknown_id(p, number * kChunk + token);
         if (!selects) continue;
         const uint32_t bit = 1u << token % 32;
         atomicOr(&chunk.counted[Experts::rank_of(uint32_t(id))][token / 32], bit);

@@ -28,13 +28,6 @@ using Experts = Partition<256, kRanks>;
 
 constexpr uint32_t kCounters = kRanks + Experts::kNumber;
 
-// A token's k-th id as the user gave it.
-__device__ __forceinline__ int64_t id_of(const Params& p, uint32_t token, uint32_t k) {
-    const uint64_t at = uint64_t(token) * kTopk + k;
-    return p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
-                      : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
-}
-
 // Whether this lane is the first of those with the same value that take part.
 __device__ __forceinline__ bool is_first_with(uint32_t value, bool takes_part) {
     const uint32_t same = __match_any_sync(kFullWarp, takes_part ? value : ~0u);
@@ -43,9 +36,9 @@ __device__ __forceinline__ bool is_first_with(uint32_t value, bool takes_part) {
 
 // A warp looks at a token, a lane at each of its selections. One that names no expert counts as none and is reported.
 __device__ __forceinline__ void count_token(const Params& p, uint32_t token, uint32_t* counts) {
-    const int64_t id = lane_id() < kTopk ? id_of(p, token, lane_id()) : -1;
+    const int64_t id = lane_id() < kTopk ? id_of<kTopk>(p, token, lane_id()) : -1;
     const bool selects = id >= 0 && id < int64_t(Experts::kNumber);
-    if (!selects && id != -1) store_relaxed_sys(&p.failure->invalid_token, token + 1);
+    if (!selects && id != -1) report_unknown_id(p, token);
     const uint32_t expert = selects ? uint32_t(id) : 0;
     const uint32_t rank = Experts::rank_of(expert);
     if (is_first_with(expert, selects)) atomicAdd(&counts[kRanks + expert], 1u);

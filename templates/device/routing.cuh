@@ -40,4 +40,103 @@ struct Partition {
     }
 };
 
+// The tokens of this call: as many as device memory says, at most those of the user's tensor.
+template <class Params>
+__device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
+    if (p.num_tokens == nullptr) return p.tokens;
+    const int32_t given = *p.num_tokens;
+    return given < 0 ? 0 : min(uint32_t(given), p.tokens);
+}
+
+// A token's k-th id, which the user gave in 64 or 32 bits.
+template <uint32_t kTopk, class Params>
+__device__ __forceinline__ int64_t id_of(const Params& p, uint32_t token, uint32_t k) {
+    const uint64_t at = uint64_t(token) * kTopk + k;
+    return p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
+                      : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
+}
+
+// An id that names no expert selects nothing. Unless it is -1, the host is told.
+template <class Params>
+__device__ __forceinline__ void report_unknown_id(const Params& p, uint32_t token) {
+    store_relaxed_sys(&p.failure->invalid_token, token + 1);
+}
+
+// A token's ids. kUnknownId stands for each that names no expert and is not -1.
+constexpr int32_t kUnknownId = -2;
+
+template <uint32_t kTopk>
+struct Ids {
+    int32_t ids[kTopk];
+};
+
+// Loads all ids of a token before it looks at one.
+template <class Id, class Experts, uint32_t kTopk, class Params>
+__device__ __forceinline__ void load_ids_as(const Params& p, uint32_t token, Ids<kTopk>& loaded) {
+    const Id* ids = static_cast<const Id*>(p.topk_idx) + uint64_t(token) * kTopk;
+    Id given[kTopk];
+#pragma unroll
+    for (uint32_t k = 0; k < kTopk; ++k) given[k] = ids[k];
+#pragma unroll
+    for (uint32_t k = 0; k < kTopk; ++k) {
+        loaded.ids[k] = given[k] >= -1 && given[k] < Id(Experts::kNumber) ? int32_t(given[k]) : kUnknownId;
+    }
+}
+
+// A token that does not exist selects nothing.
+template <class Experts, uint32_t kTopk, class Params>
+__device__ __forceinline__ Ids<kTopk> load_ids(const Params& p, uint32_t token, uint32_t tokens) {
+    Ids<kTopk> loaded;
+#pragma unroll
+    for (uint32_t k = 0; k < kTopk; ++k) loaded.ids[k] = -1;
+    if (token >= tokens) return loaded;
+    if (p.wide_ids) {
+        load_ids_as<int64_t, Experts>(p, token, loaded);
+    } else {
+        load_ids_as<int32_t, Experts>(p, token, loaded);
+    }
+    return loaded;
+}
+
+template <class Id, class Experts, uint32_t kTopk, class Params>
+__device__ __forceinline__ uint64_t ranks_of_ids(const Params& p, uint32_t token) {
+    const Id* ids = static_cast<const Id*>(p.topk_idx) + uint64_t(token) * kTopk;
+    uint64_t ranks = 0;
+    bool unknown = false;
+#pragma unroll
+    for (uint32_t k = 0; k < kTopk; ++k) {
+        const Id id = ids[k];
+        if (id >= 0 && id < Id(Experts::kNumber)) {
+            ranks |= uint64_t(1) << Experts::rank_of(uint32_t(id));
+        } else {
+            unknown |= id != -1;
+        }
+    }
+    if (unknown) report_unknown_id(p, token);
+    return ranks & p.active;
+}
+
+// Bit r: rank r takes part and holds an expert of the token. One thread looks at all ids, and reports unknown ones.
+template <class Experts, uint32_t kTopk, class Params>
+__device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t token) {
+    return p.wide_ids ? ranks_of_ids<int64_t, Experts, kTopk>(p, token)
+                      : ranks_of_ids<int32_t, Experts, kTopk>(p, token);
+}
+
+// Bit r: rank r holds an expert of the token; none, if there is no such token. Each lane of a warp looks at one id.
+template <class Experts, uint32_t kTopk, class Params>
+__device__ __forceinline__ uint64_t ranks_of_token_by_warp(const Params& p, uint32_t token, uint32_t tokens) {
+    uint64_t rank = 0;
+    if (token < tokens && lane_id() < kTopk) {
+        const int64_t id = id_of<kTopk>(p, token, lane_id());
+        if (id >= 0 && id < int64_t(Experts::kNumber)) rank = uint64_t(1) << Experts::rank_of(uint32_t(id));
+    }
+    const uint32_t low = __reduce_or_sync(kFullWarp, uint32_t(rank));
+    if constexpr (Experts::kRanks <= 32) {
+        return low;
+    } else {
+        return uint64_t(__reduce_or_sync(kFullWarp, uint32_t(rank >> 32))) << 32 | low;
+    }
+}
+
 }  // namespace moegen
