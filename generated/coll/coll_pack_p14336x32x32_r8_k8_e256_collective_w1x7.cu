@@ -96,28 +96,6 @@ __device__ __noinline__ uint64_t ranks_of_later_token(const Params& p, uint32_t 
     return ranks_of_token<Experts, kTopk>(p, token);
 }
 
-// Tokens of a block, one behind the other.
-struct Share {
-    uint32_t begin;
-    uint32_t end;
-};
-
-__device__ __forceinline__ uint32_t tokens_per_block(const Params& p, uint32_t tokens) {
-    return (tokens + p.senders.blocks - 1) / p.senders.blocks;
-}
-
-__device__ __forceinline__ Share share_of_block(const Params& p, uint32_t tokens) {
-    const uint32_t number = tokens_per_block(p, tokens);
-    const uint32_t begin = min((blockIdx.x - p.senders.first) * number, tokens);
-    return Share{begin, min(begin + number, tokens)};
-}
-
-// Of the blocks that send, those that have a share.
-__device__ __forceinline__ uint32_t blocks_with_a_share(const Params& p, uint32_t tokens) {
-    const uint32_t number = tokens_per_block(p, tokens);
-    return number == 0 ? 0 : (tokens + number - 1) / number;
-}
-
 // As many tokens as a warp plans at a time, a lane for each.
 struct Chunk {
     uint64_t ranks[kWarpSize];
@@ -138,7 +116,7 @@ __device__ __forceinline__ void plan_chunk(const Params& p, uint32_t begin, uint
         __syncwarp();
         if (lane_id() == 0) next_slots[rank] = before + __popc(all);
         if (!goes) continue;
-        const uint32_t slot = before + __popc(all & ((1u << lane_id()) - 1));
+        const uint32_t slot = before + lanes_below(lane_id(), all);
         chunk.slots[lane_id()][index] = slot;
         p.token_slots[uint64_t(token) * kDestinations + index] = int32_t(slot);
         ++index;
@@ -246,7 +224,7 @@ struct Start {
 };
 
 __device__ __forceinline__ Start start_share(const Params& p, uint32_t tokens, Counts& before) {
-    Start start = {share_of_block(p, tokens), 0, {}};
+    Start start = {share_of_block(p.senders, tokens), 0, {}};
     const uint32_t token = start.share.begin + Group::index();
     if (token < start.share.end) start.token = ask_token(p, token);
     start.ranks = count_tokens(p, start.share.begin, start.share.end, before);

@@ -120,10 +120,6 @@ constexpr uint32_t kFirstSourceWord = 1 + Experts::kLocal;
 constexpr uint32_t kSourceWords = 9;  // the source's tokens, its rows for each rank
 constexpr uint32_t kEntryBytes = 80;  // of a row's token, selections and weights
 
-// A selection: a local expert, and how many earlier tokens of the source select it. All ones: none on this rank.
-constexpr uint32_t kExpertBits = 10;
-constexpr uint32_t kNoSelection = ~0u;
-
 __device__ __forceinline__ uint32_t* counts_at(const Params& p, uint32_t rank) {
     return reinterpret_cast<uint32_t*>(header_at(p, rank) + 1);
 }
@@ -245,8 +241,8 @@ __device__ __forceinline__ Arrival read_entry(const Params& p, const Arrivals& a
     if (lane_id() < kTopk) {
         const uint32_t selection = entry[1 + lane_id()];
         if (selection != kNoSelection) {
-            const uint32_t local = selection & ((1u << kExpertBits) - 1);
-            arrival.slot = int32_t(arrivals.slots[source][local] + (selection >> kExpertBits));
+            const uint32_t local = local_expert_of(selection);
+            arrival.slot = int32_t(arrivals.slots[source][local] + earlier_tokens_of(selection));
         }
         arrival.weight = __uint_as_float(entry[1 + kTopk + lane_id()]);
         p.row_slots[uint64_t(row) * kTopk + lane_id()] = arrival.slot;
@@ -271,10 +267,10 @@ __device__ __forceinline__ uint32_t list_targets(const Params& p, const Arrival&
         if ((same >> k & 1) != 0) weight += of_k;
     }
     const bool fits = arrival.slot >= 0 && uint32_t(arrival.slot) < p.capacity;
-    const bool counts_here = fits && uint32_t(__ffs(int32_t(same))) - 1 == lane_id();
+    const bool counts_here = fits && is_first_of(same);
     const uint32_t all = __ballot_sync(kFullWarp, counts_here);
     if (counts_here) {
-        targets.slots[__popc(all & ((1u << lane_id()) - 1))] = uint32_t(arrival.slot);
+        targets.slots[lanes_below(lane_id(), all)] = uint32_t(arrival.slot);
         if (p.out_weights != nullptr) p.out_weights[arrival.slot] = weight;
     }
     if (arrival.slot >= 0 && !fits) store_relaxed_sys(&p.failure->rows_needed, uint32_t(arrival.slot) + 1);

@@ -4,6 +4,7 @@
 
 #include <moegen/launch.cuh>
 #include <moegen/numeric.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -202,11 +203,11 @@ __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t ro
     const int32_t slot = lane_id() < kTopk ? p.row_slots[at] : -1;
     bool is_term = slot >= 0 && uint32_t(slot) < p.rows;
     if (p.row_weights == nullptr) {
-        is_term &= uint32_t(__ffs(int32_t(__match_any_sync(kFullWarp, slot)))) - 1 == lane_id();
+        is_term &= is_first_of(__match_any_sync(kFullWarp, slot));
     }
     const uint32_t all = __ballot_sync(kFullWarp, is_term);
     if (is_term) {
-        const uint32_t index = number + __popc(all & ((1u << lane_id()) - 1));
+        const uint32_t index = number + lanes_below(lane_id(), all);
         terms.rows[index] = y_at(p, uint32_t(slot));
         terms.weights[index] = p.row_weights == nullptr ? 1.0f : p.row_weights[at];
     }

@@ -139,10 +139,6 @@ constexpr uint32_t kSourceWords = 9;  // the source's tokens, its rows for each 
 constexpr uint32_t kEntryWords = 17;  // of a row: its token, a selection and a weight for each k
 constexpr uint32_t kEntryBytes = 80;  // of a row's token, selections and weights
 
-// A selection: a local expert, and how many earlier tokens of the source select it. All ones: none on this rank.
-constexpr uint32_t kExpertBits = 10;
-constexpr uint32_t kNoSelection = ~0u;
-
 __device__ __forceinline__ uint32_t* counts_at(const Params& p, uint32_t rank) {
     return reinterpret_cast<uint32_t*>(header_at(p, rank) + 1);
 }
@@ -216,7 +212,7 @@ __device__ __forceinline__ uint32_t entry_word(const Chunk& chunk, uint32_t firs
         const int32_t id = chunk.ids[token][word - 1];
         if (id < 0 || Experts::rank_of(uint32_t(id)) != rank) return kNoSelection;
         const uint32_t earlier = chunk.before[kRanks + id] + counted_before(chunk, kRanks + uint32_t(id), token);
-        return earlier << kExpertBits | (uint32_t(id) - Experts::first_of(rank));
+        return pack_selection(earlier, uint32_t(id) - Experts::first_of(rank));
     }
     return word > 2 * kTopk ? 0 : __float_as_uint(chunk.weights[token][word - 1 - kTopk]);
 }
@@ -232,22 +228,6 @@ __device__ __forceinline__ uint32_t count_word(const Params& p, const Chunk& chu
     if (word >= kFirstSourceWord + kSourceWords) return 0;
     if (word > Experts::number_of(rank) && word <= Experts::kLocal) return 0;
     return chunk.before[counter] + counted_before(chunk, counter, kChunk);
-}
-
-// Tokens of a block, one behind the other.
-struct Share {
-    uint32_t begin;
-    uint32_t end;
-};
-
-__device__ __forceinline__ uint32_t tokens_per_block(const Params& p, uint32_t tokens) {
-    return (tokens + p.senders.blocks - 1) / p.senders.blocks;
-}
-
-__device__ __forceinline__ Share share_of_block(const Params& p, uint32_t tokens) {
-    const uint32_t number = tokens_per_block(p, tokens);
-    const uint32_t begin = min((blockIdx.x - p.senders.first) * number, tokens);
-    return Share{begin, min(begin + number, tokens)};
 }
 
 // A chunk is one of tokens here, kChunk of them; those that are exchanged are p.chunks.
@@ -327,7 +307,7 @@ __device__ __forceinline__ void tell_counts(const Params& p, uint32_t tokens, ui
 
 __device__ __forceinline__ void plan_and_send(const Params& p, uint32_t tokens, uint32_t call) {
     __shared__ Chunk chunk;
-    const Share share = share_of_block(p, tokens);
+    const Share share = share_of_block(p.senders, tokens);
     if (share.begin == share.end && blockIdx.x != p.senders.first) return;
     count_before(p, share.begin, chunk);
     uint32_t first = share.begin;

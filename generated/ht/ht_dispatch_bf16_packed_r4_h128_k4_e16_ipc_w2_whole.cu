@@ -209,10 +209,6 @@ static_assert(kCallWord / kPieceWords == kCountPieces - 1);
 constexpr uint32_t kEntryPieces = 3;  // of a row: its token, a selection and a weight for each k
 constexpr uint32_t kEntryWords = kEntryPieces * kPieceWords;
 
-// A selection: a local expert, and how many earlier tokens of the source select it. All ones: none on this rank.
-constexpr uint32_t kExpertBits = 10;
-constexpr uint32_t kNoSelection = ~0u;
-
 __device__ __forceinline__ uint4* counts_at(const Params& p, uint32_t rank, uint32_t source) {
     return reinterpret_cast<uint4*>(p.peers[rank] + p.counts_offset) + source * kCountPieces;
 }
@@ -328,7 +324,7 @@ __device__ __forceinline__ uint32_t entry_word(const Chunk& chunk, uint32_t firs
         const int32_t id = chunk.ids[token][word - 1];
         if (id < 0 || Experts::rank_of(uint32_t(id)) != rank) return kNoSelection;
         const uint32_t earlier = chunk.before[kRanks + id] + counted_before(chunk, kRanks + uint32_t(id), token);
-        return earlier << kExpertBits | (uint32_t(id) - Experts::first_of(rank));
+        return pack_selection(earlier, uint32_t(id) - Experts::first_of(rank));
     }
     return word > 2 * kTopk ? 0 : __float_as_uint(chunk.weights[token][word - 1 - kTopk]);
 }
@@ -614,8 +610,8 @@ __device__ __forceinline__ bool await_entry(const Params& p, const Watch& watch,
         const uint32_t selection = entry[1 + lane_id()];
         arrival.weight = __uint_as_float(entry[1 + kTopk + lane_id()]);
         if (selection != kNoSelection) {
-            const uint32_t local = selection & ((1u << kExpertBits) - 1);
-            arrival.slot = int32_t(arrivals.slots[source][local] + (selection >> kExpertBits));
+            const uint32_t local = local_expert_of(selection);
+            arrival.slot = int32_t(arrivals.slots[source][local] + earlier_tokens_of(selection));
         }
         p.row_slots[uint64_t(row) * kTopk + lane_id()] = arrival.slot;
         p.row_weights[uint64_t(row) * kTopk + lane_id()] = arrival.weight;
@@ -640,10 +636,10 @@ __device__ __forceinline__ uint32_t list_targets(const Params& p, const Arrival&
         if ((same >> k & 1) != 0) weight += of_k;
     }
     const bool fits = arrival.slot >= 0 && uint32_t(arrival.slot) < p.capacity;
-    const bool counts_here = fits && uint32_t(__ffs(int32_t(same))) - 1 == lane_id();
+    const bool counts_here = fits && is_first_of(same);
     const uint32_t all = __ballot_sync(kFullWarp, counts_here);
     if (counts_here) {
-        targets.slots[__popc(all & ((1u << lane_id()) - 1))] = uint32_t(arrival.slot);
+        targets.slots[lanes_below(lane_id(), all)] = uint32_t(arrival.slot);
         if (p.out_weights != nullptr) p.out_weights[arrival.slot] = weight;
     }
     if (arrival.slot >= 0 && !fits) store_relaxed_sys(&p.failure->rows_needed, uint32_t(arrival.slot) + 1);

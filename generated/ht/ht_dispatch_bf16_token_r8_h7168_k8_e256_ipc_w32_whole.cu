@@ -209,10 +209,6 @@ static_assert(kCallWord / kPieceWords == kCountPieces - 1);
 constexpr uint32_t kEntryPieces = 6;  // of a row: its token, a selection and a weight for each k
 constexpr uint32_t kEntryWords = kEntryPieces * kPieceWords;
 
-// A selection: a local expert, and how many earlier tokens of the source select it. All ones: none on this rank.
-constexpr uint32_t kExpertBits = 10;
-constexpr uint32_t kNoSelection = ~0u;
-
 __device__ __forceinline__ uint4* counts_at(const Params& p, uint32_t rank, uint32_t source) {
     return reinterpret_cast<uint4*>(p.peers[rank] + p.counts_offset) + source * kCountPieces;
 }
@@ -328,7 +324,7 @@ __device__ __forceinline__ uint32_t entry_word(const Chunk& chunk, uint32_t firs
         const int32_t id = chunk.ids[token][word - 1];
         if (id < 0 || Experts::rank_of(uint32_t(id)) != rank) return kNoSelection;
         const uint32_t earlier = chunk.before[kRanks + id] + counted_before(chunk, kRanks + uint32_t(id), token);
-        return earlier << kExpertBits | (uint32_t(id) - Experts::first_of(rank));
+        return pack_selection(earlier, uint32_t(id) - Experts::first_of(rank));
     }
     return word > 2 * kTopk ? 0 : __float_as_uint(chunk.weights[token][word - 1 - kTopk]);
 }
@@ -574,7 +570,7 @@ __device__ __forceinline__ bool await_entry(const Params& p, const Watch& watch,
         const uint32_t selection = entry[1 + lane_id()];
         arrival.weight = __uint_as_float(entry[1 + kTopk + lane_id()]);
         if (selection != kNoSelection) {
-            const uint32_t local = selection & ((1u << kExpertBits) - 1);
+            const uint32_t local = local_expert_of(selection);
             arrival.slot = int32_t(local);
         }
         p.row_slots[uint64_t(row) * kTopk + lane_id()] = arrival.slot;

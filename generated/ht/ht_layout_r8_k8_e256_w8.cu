@@ -28,12 +28,6 @@ using Experts = Partition<256, kRanks>;
 
 constexpr uint32_t kCounters = kRanks + Experts::kNumber;
 
-// Whether this lane is the first of those with the same value that take part.
-__device__ __forceinline__ bool is_first_with(uint32_t value, bool takes_part) {
-    const uint32_t same = __match_any_sync(kFullWarp, takes_part ? value : ~0u);
-    return takes_part && uint32_t(__ffs(int32_t(same))) - 1 == lane_id();
-}
-
 // A warp looks at a token, a lane at each of its selections. One that names no expert counts as none and is reported.
 __device__ __forceinline__ void count_token(const Params& p, uint32_t token, uint32_t* counts) {
     const int64_t id = lane_id() < kTopk ? id_of<kTopk>(p, token, lane_id()) : -1;

@@ -5,6 +5,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -291,7 +292,7 @@ __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] con
         const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
         const bool complete = all_wanted == __ballot_sync(kFullWarp, selection.slot >= 0);
         if (wanted) {
-            const uint32_t index = __popc(all_wanted & ((1u << k) - 1));
+            const uint32_t index = lanes_below(k, all_wanted);
             terms.rows[index] = reinterpret_cast<const uint4*>(p.y) + uint64_t(selection.slot) * kRowVectors;
             terms.weights[index] = weight;
         }

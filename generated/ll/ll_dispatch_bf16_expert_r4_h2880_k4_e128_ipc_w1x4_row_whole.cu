@@ -587,7 +587,7 @@ __device__ __forceinline__ void list_targets(const Params& p, const Tally& befor
     if (k == 0) incoming.num_targets = __popc(all_wanted);
     if (all_wanted == 0) return;
     if (wanted) {
-        Target& target = incoming.targets[__popc(all_wanted & ((1u << k) - 1))];
+        Target& target = incoming.targets[lanes_below(k, all_wanted)];
         target.row = reinterpret_cast<uint4*>(p.out) + uint64_t(slot) * kRowVectors;
         p.row_tokens[slot] = int32_t(origin.token);
     }

@@ -139,4 +139,57 @@ __device__ __forceinline__ uint64_t ranks_of_token_by_warp(const Params& p, uint
     }
 }
 
+// A token's selection, as its source tells it: a local expert, and how many earlier tokens of the source select that.
+constexpr uint32_t kExpertBits = 10;
+constexpr uint32_t kNoSelection = ~0u;  // of an expert of another rank
+
+__device__ __forceinline__ uint32_t pack_selection(uint32_t earlier_tokens, uint32_t local_expert) {
+    return earlier_tokens << kExpertBits | local_expert;
+}
+
+__device__ __forceinline__ uint32_t local_expert_of(uint32_t selection) {
+    return selection & ((1u << kExpertBits) - 1);
+}
+__device__ __forceinline__ uint32_t earlier_tokens_of(uint32_t selection) { return selection >> kExpertBits; }
+
+// ---- lanes of a warp ----------------------------------------------------------------------------
+
+// How many of these lanes are below `lane`: an exclusive prefix sum over a ballot.
+__device__ __forceinline__ uint32_t lanes_below(uint32_t lane, uint32_t lanes) {
+    return __popc(lanes & ((1u << lane) - 1));
+}
+
+// Whether this lane is the first of these.
+__device__ __forceinline__ bool is_first_of(uint32_t lanes) { return uint32_t(__ffs(int32_t(lanes))) - 1 == lane_id(); }
+
+// Whether this lane takes part and is the first with its value. ~0u is no value.
+__device__ __forceinline__ bool is_first_with(uint32_t value, bool takes_part) {
+    const uint32_t same = __match_any_sync(kFullWarp, takes_part ? value : ~0u);
+    return takes_part && is_first_of(same);
+}
+
+// ---- tokens of a block --------------------------------------------------------------------------
+
+// Each of these blocks has a contiguous share of the tokens; where there are few tokens, the last blocks have none.
+struct Share {
+    uint32_t begin;
+    uint32_t end;
+};
+
+__device__ __forceinline__ uint32_t tokens_per_block(const Blocks& blocks, uint32_t tokens) {
+    return (tokens + blocks.blocks - 1) / blocks.blocks;
+}
+
+__device__ __forceinline__ Share share_of_block(const Blocks& blocks, uint32_t tokens) {
+    const uint32_t number = tokens_per_block(blocks, tokens);
+    const uint32_t begin = min((blockIdx.x - blocks.first) * number, tokens);
+    return Share{begin, min(begin + number, tokens)};
+}
+
+// How many of these blocks have a share that is not empty.
+__device__ __forceinline__ uint32_t blocks_with_a_share(const Blocks& blocks, uint32_t tokens) {
+    const uint32_t number = tokens_per_block(blocks, tokens);
+    return number == 0 ? 0 : (tokens + number - 1) / number;
+}
+
 }  // namespace moegen
