@@ -115,6 +115,7 @@ __device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch, 
     return all_sound;
 }
 
+constexpr bool kCrossesLinks = true;
 using Experts = Partition<256, kRanks>;
 
 constexpr uint32_t kWarps = kBlockThreads / kWarpSize;
@@ -249,19 +250,6 @@ __device__ __forceinline__ void send_part(const Params& p, uint32_t rank, uint32
     }
 }
 
-// Takes the first of these ranks behind this one: no rank is sent to by all others at once.
-__device__ __forceinline__ uint32_t take_next(const Params& p, uint64_t& rest) {
-    const uint64_t behind = rest & ~((uint64_t(2) << p.rank) - 1);
-    const uint32_t rank = uint32_t(__ffsll(int64_t(behind != 0 ? behind : rest))) - 1;
-    rest ^= uint64_t(1) << rank;
-    return rank;
-}
-
-// A token's slots are those with its ranks, in their order.
-__device__ __forceinline__ uint32_t slot_with(uint64_t ranks, uint32_t rank, const uint32_t* slots) {
-    return slots[__popcll(ranks & ((uint64_t(1) << rank) - 1))];
-}
-
 // A token's payloads in a warp group's registers, or the first part of those that are long.
 struct Token {
     uint4 payload_1;
@@ -280,7 +268,7 @@ __device__ __forceinline__ Token ask_token(const Params& p, uint32_t token) {
 __device__ __forceinline__ void send_token(const Params& p, const Token& asked, uint64_t ranks, const uint32_t* slots) {
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0;) {
-        const uint32_t rank = take_next(p, rest);
+        const uint32_t rank = take_destination<kCrossesLinks>(p, rest);
         const uint32_t slot = slot_with(ranks, rank, slots);
         send_part<uint4, 896>(p, rank, 0, slot, 0, asked.payload_0);
         send_narrow<uint4, 2>(p, rank, 1, slot, asked.payload_1);

@@ -39,11 +39,6 @@ struct Params {
 
 static_assert(sizeof(Params) == 176);
 
-// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
-// they index anything.
-__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
-__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
-
 constexpr uint32_t kRecordVectors = 898;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
@@ -229,7 +224,7 @@ __device__ __forceinline__ void send_partial(const Params& p, uint32_t row, uint
 
 // All rows but this rank's own, which lie between those of the ranks before and behind it.
 __device__ __forceinline__ void send_partials(const Params& p) {
-    const uint32_t rows = min(uint32_t(p.first_rows[kRanks]), rows_at_most(p));
+    const uint32_t rows = min(uint32_t(p.first_rows[kRanks]), rows_at_most<kRanks>(p));
     const uint32_t own_begin = uint32_t(p.first_rows[p.rank]);
     const uint32_t own_rows = min(uint32_t(p.first_rows[p.rank + 1]) - own_begin, rows);
 #pragma unroll 1

@@ -42,11 +42,6 @@ struct Params {
 
 static_assert(sizeof(Params) == 200);
 
-// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
-// they index anything.
-__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
-__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
-
 constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
@@ -80,8 +75,8 @@ __device__ __forceinline__ void write_headers(const Params& p, uint32_t call) {
 constexpr uint32_t kDestinations = kRanks < kTopk ? kRanks : kTopk;  // ranks that one token may reach
 
 __device__ __forceinline__ uint32_t row_with(const Params& p, uint32_t rank, uint32_t token) {
-    const uint64_t lower_ranks = p.token_ranks[token] & ((uint64_t(1) << rank) - 1);
-    return min(uint32_t(p.sent_rows[uint64_t(token) * kDestinations + __popcll(lower_ranks)]), p.max_tokens - 1);
+    const uint64_t ranks = p.token_ranks[token];
+    return min(uint32_t(slot_with(ranks, rank, p.sent_rows + uint64_t(token) * kDestinations)), p.max_tokens - 1);
 }
 
 __device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t token) {
@@ -123,8 +118,8 @@ __device__ __forceinline__ void send_row(const Params& p, uint32_t token, uint64
     for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
         const Part part = load_part(token_at(p, token), first);
 #pragma unroll 1
-        for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-            uint4* record = record_at(p, uint32_t(__ffsll(int64_t(rest))) - 1, token);
+        for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
+            uint4* record = record_at(p, first_rank(rest), token);
             store_part(record, first, part);
         }
     }

@@ -67,11 +67,6 @@ struct Params {
 
 static_assert(sizeof(Params) == 392);
 
-// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
-// they index anything.
-__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
-__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
-
 using Watch = PlainWatch;
 
 // Where `from` publishes its call word to `rank`.

@@ -69,11 +69,6 @@ struct Params {
 
 static_assert(sizeof(Params) == 392);
 
-// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
-// they index anything.
-__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
-__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
-
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
 
 using Watch = PlainWatch;
@@ -434,8 +429,8 @@ __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, ui
     for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
         const Part part = load_part(token_at(p, token), first);
 #pragma unroll 1
-        for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-            uint4* record = record_at(p, uint32_t(__ffsll(int64_t(rest))) - 1, p.rank, token);
+        for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
+            uint4* record = record_at(p, first_rank(rest), p.rank, token);
             store_part(record, first, part);
         }
     }

@@ -325,8 +325,8 @@ __device__ __forceinline__ void send_weights(const Params& p, const Watch& watch
         const uint4 whole = make_uint4(words[0], words[1], words[2], watch.epoch);
         const uint64_t others = p.token_ranks[token] & ~(uint64_t(1) << p.rank);
 #pragma unroll 1
-        for (uint64_t ranks = others; ranks != 0; ranks &= ranks - 1) {
-            const uint32_t rank = uint32_t(__ffsll(int64_t(ranks))) - 1;
+        for (uint64_t rest = others; rest != 0; drop_first(rest)) {
+            const uint32_t rank = first_rank(rest);
             store_whole_relaxed_sys(weights_at(p, watch, rank, p.rank, token) + piece, whole);
         }
     }
@@ -512,7 +512,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     if (own) partial_sums(terms, ask_for_term(terms, 0), own_sums);
     const uint64_t awaited = ranks & ~(uint64_t(1) << p.rank);
     if (awaited != 0) {
-        const uint32_t rank = uint32_t(__ffsll(int64_t(awaited))) - 1;
+        const uint32_t rank = first_rank(awaited);
         await_row(record_at(p, watch, p.rank, rank, token), watch, Awaited{kPartial, rank, int32_t(token)});
     }
 #pragma unroll 1
@@ -521,8 +521,8 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
         Row rows[kPartialsAhead] = {};
 #pragma unroll
         for (uint32_t ahead = 0; ahead < kPartialsAhead; ++ahead) {
-            of[ahead] = rest == 0 ? kRanks : uint32_t(__ffsll(int64_t(rest))) - 1;
-            rest &= rest - 1;
+            of[ahead] = rest == 0 ? kRanks : first_rank(rest);
+            drop_first(rest);
             if (of[ahead] == p.rank) continue;
             if (of[ahead] < kRanks) rows[ahead] = ask_for_row(record_at(p, watch, p.rank, of[ahead], token));
         }

@@ -429,8 +429,8 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
         Row rows[kPartialsAhead] = {};
 #pragma unroll
         for (uint32_t ahead = 0; ahead < kPartialsAhead; ++ahead) {
-            of[ahead] = rest == 0 ? kRanks : uint32_t(__ffsll(int64_t(rest))) - 1;
-            rest &= rest - 1;
+            of[ahead] = rest == 0 ? kRanks : first_rank(rest);
+            drop_first(rest);
             if (of[ahead] == p.rank) continue;
             if (of[ahead] < kRanks) rows[ahead] = ask_for_row(record_at(p, watch, p.rank, of[ahead], token));
         }

@@ -238,8 +238,8 @@ __device__ __forceinline__ void send_weights(const Params& p, const Watch& watch
         const uint4 whole = make_uint4(words[0], words[1], words[2], watch.epoch);
         const uint64_t others = p.token_ranks[token] & ~(uint64_t(1) << p.rank);
 #pragma unroll 1
-        for (uint64_t ranks = others; ranks != 0; ranks &= ranks - 1) {
-            const uint32_t rank = uint32_t(__ffsll(int64_t(ranks))) - 1;
+        for (uint64_t rest = others; rest != 0; drop_first(rest)) {
+            const uint32_t rank = first_rank(rest);
             store_whole_relaxed_sys(weights_at(p, watch, rank, p.rank, token) + piece, whole);
         }
     }

@@ -107,8 +107,6 @@ __device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watc
     }
 }
 
-constexpr uint64_t kAllRanks = ~uint64_t(0) >> (64 - kRanks);
-
 // Bit r: rank r is active and has read epoch `needed`. One that does not in time is left out. Out of line: one warp
 // runs this, and the others' instructions stay in a row.
 __device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, uint32_t needed, uint64_t active,
@@ -139,7 +137,7 @@ __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, 
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
     const uint32_t needed = epoch_before(epoch_before(watch.epoch));
     const uint64_t active = ranks_that_are_active<kRanks>(watch);
-    if (active != kAllRanks && lane_id() == 0) publish_left_out(watch, kAllRanks & ~active);
+    if (active != kAllRanks<kRanks> && lane_id() == 0) publish_left_out(watch, kAllRanks<kRanks> & ~active);
     const uint64_t ready = ranks_that_have_read(consumed_at(p, p.rank, 0), needed, active, watch);
     if (lane_id() == 0) opened = ready;
 }
@@ -286,7 +284,7 @@ __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch,
         for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
             if ((opened >> peer & 1) == 0) continue;
             // Beside them stands whom this rank has left out.
-            const uint64_t missing = kAllRanks & ~opened;
+            const uint64_t missing = kAllRanks<kRanks> & ~opened;
             store_whole_relaxed_sys(routes_at(p, watch, peer, p.rank),
                                     make_uint4(tokens, uint32_t(missing), uint32_t(missing >> 32), watch.epoch));
         }

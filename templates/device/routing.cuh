@@ -6,6 +6,40 @@
 
 namespace moegen {
 
+// ---- sets of ranks: bit r stands for rank r -----------------------------------------------------
+
+template <uint32_t kRanks>
+constexpr uint64_t kAllRanks = ~uint64_t(0) >> (64 - kRanks);
+
+// The lowest rank of a set that is not empty.
+__device__ __forceinline__ uint32_t first_rank(uint64_t ranks) { return uint32_t(__ffsll(int64_t(ranks))) - 1; }
+
+__device__ __forceinline__ void drop_first(uint64_t& ranks) { ranks &= ranks - 1; }
+
+// Takes the next rank that a row goes to. Over links each source begins behind itself, so that no rank is sent to by
+// all others at once.
+template <bool kCrossesLinks, class Params>
+__device__ __forceinline__ uint32_t take_destination(const Params& p, uint64_t& ranks) {
+    if constexpr (kCrossesLinks) {
+        const uint64_t behind = ranks & ~((uint64_t(2) << p.rank) - 1);
+        const uint32_t rank = first_rank(behind != 0 ? behind : ranks);
+        ranks ^= uint64_t(1) << rank;
+        return rank;
+    } else {
+        const uint32_t rank = first_rank(ranks);
+        drop_first(ranks);
+        return rank;
+    }
+}
+
+// A token has a slot with each of its ranks; `slots` has them in the order of the ranks.
+template <class Slot>
+__device__ __forceinline__ Slot slot_with(uint64_t ranks, uint32_t rank, const Slot* slots) {
+    return slots[__popcll(ranks & ((uint64_t(1) << rank) - 1))];
+}
+
+// ---- experts and ids ----------------------------------------------------------------------------
+
 // Each rank holds a contiguous share of the experts; the first kLarger ranks hold one more than the others.
 template <uint32_t kNumberOfExperts, uint32_t kNumberOfRanks>
 struct Partition {
@@ -137,6 +171,12 @@ __device__ __forceinline__ uint64_t ranks_of_token_by_warp(const Params& p, uint
     } else {
         return uint64_t(__reduce_or_sync(kFullWarp, uint32_t(rank >> 32))) << 32 | low;
     }
+}
+
+// Numbers in a handle are clamped before they index anything: users may overwrite parts of it.
+template <uint32_t kRanks, class Params>
+__device__ __forceinline__ uint32_t rows_at_most(const Params& p) {
+    return kRanks * p.max_tokens;
 }
 
 // A token's selection, as its source tells it: a local expert, and how many earlier tokens of the source select that.
