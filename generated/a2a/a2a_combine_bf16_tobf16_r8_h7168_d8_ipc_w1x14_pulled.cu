@@ -5,6 +5,7 @@
 
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -191,9 +192,9 @@ __device__ __forceinline__ Sums sums_of(const Params& p, uint64_t ranks, const i
 #pragma unroll
         for (uint32_t row = 0; row < kRowsAhead; ++row) {
             if (rest == 0) break;
-            const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
+            const uint32_t rank = first_rank(rest);
             const uint32_t slot = uint32_t(*slots++);
-            rest &= rest - 1;
+            drop_first(rest);
             if (!is_active(p, rank)) continue;
             parts[row] = load_part(row_at(p, rank, slot), first);
         }

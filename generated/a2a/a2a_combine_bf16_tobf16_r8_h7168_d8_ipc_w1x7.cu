@@ -5,6 +5,7 @@
 
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -276,8 +277,8 @@ __device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const S
 __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, uint64_t ranks, const int32_t* slots) {
     uint32_t index = 0;
 #pragma unroll 1
-    for (uint64_t rest = ranks; rest != 0; rest &= rest - 1, ++index) {
-        const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
+    for (uint64_t rest = ranks; rest != 0; drop_first(rest), ++index) {
+        const uint32_t rank = first_rank(rest);
         if (rank == p.rank || !is_active(p, rank) || index % kGroupThreads != Group::thread()) continue;
         const uint32_t slot = uint32_t(slots[index]);
         const uint32_t* tag = tag_at(p, watch, p.rank, rank, slot);
@@ -291,7 +292,7 @@ __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, 
 __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, uint64_t ranks, const int32_t* slots,
                                           uint8_t* out) {
     const bool has_own = (ranks >> p.rank & 1) != 0;
-    const int32_t own_slot = has_own ? slots[__popcll(ranks & ((uint64_t(1) << p.rank) - 1))] : 0;
+    const int32_t own_slot = has_own ? slot_with(ranks, p.rank, slots) : 0;
     const uint4* own_row = reinterpret_cast<const uint4*>(y_at(p, p.rank, uint32_t(own_slot)));
     Part own = has_own ? load_part(own_row, 0) : Part{};
     await_rows(p, watch, ranks, slots);
@@ -302,8 +303,8 @@ __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, u
         Part next = {};
         uint32_t index = 0;
 #pragma unroll 1
-        for (uint64_t rest = ranks; rest != 0; rest &= rest - 1, ++index) {
-            const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
+        for (uint64_t rest = ranks; rest != 0; drop_first(rest), ++index) {
+            const uint32_t rank = first_rank(rest);
             if (!is_active(p, rank)) continue;
             const Part part = next;
             next = rank == p.rank ? own : load_part(record_at(p, watch, p.rank, rank, uint32_t(slots[index])), first);

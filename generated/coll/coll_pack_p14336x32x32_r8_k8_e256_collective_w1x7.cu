@@ -4,6 +4,7 @@
 //     path='collective', warp_groups=WarpGroups(groups=1, warps=7))
 
 #include <moegen/launch.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -45,41 +46,8 @@ struct Params {
 
 static_assert(sizeof(Params) == 192);
 
-constexpr uint32_t kExperts = 256;
-constexpr uint32_t kLocalExperts = 32;  // of every rank
-
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
-
-template <class Id>
-__device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t token) {
-    const Id* ids = static_cast<const Id*>(p.topk_idx) + uint64_t(token) * kTopk;
-    uint64_t ranks = 0;
-    bool invalid = false;
-#pragma unroll
-    for (uint32_t k = 0; k < kTopk; ++k) {
-        const Id id = ids[k];
-        if (id >= 0 && id < Id(kExperts)) {
-            ranks |= uint64_t(1) << rank_of_expert(uint32_t(id));
-        } else {
-            invalid |= id != -1;
-        }
-    }
-    if (invalid) store_relaxed_sys(&p.failure->invalid_token, token + 1);
-    return ranks & p.active;
-}
-
-// Bit r: rank r holds an expert of the token. An id that names none selects nothing and is reported to the host.
-__device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t token) {
-    return p.wide_ids ? ranks_of_token<int64_t>(p, token) : ranks_of_token<int32_t>(p, token);
-}
-
-__device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
-    if (p.num_tokens == nullptr) return p.tokens;
-    const int32_t given = *p.num_tokens;
-    return given < 0 ? 0 : min(uint32_t(given), p.tokens);
-}
+constexpr bool kCrossesLinks = false;  // the chunks lie here
+using Experts = Partition<256, kRanks>;
 
 constexpr uint32_t kWarps = kBlockThreads / kWarpSize;
 
@@ -98,7 +66,8 @@ __device__ __forceinline__ uint64_t count_tokens(const Params& p, uint32_t begin
 #pragma unroll 1
     for (uint32_t group = warp_id(); group <= groups; group += kWarps) {
         const uint32_t token = (group == 0 ? begin : (group - 1) * kWarpSize) + lane_id();
-        const uint64_t ranks = token < (group == 0 ? end : begin) ? ranks_of_token(p, token) : 0;
+        const bool exists = token < (group == 0 ? end : begin);
+        const uint64_t ranks = exists ? ranks_of_token<Experts, kTopk>(p, token) : 0;
         if (group == 0) {
             own = ranks;
             continue;
@@ -126,29 +95,7 @@ __device__ __forceinline__ uint32_t sum_of_warps(const Counts& counts, uint32_t 
 
 // Of tokens beyond a block's first: out of line, because few launches have any.
 __device__ __noinline__ uint64_t ranks_of_later_token(const Params& p, uint32_t token) {
-    return ranks_of_token(p, token);
-}
-
-// Tokens of a block, one behind the other.
-struct Share {
-    uint32_t begin;
-    uint32_t end;
-};
-
-__device__ __forceinline__ uint32_t tokens_per_block(const Params& p, uint32_t tokens) {
-    return (tokens + p.senders.blocks - 1) / p.senders.blocks;
-}
-
-__device__ __forceinline__ Share share_of_block(const Params& p, uint32_t tokens) {
-    const uint32_t number = tokens_per_block(p, tokens);
-    const uint32_t begin = min((blockIdx.x - p.senders.first) * number, tokens);
-    return Share{begin, min(begin + number, tokens)};
-}
-
-// Of the blocks that send, those that have a share.
-__device__ __forceinline__ uint32_t blocks_with_a_share(const Params& p, uint32_t tokens) {
-    const uint32_t number = tokens_per_block(p, tokens);
-    return number == 0 ? 0 : (tokens + number - 1) / number;
+    return ranks_of_token<Experts, kTopk>(p, token);
 }
 
 // As many tokens as a warp plans at a time, a lane for each.
@@ -171,7 +118,7 @@ __device__ __forceinline__ void plan_chunk(const Params& p, uint32_t begin, uint
         __syncwarp();
         if (lane_id() == 0) next_slots[rank] = before + __popc(all);
         if (!goes) continue;
-        const uint32_t slot = before + __popc(all & ((1u << lane_id()) - 1));
+        const uint32_t slot = before + lanes_below(lane_id(), all);
         chunk.slots[lane_id()][index] = slot;
         p.token_slots[uint64_t(token) * kDestinations + index] = int32_t(slot);
         ++index;
@@ -234,17 +181,6 @@ __device__ __forceinline__ void send_part(const Params& p, uint32_t rank, uint32
     }
 }
 
-__device__ __forceinline__ uint32_t take_next(const Params&, uint64_t& rest) {
-    const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
-    rest &= rest - 1;
-    return rank;
-}
-
-// A token's slots are those with its ranks, in their order.
-__device__ __forceinline__ uint32_t slot_with(uint64_t ranks, uint32_t rank, const uint32_t* slots) {
-    return slots[__popcll(ranks & ((uint64_t(1) << rank) - 1))];
-}
-
 // A token's payloads in a warp group's registers, or the first part of those that are long.
 struct Token {
     uint4 payload_1;
@@ -263,7 +199,7 @@ __device__ __forceinline__ Token ask_token(const Params& p, uint32_t token) {
 __device__ __forceinline__ void send_token(const Params& p, const Token& asked, uint64_t ranks, const uint32_t* slots) {
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0;) {
-        const uint32_t rank = take_next(p, rest);
+        const uint32_t rank = take_destination<kCrossesLinks>(p, rest);
         const uint32_t slot = slot_with(ranks, rank, slots);
         send_part<uint4, 896>(p, rank, 0, slot, 0, asked.payload_0);
         send_narrow<uint4, 2>(p, rank, 1, slot, asked.payload_1);
@@ -279,7 +215,7 @@ struct Start {
 };
 
 __device__ __forceinline__ Start start_share(const Params& p, uint32_t tokens, Counts& before) {
-    Start start = {share_of_block(p, tokens), 0, {}};
+    Start start = {share_of_block(p.senders, tokens), 0, {}};
     const uint32_t token = start.share.begin + Group::index();
     if (token < start.share.end) start.token = ask_token(p, token);
     start.ranks = count_tokens(p, start.share.begin, start.share.end, before);

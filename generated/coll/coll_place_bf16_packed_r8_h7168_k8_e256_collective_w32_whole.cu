@@ -4,6 +4,7 @@
 //     path='collective', num_warps=32, phase='whole')
 
 #include <moegen/launch.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -41,10 +42,6 @@ struct Params {
 };
 
 static_assert(sizeof(Params) == 208);
-
-// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
-// they index anything.
-__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
 
 constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
 // A chunk begins with this.
@@ -108,21 +105,13 @@ __device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Par
     }
 }
 
-constexpr uint32_t kLocalExperts = 32;  // of every rank
-
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
+using Experts = Partition<256, kRanks>;
 
 constexpr uint32_t kHeaderBytes = 256;  // counts behind the header included
 constexpr uint32_t kCountWords = 42;    // see count_word
-constexpr uint32_t kFirstSourceWord = 1 + kLocalExperts;
+constexpr uint32_t kFirstSourceWord = 1 + Experts::kLocal;
 constexpr uint32_t kSourceWords = 9;  // the source's tokens, its rows for each rank
 constexpr uint32_t kEntryBytes = 80;  // of a row's token, selections and weights
-
-// A selection: a local expert, and how many earlier tokens of the source select it. All ones: none on this rank.
-constexpr uint32_t kExpertBits = 10;
-constexpr uint32_t kNoSelection = ~0u;
 
 __device__ __forceinline__ uint32_t* counts_at(const Params& p, uint32_t rank) {
     return reinterpret_cast<uint32_t*>(header_at(p, rank) + 1);
@@ -136,8 +125,8 @@ __device__ __forceinline__ uint32_t* entry_at(const Params& p, uint32_t rank, ui
 // What comes, by source. Rows are numbered through, those of source 0 first.
 struct Arrivals {
     uint32_t first_row[kRanks + 1];
-    uint32_t slots[kRanks][kLocalExperts];  // rows that select each expert; in layout packed then the first of them
-    bool belong[kRanks];                    // whether what a source has sent belongs to this call
+    uint32_t slots[kRanks][Experts::kLocal];  // rows that select each expert; in layout packed then the first of them
+    bool belong[kRanks];                      // whether what a source has sent belongs to this call
 };
 
 __device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t source) {
@@ -153,7 +142,7 @@ __device__ __forceinline__ void read_counts(const Params& p, Arrivals& arrivals)
         const uint32_t told = arrivals.belong[source] ? counts_at(p, source)[at] : 0;
         const uint32_t count = min(told, p.max_tokens);
         if (at == 0) arrivals.first_row[source + 1] = count;
-        if (at > 0 && at <= kLocalExperts) arrivals.slots[source][at - 1] = count;
+        if (at > 0 && at <= Experts::kLocal) arrivals.slots[source][at - 1] = count;
         const uint32_t of_source = at - kFirstSourceWord;
         if (of_source < kSourceWords && blockIdx.x == p.receivers.first) {
             p.source_counts[source * kSourceWords + of_source] = int32_t(told);
@@ -177,7 +166,7 @@ __device__ __forceinline__ void tell_user(const Params& p, const Arrivals& arriv
         p.first_rows[source] = int32_t(arrivals.first_row[source]);
     }
 #pragma unroll 1
-    for (uint32_t local = threadIdx.x; local < local_experts(p.rank); local += kBlockThreads) {
+    for (uint32_t local = threadIdx.x; local < Experts::number_of(p.rank); local += kBlockThreads) {
         uint32_t rows = 0;
 #pragma unroll 1
         for (uint32_t source = 0; source < kRanks; ++source) rows += arrivals.slots[source][local];
@@ -193,10 +182,10 @@ __device__ __forceinline__ void lay_out_experts(const Params& p, Arrivals& arriv
     if (warp_id() == 0) {
         uint32_t begin = 0;
 #pragma unroll 1
-        for (uint32_t base = 0; base < kLocalExperts; base += kWarpSize) {
+        for (uint32_t base = 0; base < Experts::kLocal; base += kWarpSize) {
             const uint32_t local = base + lane_id();
             uint32_t rows = 0;
-            if (local < local_experts(p.rank)) {
+            if (local < Experts::number_of(p.rank)) {
 #pragma unroll 1
                 for (uint32_t source = 0; source < kRanks; ++source) rows += arrivals.slots[source][local];
                 rows = (rows + p.alignment - 1) / p.alignment * p.alignment;
@@ -207,11 +196,11 @@ __device__ __forceinline__ void lay_out_experts(const Params& p, Arrivals& arriv
                 const uint32_t more = __shfl_up_sync(kFullWarp, end - begin, below);
                 if (lane_id() >= below) end += more;
             }
-            if (local < local_experts(p.rank)) {
+            if (local < Experts::number_of(p.rank)) {
                 uint32_t first = end - rows;
                 if (blockIdx.x == p.receivers.first) {
                     p.first_slots[local] = int32_t(first);
-                    if (local == local_experts(p.rank) - 1) p.first_slots[local + 1] = int32_t(end);
+                    if (local == Experts::number_of(p.rank) - 1) p.first_slots[local + 1] = int32_t(end);
                 }
 #pragma unroll 1
                 for (uint32_t source = 0; source < kRanks; ++source) {
@@ -245,8 +234,8 @@ __device__ __forceinline__ Arrival read_entry(const Params& p, const Arrivals& a
     if (lane_id() < kTopk) {
         const uint32_t selection = entry[1 + lane_id()];
         if (selection != kNoSelection) {
-            const uint32_t local = selection & ((1u << kExpertBits) - 1);
-            arrival.slot = int32_t(arrivals.slots[source][local] + (selection >> kExpertBits));
+            const uint32_t local = local_expert_of(selection);
+            arrival.slot = int32_t(arrivals.slots[source][local] + earlier_tokens_of(selection));
         }
         arrival.weight = __uint_as_float(entry[1 + kTopk + lane_id()]);
         p.row_slots[uint64_t(row) * kTopk + lane_id()] = arrival.slot;
@@ -271,10 +260,10 @@ __device__ __forceinline__ uint32_t list_targets(const Params& p, const Arrival&
         if ((same >> k & 1) != 0) weight += of_k;
     }
     const bool fits = arrival.slot >= 0 && uint32_t(arrival.slot) < p.capacity;
-    const bool counts_here = fits && uint32_t(__ffs(int32_t(same))) - 1 == lane_id();
+    const bool counts_here = fits && is_first_of(same);
     const uint32_t all = __ballot_sync(kFullWarp, counts_here);
     if (counts_here) {
-        targets.slots[__popc(all & ((1u << lane_id()) - 1))] = uint32_t(arrival.slot);
+        targets.slots[lanes_below(lane_id(), all)] = uint32_t(arrival.slot);
         if (p.out_weights != nullptr) p.out_weights[arrival.slot] = weight;
     }
     if (arrival.slot >= 0 && !fits) store_relaxed_sys(&p.failure->rows_needed, uint32_t(arrival.slot) + 1);

@@ -5,6 +5,7 @@
 
 #include <moegen/launch.cuh>
 #include <moegen/numeric.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -46,11 +47,6 @@ struct Params {
 
 static_assert(sizeof(Params) == 224);
 
-// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
-// they index anything.
-__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
-__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
-
 constexpr uint32_t kRecordVectors = 898;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
@@ -89,8 +85,8 @@ __device__ __forceinline__ bool belongs_here(const Params& p, uint32_t rank) {
 constexpr uint32_t kDestinations = kRanks < kTopk ? kRanks : kTopk;  // ranks that one token may reach
 
 __device__ __forceinline__ uint32_t row_with(const Params& p, uint32_t rank, uint32_t token) {
-    const uint64_t lower_ranks = p.token_ranks[token] & ((uint64_t(1) << rank) - 1);
-    return min(uint32_t(p.sent_rows[uint64_t(token) * kDestinations + __popcll(lower_ranks)]), p.max_tokens - 1);
+    const uint64_t ranks = p.token_ranks[token];
+    return min(uint32_t(slot_with(ranks, rank, p.sent_rows + uint64_t(token) * kDestinations)), p.max_tokens - 1);
 }
 
 __device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t token) {
@@ -244,11 +240,11 @@ __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t ro
     const int32_t slot = lane_id() < kTopk ? p.row_slots[at] : -1;
     bool is_term = slot >= 0 && uint32_t(slot) < p.rows;
     if (p.row_weights == nullptr) {
-        is_term &= uint32_t(__ffs(int32_t(__match_any_sync(kFullWarp, slot)))) - 1 == lane_id();
+        is_term &= is_first_of(__match_any_sync(kFullWarp, slot));
     }
     const uint32_t all = __ballot_sync(kFullWarp, is_term);
     if (is_term) {
-        const uint32_t index = number + __popc(all & ((1u << lane_id()) - 1));
+        const uint32_t index = number + lanes_below(lane_id(), all);
         terms.rows[index] = y_at(p, uint32_t(slot));
         terms.weights[index] = p.row_weights == nullptr ? 1.0f : p.row_weights[at];
     }
@@ -259,8 +255,8 @@ __device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uin
     if (p.out_weights == nullptr || lane_id() >= kTopk) return;
     float sum = 0;
 #pragma unroll 1
-    for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-        const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
+    for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
+        const uint32_t rank = first_rank(rest);
         sum += rank == p.rank ? p.y_weights[uint64_t(own_row) * kTopk + lane_id()]
                               : weights_behind(record_at(p, rank, token))[lane_id()];
     }
@@ -281,8 +277,8 @@ __device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, 
     __syncwarp();  // the terms before are used
     uint32_t number = 0;
 #pragma unroll 1
-    for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-        const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
+    for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
+        const uint32_t rank = first_rank(rest);
         if (rank != p.rank) {
             number = list_row(terms, number, record_at(p, rank, token));
             continue;
@@ -300,7 +296,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, uint64_t ranks_her
     __shared__ Terms lists[kWarps];
     const uint64_t selected = p.token_ranks[token] & ranks_here;
     const uint64_t own = uint64_t(1) << p.rank;
-    const uint32_t own_row = (selected & own) != 0 ? min(own_row_of(p, token), rows_at_most(p) - 1) : 0;
+    const uint32_t own_row = (selected & own) != 0 ? min(own_row_of(p, token), rows_at_most<kRanks>(p) - 1) : 0;
     const uint64_t ranks = selected;
     const uint32_t number = list_terms(p, token, ranks, own_row, lists[warp_id()]);
     store_sum(lists[warp_id()], number, reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors);

@@ -5,6 +5,7 @@
 
 #include <moegen/launch.cuh>
 #include <moegen/numeric.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -36,11 +37,6 @@ struct Params {
 };
 
 static_assert(sizeof(Params) == 160);
-
-// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
-// they index anything.
-__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
-__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 constexpr uint32_t kRecordVectors = 898;  // of a row and what travels with it
 // A chunk begins with this.
@@ -201,11 +197,11 @@ __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t ro
     const int32_t slot = lane_id() < kTopk ? p.row_slots[at] : -1;
     bool is_term = slot >= 0 && uint32_t(slot) < p.rows;
     if (p.row_weights == nullptr) {
-        is_term &= uint32_t(__ffs(int32_t(__match_any_sync(kFullWarp, slot)))) - 1 == lane_id();
+        is_term &= is_first_of(__match_any_sync(kFullWarp, slot));
     }
     const uint32_t all = __ballot_sync(kFullWarp, is_term);
     if (is_term) {
-        const uint32_t index = number + __popc(all & ((1u << lane_id()) - 1));
+        const uint32_t index = number + lanes_below(lane_id(), all);
         terms.rows[index] = y_at(p, uint32_t(slot));
         terms.weights[index] = p.row_weights == nullptr ? 1.0f : p.row_weights[at];
     }
@@ -227,7 +223,7 @@ __device__ __forceinline__ void send_partial(const Params& p, uint32_t row, uint
 
 // All rows but this rank's own, which lie between those of the ranks before and behind it.
 __device__ __forceinline__ void send_partials(const Params& p) {
-    const uint32_t rows = min(uint32_t(p.first_rows[kRanks]), rows_at_most(p));
+    const uint32_t rows = min(uint32_t(p.first_rows[kRanks]), rows_at_most<kRanks>(p));
     const uint32_t own_begin = uint32_t(p.first_rows[p.rank]);
     const uint32_t own_rows = min(uint32_t(p.first_rows[p.rank + 1]) - own_begin, rows);
 #pragma unroll 1

@@ -4,6 +4,7 @@
 //     path='collective', num_warps=32, phase='whole')
 
 #include <moegen/launch.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -40,10 +41,6 @@ struct Params {
 
 static_assert(sizeof(Params) == 192);
 
-// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
-// they index anything.
-__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
-
 constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
@@ -77,8 +74,8 @@ __device__ __forceinline__ void write_headers(const Params& p, uint32_t call) {
 constexpr uint32_t kDestinations = kRanks < kTopk ? kRanks : kTopk;  // ranks that one token may reach
 
 __device__ __forceinline__ uint32_t row_with(const Params& p, uint32_t rank, uint32_t token) {
-    const uint64_t lower_ranks = p.token_ranks[token] & ((uint64_t(1) << rank) - 1);
-    return min(uint32_t(p.sent_rows[uint64_t(token) * kDestinations + __popcll(lower_ranks)]), p.max_tokens - 1);
+    const uint64_t ranks = p.token_ranks[token];
+    return min(uint32_t(slot_with(ranks, rank, p.sent_rows + uint64_t(token) * kDestinations)), p.max_tokens - 1);
 }
 
 __device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t token) {
@@ -120,30 +117,21 @@ __device__ __forceinline__ void send_row(const Params& p, uint32_t token, uint64
     for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
         const Part part = load_part(token_at(p, token), first);
 #pragma unroll 1
-        for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-            uint4* record = record_at(p, uint32_t(__ffsll(int64_t(rest))) - 1, token);
+        for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
+            uint4* record = record_at(p, first_rank(rest), token);
             store_part(record, first, part);
         }
     }
 }
 
-constexpr uint32_t kExperts = 256;
-constexpr uint32_t kLocalExperts = 32;  // of every rank
-
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
+using Experts = Partition<256, kRanks>;
 
 constexpr uint32_t kHeaderBytes = 256;  // counts behind the header included
 constexpr uint32_t kCountWords = 42;    // see count_word
-constexpr uint32_t kFirstSourceWord = 1 + kLocalExperts;
+constexpr uint32_t kFirstSourceWord = 1 + Experts::kLocal;
 constexpr uint32_t kSourceWords = 9;  // the source's tokens, its rows for each rank
 constexpr uint32_t kEntryWords = 17;  // of a row: its token, a selection and a weight for each k
 constexpr uint32_t kEntryBytes = 80;  // of a row's token, selections and weights
-
-// A selection: a local expert, and how many earlier tokens of the source select it. All ones: none on this rank.
-constexpr uint32_t kExpertBits = 10;
-constexpr uint32_t kNoSelection = ~0u;
 
 __device__ __forceinline__ uint32_t* counts_at(const Params& p, uint32_t rank) {
     return reinterpret_cast<uint32_t*>(header_at(p, rank) + 1);
@@ -154,15 +142,8 @@ __device__ __forceinline__ uint32_t* entry_at(const Params& p, uint32_t rank, ui
     return reinterpret_cast<uint32_t*>(chunk_at(p, rank) + kHeaderBytes + uint64_t(row) * kEntryBytes);
 }
 
-// A token's k-th id as the user gave it.
-__device__ __forceinline__ int64_t id_of(const Params& p, uint32_t token, uint32_t k) {
-    const uint64_t at = uint64_t(token) * kTopk + k;
-    return p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
-                      : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
-}
-
-constexpr uint32_t kChunk = 64;                    // tokens that a block plans at a time, a bit for each
-constexpr uint32_t kCounters = kRanks + kExperts;  // of tokens that go to each rank, and that select each expert
+constexpr uint32_t kChunk = 64;                            // tokens that a block plans at a time, a bit for each
+constexpr uint32_t kCounters = kRanks + Experts::kNumber;  // of tokens: that go to a rank, that select an expert
 
 struct Chunk {
     uint32_t counted[kCounters][kChunk / 32];  // which tokens of the chunk each counter counts
@@ -170,12 +151,6 @@ struct Chunk {
     int16_t ids[kChunk][kTopk];
     float weights[kChunk][kTopk];
 };
-
-__device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
-    if (p.num_tokens == nullptr) return p.tokens;
-    const int32_t given = *p.num_tokens;
-    return given < 0 ? 0 : min(uint32_t(given), p.tokens);
-}
 
 // Reads the ids of a chunk. One that names no expert counts as none and is reported to the host.
 __device__ __forceinline__ void read_chunk(const Params& p, uint32_t first, uint32_t tokens, Chunk& chunk) {
@@ -190,15 +165,15 @@ __device__ __forceinline__ void read_chunk(const Params& p, uint32_t first, uint
         const uint32_t token = at / kTopk;
         const uint32_t k = at % kTopk;
         const bool exists = first + token < tokens;
-        const int64_t id = exists ? id_of(p, first + token, k) : -1;
-        const bool selects = id >= 0 && id < int64_t(kExperts);
+        const int64_t id = exists ? id_of<kTopk>(p, first + token, k) : -1;
+        const bool selects = id >= 0 && id < int64_t(Experts::kNumber);
         chunk.ids[token][k] = selects ? int16_t(id) : int16_t(-1);
         const bool weighs = exists && p.topk_weights != nullptr;
         chunk.weights[token][k] = weighs ? p.topk_weights[uint64_t(first + token) * kTopk + k] : 1.0f;
-        if (!selects && id != -1) store_relaxed_sys(&p.failure->invalid_token, first + token + 1);
+        if (!selects && id != -1) report_unknown_id(p, first + token);
         if (!selects) continue;
         const uint32_t bit = 1u << token % 32;
-        atomicOr(&chunk.counted[rank_of_expert(uint32_t(id))][token / 32], bit);
+        atomicOr(&chunk.counted[Experts::rank_of(uint32_t(id))][token / 32], bit);
         atomicOr(&chunk.counted[kRanks + id][token / 32], bit);
     }
     __syncthreads();
@@ -229,9 +204,9 @@ __device__ __forceinline__ uint32_t entry_word(const Chunk& chunk, uint32_t firs
     if (word == 0) return first + token;
     if (word <= kTopk) {
         const int32_t id = chunk.ids[token][word - 1];
-        if (id < 0 || rank_of_expert(uint32_t(id)) != rank) return kNoSelection;
+        if (id < 0 || Experts::rank_of(uint32_t(id)) != rank) return kNoSelection;
         const uint32_t earlier = chunk.before[kRanks + id] + counted_before(chunk, kRanks + uint32_t(id), token);
-        return earlier << kExpertBits | (uint32_t(id) - first_expert(rank));
+        return pack_selection(earlier, uint32_t(id) - Experts::first_of(rank));
     }
     return word > 2 * kTopk ? 0 : __float_as_uint(chunk.weights[token][word - 1 - kTopk]);
 }
@@ -241,28 +216,12 @@ __device__ __forceinline__ uint32_t entry_word(const Chunk& chunk, uint32_t firs
 __device__ __forceinline__ uint32_t count_word(const Params& p, const Chunk& chunk, uint32_t tokens, uint32_t rank,
                                                uint32_t word) {
     uint32_t counter = rank;
-    if (word > 0) counter = kRanks + first_expert(rank) + word - 1;
-    if (word > kLocalExperts) counter = word - kFirstSourceWord - 1;
+    if (word > 0) counter = kRanks + Experts::first_of(rank) + word - 1;
+    if (word > Experts::kLocal) counter = word - kFirstSourceWord - 1;
     if (word == kFirstSourceWord) return max(tokens, p.tokens_wanted);
     if (word >= kFirstSourceWord + kSourceWords) return 0;
-    if (word > local_experts(rank) && word <= kLocalExperts) return 0;
+    if (word > Experts::number_of(rank) && word <= Experts::kLocal) return 0;
     return chunk.before[counter] + counted_before(chunk, counter, kChunk);
-}
-
-// Tokens of a block, one behind the other.
-struct Share {
-    uint32_t begin;
-    uint32_t end;
-};
-
-__device__ __forceinline__ uint32_t tokens_per_block(const Params& p, uint32_t tokens) {
-    return (tokens + p.senders.blocks - 1) / p.senders.blocks;
-}
-
-__device__ __forceinline__ Share share_of_block(const Params& p, uint32_t tokens) {
-    const uint32_t number = tokens_per_block(p, tokens);
-    const uint32_t begin = min((blockIdx.x - p.senders.first) * number, tokens);
-    return Share{begin, min(begin + number, tokens)};
 }
 
 // A chunk is one of tokens here, kChunk of them; those that are exchanged are p.chunks.
@@ -276,13 +235,13 @@ __device__ __forceinline__ void count_before(const Params& p, uint32_t end, Chun
     for (uint32_t token = threadIdx.x; token < end; token += kBlockThreads) {
         uint64_t ranks = 0;
         for (uint32_t k = 0; k < kTopk; ++k) {
-            const int64_t id = id_of(p, token, k);
-            if (id < 0 || id >= int64_t(kExperts)) continue;
-            const uint32_t rank = rank_of_expert(uint32_t(id));
+            const int64_t id = id_of<kTopk>(p, token, k);
+            if (id < 0 || id >= int64_t(Experts::kNumber)) continue;
+            const uint32_t rank = Experts::rank_of(uint32_t(id));
             if ((ranks >> rank & 1) == 0) atomicAdd(&chunk.before[rank], 1u);
             ranks |= uint64_t(1) << rank;
             bool again = false;
-            for (uint32_t earlier = 0; earlier < k; ++earlier) again |= id_of(p, token, earlier) == id;
+            for (uint32_t earlier = 0; earlier < k; ++earlier) again |= id_of<kTopk>(p, token, earlier) == id;
             if (!again) atomicAdd(&chunk.before[kRanks + id], 1u);
         }
     }
@@ -342,7 +301,7 @@ __device__ __forceinline__ void tell_counts(const Params& p, uint32_t tokens, ui
 
 __device__ __forceinline__ void plan_and_send(const Params& p, uint32_t tokens, uint32_t call) {
     __shared__ Chunk chunk;
-    const Share share = share_of_block(p, tokens);
+    const Share share = share_of_block(p.senders, tokens);
     if (share.begin == share.end && blockIdx.x != p.senders.first) return;
     count_before(p, share.begin, chunk);
     uint32_t first = share.begin;

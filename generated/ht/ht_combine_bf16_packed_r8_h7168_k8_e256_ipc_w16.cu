@@ -5,6 +5,7 @@
 
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -53,11 +54,6 @@ struct Params {
 };
 
 static_assert(sizeof(Params) == 272);
-
-// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
-// they index anything.
-__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
-__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 using Watch = PlainWatch;
 
@@ -283,11 +279,11 @@ __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t ro
     const int32_t slot = lane_id() < kTopk ? p.row_slots[at] : -1;
     bool is_term = slot >= 0 && uint32_t(slot) < p.rows;
     if (p.row_weights == nullptr) {
-        is_term &= uint32_t(__ffs(int32_t(__match_any_sync(kFullWarp, slot)))) - 1 == lane_id();
+        is_term &= is_first_of(__match_any_sync(kFullWarp, slot));
     }
     const uint32_t all = __ballot_sync(kFullWarp, is_term);
     if (is_term) {
-        const uint32_t index = number + __popc(all & ((1u << lane_id()) - 1));
+        const uint32_t index = number + lanes_below(lane_id(), all);
         terms.rows[index] = y_at(p, uint32_t(slot));
         terms.weights[index] = p.row_weights == nullptr ? 1.0f : p.row_weights[at];
     }
@@ -340,7 +336,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     for (uint32_t turn = Group::first_work(p.senders); turn < end; turn += Group::number_in(p.senders)) {
         const uint32_t owner = owner_of_turn(p, turn);
         const uint32_t row = row_of_turn(p, owner, turn);
-        if (row < min(uint32_t(p.first_rows[owner + 1]), rows_at_most(p))) send_partial(p, watch, row, owner);
+        if (row < min(uint32_t(p.first_rows[owner + 1]), rows_at_most<kRanks>(p))) send_partial(p, watch, row, owner);
     }
 }
 
@@ -363,8 +359,8 @@ __device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uin
     if (p.out_weights == nullptr || lane_id() >= kTopk) return;
     float sum = 0;
 #pragma unroll 1
-    for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-        const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
+    for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
+        const uint32_t rank = first_rank(rest);
         sum += rank == p.rank ? p.y_weights[uint64_t(own_row) * kTopk + lane_id()]
                               : weights_behind(record_at(p, p.rank, rank, token))[lane_id()];
     }
@@ -385,8 +381,8 @@ __device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, 
     __syncwarp();  // the terms before are used
     uint32_t number = 0;
 #pragma unroll 1
-    for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-        const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
+    for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
+        const uint32_t rank = first_rank(rest);
         if (rank != p.rank) {
             number = list_row(terms, number, record_at(p, p.rank, rank, token));
             continue;
@@ -402,9 +398,9 @@ __device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, 
 
 __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch, uint32_t token) {
     __shared__ Terms lists[kWarps];
-    const uint64_t selected = existing_ranks(p.token_ranks[token]);
+    const uint64_t selected = p.token_ranks[token] & kAllRanks<kRanks>;
     const uint64_t own = uint64_t(1) << p.rank;
-    const uint32_t own_row = (selected & own) != 0 ? min(uint32_t(p.first_rows[p.rank] + p.own_rows[token]), rows_at_most(p) - 1) : 0;
+    const uint32_t own_row = (selected & own) != 0 ? min(uint32_t(p.first_rows[p.rank] + p.own_rows[token]), rows_at_most<kRanks>(p) - 1) : 0;
     const uint64_t ranks = selected;
     const uint32_t number = list_terms(p, token, ranks, own_row, lists[warp_id()]);
     if (!wait_for_partials(p, watch, token, ranks & ~own)) return;

@@ -4,6 +4,7 @@
 //     path='ipc', num_warps=32, phase='rows')
 
 #include <moegen/ptx.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -49,11 +50,6 @@ struct Params {
 };
 
 static_assert(sizeof(Params) == 248);
-
-// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
-// they index anything.
-__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
-__device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
 
@@ -188,8 +184,8 @@ __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, ui
     for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
         const Part part = load_part(token_at(p, token), first);
 #pragma unroll 1
-        for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-            uint4* record = record_at(p, uint32_t(__ffsll(int64_t(rest))) - 1, p.rank, token);
+        for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
+            uint4* record = record_at(p, first_rank(rest), p.rank, token);
             store_part(record, first, part);
         }
     }
@@ -203,7 +199,7 @@ __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, ui
 __device__ __forceinline__ void send_rows(const Params& p, const Watch& watch, uint32_t tokens) {
 #pragma unroll 1
     for (uint32_t token = Group::first_work(p.senders); token < tokens; token += Group::number_in(p.senders)) {
-        uint64_t ranks = existing_ranks(p.token_ranks[token]);
+        uint64_t ranks = p.token_ranks[token] & kAllRanks<kRanks>;
         if (!kOwnRowsAreStaged) ranks &= ~(uint64_t(1) << p.rank);
         if (ranks != 0) send_row(p, watch, token, ranks);
     }
@@ -222,7 +218,7 @@ __device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t s
 __device__ __forceinline__ void recall_counts(const Params& p, Arrivals& arrivals) {
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source <= kRanks; source += kBlockThreads) {
-        arrivals.first_row[source] = min(uint32_t(p.first_rows[source]), rows_at_most(p));
+        arrivals.first_row[source] = min(uint32_t(p.first_rows[source]), rows_at_most<kRanks>(p));
     }
     __syncthreads();
 }
@@ -239,7 +235,7 @@ struct Arrival {
 // Where a row goes was planned before.
 __device__ __forceinline__ Arrival recall_entry(const Params& p, const Arrivals& arrivals, uint32_t source,
                                                 uint32_t index) {
-    const uint32_t row = min(arrivals.first_row[source] + index, rows_at_most(p) - 1);
+    const uint32_t row = min(arrivals.first_row[source] + index, rows_at_most<kRanks>(p) - 1);
     Arrival arrival{source, row, min(uint32_t(p.row_tokens[row]), p.max_tokens - 1), -1, 0};
     if (lane_id() < kTopk) {
         arrival.slot = p.row_slots[uint64_t(row) * kTopk + lane_id()];

@@ -4,6 +4,7 @@
 //     path='ipc', num_warps=32, phase='whole')
 
 #include <moegen/ptx.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -62,10 +63,6 @@ struct Params {
 };
 
 static_assert(sizeof(Params) == 344);
-
-// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
-// they index anything.
-__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
 
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
 
@@ -191,25 +188,16 @@ __device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Par
     }
 }
 
-constexpr uint32_t kExperts = 256;
-constexpr uint32_t kLocalExperts = 32;  // of every rank
-
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
+using Experts = Partition<256, kRanks>;
 
 constexpr uint32_t kPieceWords = 3;
 constexpr uint32_t kCountPieces = 15;  // see count_word
-constexpr uint32_t kFirstSourceWord = 1 + kLocalExperts;
+constexpr uint32_t kFirstSourceWord = 1 + Experts::kLocal;
 constexpr uint32_t kSourceWords = 9;                             // the source's tokens, its rows for each rank
 constexpr uint32_t kCallWord = kFirstSourceWord + kSourceWords;  // the last one
 static_assert(kCallWord / kPieceWords == kCountPieces - 1);
 constexpr uint32_t kEntryPieces = 6;  // of a row: its token, a selection and a weight for each k
 constexpr uint32_t kEntryWords = kEntryPieces * kPieceWords;
-
-// A selection: a local expert, and how many earlier tokens of the source select it. All ones: none on this rank.
-constexpr uint32_t kExpertBits = 10;
-constexpr uint32_t kNoSelection = ~0u;
 
 __device__ __forceinline__ uint4* counts_at(const Params& p, uint32_t rank, uint32_t source) {
     return reinterpret_cast<uint4*>(p.peers[rank] + p.counts_offset) + source * kCountPieces;
@@ -221,15 +209,8 @@ __device__ __forceinline__ uint4* entry_at(const Params& p, uint32_t rank, uint3
            (uint64_t(source) * p.max_tokens + row) * kEntryPieces;
 }
 
-// A token's k-th id as the user gave it.
-__device__ __forceinline__ int64_t id_of(const Params& p, uint32_t token, uint32_t k) {
-    const uint64_t at = uint64_t(token) * kTopk + k;
-    return p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
-                      : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
-}
-
-constexpr uint32_t kChunk = 64;                    // tokens that a block plans at a time, a bit for each
-constexpr uint32_t kCounters = kRanks + kExperts;  // of tokens that go to each rank, and that select each expert
+constexpr uint32_t kChunk = 64;                            // tokens that a block plans at a time, a bit for each
+constexpr uint32_t kCounters = kRanks + Experts::kNumber;  // of tokens: that go to a rank, that select an expert
 
 struct Chunk {
     uint32_t counted[kCounters][kChunk / 32];  // which tokens of the chunk each counter counts
@@ -239,12 +220,6 @@ struct Chunk {
 };
 
 __device__ __forceinline__ uint32_t chunks_of(uint32_t tokens) { return max(1u, (tokens + kChunk - 1) / kChunk); }
-
-__device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
-    if (p.num_tokens == nullptr) return p.tokens;
-    const int32_t given = *p.num_tokens;
-    return given < 0 ? 0 : min(uint32_t(given), p.tokens);
-}
 
 // Reads the ids of a chunk. One that names no expert counts as none and is reported to the host.
 __device__ __forceinline__ void read_chunk(const Params& p, uint32_t number, uint32_t tokens, Chunk& chunk) {
@@ -259,15 +234,15 @@ __device__ __forceinline__ void read_chunk(const Params& p, uint32_t number, uin
         const uint32_t token = at / kTopk;
         const uint32_t k = at % kTopk;
         const bool exists = number * kChunk + token < tokens;
-        const int64_t id = exists ? id_of(p, number * kChunk + token, k) : -1;
-        const bool selects = id >= 0 && id < int64_t(kExperts);
+        const int64_t id = exists ? id_of<kTopk>(p, number * kChunk + token, k) : -1;
+        const bool selects = id >= 0 && id < int64_t(Experts::kNumber);
         chunk.ids[token][k] = selects ? int16_t(id) : int16_t(-1);
         const bool weighs = exists && p.topk_weights != nullptr;
         chunk.weights[token][k] = weighs ? p.topk_weights[uint64_t(number * kChunk + token) * kTopk + k] : 1.0f;
-        if (!selects && id != -1) store_relaxed_sys(&p.failure->invalid_token, number * kChunk + token + 1);
+        if (!selects && id != -1) report_unknown_id(p, number * kChunk + token);
         if (!selects) continue;
         const uint32_t bit = 1u << token % 32;
-        atomicOr(&chunk.counted[rank_of_expert(uint32_t(id))][token / 32], bit);
+        atomicOr(&chunk.counted[Experts::rank_of(uint32_t(id))][token / 32], bit);
         atomicOr(&chunk.counted[kRanks + id][token / 32], bit);
     }
     __syncthreads();
@@ -337,9 +312,9 @@ __device__ __forceinline__ uint32_t entry_word(const Chunk& chunk, uint32_t firs
     if (word == 0) return first + token;
     if (word <= kTopk) {
         const int32_t id = chunk.ids[token][word - 1];
-        if (id < 0 || rank_of_expert(uint32_t(id)) != rank) return kNoSelection;
+        if (id < 0 || Experts::rank_of(uint32_t(id)) != rank) return kNoSelection;
         const uint32_t earlier = chunk.before[kRanks + id] + counted_before(chunk, kRanks + uint32_t(id), token);
-        return earlier << kExpertBits | (uint32_t(id) - first_expert(rank));
+        return pack_selection(earlier, uint32_t(id) - Experts::first_of(rank));
     }
     return word > 2 * kTopk ? 0 : __float_as_uint(chunk.weights[token][word - 1 - kTopk]);
 }
@@ -383,11 +358,11 @@ __device__ __forceinline__ void leave_ranks(const Params& p, uint32_t first, uin
 __device__ __forceinline__ uint32_t count_word(const Params& p, const Chunk& chunk, uint32_t tokens, uint32_t rank,
                                                uint32_t word) {
     uint32_t counter = rank;
-    if (word > 0) counter = kRanks + first_expert(rank) + word - 1;
-    if (word > kLocalExperts) counter = word - kFirstSourceWord - 1;
+    if (word > 0) counter = kRanks + Experts::first_of(rank) + word - 1;
+    if (word > Experts::kLocal) counter = word - kFirstSourceWord - 1;
     if (word == kFirstSourceWord) return max(tokens, p.tokens_wanted);
     if (word >= kFirstSourceWord + kSourceWords) return 0;
-    if (word > local_experts(rank) && word <= kLocalExperts) return 0;
+    if (word > Experts::number_of(rank) && word <= Experts::kLocal) return 0;
     return chunk.before[counter] + counted_before(chunk, counter, kChunk);
 }
 
@@ -439,16 +414,6 @@ __device__ __forceinline__ void plan_rows(const Params& p, const Watch& watch, u
     if (mine == 0 && threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
 }
 
-// Bit r: rank r holds an expert of the token. A warp looks together.
-__device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t token) {
-    uint64_t rank = 0;
-    if (lane_id() < kTopk) {
-        const int64_t id = id_of(p, token, lane_id());
-        if (id >= 0 && id < int64_t(kExperts)) rank = uint64_t(1) << rank_of_expert(uint32_t(id));
-    }
-    return __reduce_or_sync(kFullWarp, uint32_t(rank));
-}
-
 __device__ __forceinline__ const uint4* token_at(const Params& p, uint32_t token) {
     return reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
 }
@@ -459,8 +424,8 @@ __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, ui
     for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
         const Part part = load_part(token_at(p, token), first);
 #pragma unroll 1
-        for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-            uint4* record = record_at(p, uint32_t(__ffsll(int64_t(rest))) - 1, p.rank, token);
+        for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
+            uint4* record = record_at(p, first_rank(rest), p.rank, token);
             store_part(record, first, part);
         }
     }
@@ -474,7 +439,7 @@ __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, ui
 __device__ __forceinline__ void send_rows(const Params& p, const Watch& watch, uint32_t tokens) {
 #pragma unroll 1
     for (uint32_t token = Group::first_work(p.senders); token < tokens; token += Group::number_in(p.senders)) {
-        uint64_t ranks = ranks_of_token(p, token);
+        uint64_t ranks = ranks_of_token_by_warp<Experts, kTopk>(p, token, tokens);
         if (!kOwnRowsAreStaged) ranks &= ~(uint64_t(1) << p.rank);
         if (ranks != 0) send_row(p, watch, token, ranks);
     }
@@ -483,8 +448,8 @@ __device__ __forceinline__ void send_rows(const Params& p, const Watch& watch, u
 // What comes, by source. Rows are numbered through, those of source 0 first.
 struct Arrivals {
     uint32_t first_row[kRanks + 1];
-    uint32_t slots[kRanks][kLocalExperts];  // rows that select each expert; in layout packed then the first of them
-    bool belong[kRanks];                    // whether what a source has sent belongs to this call
+    uint32_t slots[kRanks][Experts::kLocal];  // rows that select each expert; in layout packed then the first of them
+    bool belong[kRanks];                      // whether what a source has sent belongs to this call
 };
 
 __device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t source) {
@@ -519,7 +484,7 @@ __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch
             const uint32_t at = piece * kPieceWords + word;
             const uint32_t count = came ? min(words[word], p.max_tokens) : 0;
             if (at == 0) arrivals.first_row[source + 1] = count;
-            if (at > 0 && at <= kLocalExperts) arrivals.slots[source][at - 1] = count;
+            if (at > 0 && at <= Experts::kLocal) arrivals.slots[source][at - 1] = count;
             const uint32_t of_source = at - kFirstSourceWord;
             if (of_source < kSourceWords && blockIdx.x == p.receivers.first) {
                 p.source_counts[source * kSourceWords + of_source] = came ? int32_t(words[word]) : 0;
@@ -544,7 +509,7 @@ __device__ __forceinline__ void tell_user(const Params& p, const Arrivals& arriv
         p.first_rows[source] = int32_t(arrivals.first_row[source]);
     }
 #pragma unroll 1
-    for (uint32_t local = threadIdx.x; local < local_experts(p.rank); local += kBlockThreads) {
+    for (uint32_t local = threadIdx.x; local < Experts::number_of(p.rank); local += kBlockThreads) {
         uint32_t rows = 0;
 #pragma unroll 1
         for (uint32_t source = 0; source < kRanks; ++source) rows += arrivals.slots[source][local];
@@ -595,7 +560,7 @@ __device__ __forceinline__ bool await_entry(const Params& p, const Watch& watch,
         const uint32_t selection = entry[1 + lane_id()];
         arrival.weight = __uint_as_float(entry[1 + kTopk + lane_id()]);
         if (selection != kNoSelection) {
-            const uint32_t local = selection & ((1u << kExpertBits) - 1);
+            const uint32_t local = local_expert_of(selection);
             arrival.slot = int32_t(local);
         }
         p.row_slots[uint64_t(row) * kTopk + lane_id()] = arrival.slot;

@@ -4,6 +4,7 @@
 //     path='ipc', num_warps=32, phase='whole')
 
 #include <moegen/ptx.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -67,10 +68,6 @@ struct Params {
 };
 
 static_assert(sizeof(Params) == 384);
-
-// Results show parts of the handle's memory, which users may have overwritten: values read from it are clamped before
-// they index anything.
-__device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return ranks & (~uint64_t(0) >> (64 - kRanks)); }
 
 constexpr uint32_t kScaleWords = 56;       // of a row; they follow it
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
@@ -197,25 +194,16 @@ __device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Par
     }
 }
 
-constexpr uint32_t kExperts = 256;
-constexpr uint32_t kLocalExperts = 32;  // of every rank
-
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
+using Experts = Partition<256, kRanks>;
 
 constexpr uint32_t kPieceWords = 3;
 constexpr uint32_t kCountPieces = 15;  // see count_word
-constexpr uint32_t kFirstSourceWord = 1 + kLocalExperts;
+constexpr uint32_t kFirstSourceWord = 1 + Experts::kLocal;
 constexpr uint32_t kSourceWords = 9;                             // the source's tokens, its rows for each rank
 constexpr uint32_t kCallWord = kFirstSourceWord + kSourceWords;  // the last one
 static_assert(kCallWord / kPieceWords == kCountPieces - 1);
 constexpr uint32_t kEntryPieces = 6;  // of a row: its token, a selection and a weight for each k
 constexpr uint32_t kEntryWords = kEntryPieces * kPieceWords;
-
-// A selection: a local expert, and how many earlier tokens of the source select it. All ones: none on this rank.
-constexpr uint32_t kExpertBits = 10;
-constexpr uint32_t kNoSelection = ~0u;
 
 __device__ __forceinline__ uint4* counts_at(const Params& p, uint32_t rank, uint32_t source) {
     return reinterpret_cast<uint4*>(p.peers[rank] + p.counts_offset) + source * kCountPieces;
@@ -227,15 +215,8 @@ __device__ __forceinline__ uint4* entry_at(const Params& p, uint32_t rank, uint3
            (uint64_t(source) * p.max_tokens + row) * kEntryPieces;
 }
 
-// A token's k-th id as the user gave it.
-__device__ __forceinline__ int64_t id_of(const Params& p, uint32_t token, uint32_t k) {
-    const uint64_t at = uint64_t(token) * kTopk + k;
-    return p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
-                      : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
-}
-
-constexpr uint32_t kChunk = 64;                    // tokens that a block plans at a time, a bit for each
-constexpr uint32_t kCounters = kRanks + kExperts;  // of tokens that go to each rank, and that select each expert
+constexpr uint32_t kChunk = 64;                            // tokens that a block plans at a time, a bit for each
+constexpr uint32_t kCounters = kRanks + Experts::kNumber;  // of tokens: that go to a rank, that select an expert
 
 struct Chunk {
     uint32_t counted[kCounters][kChunk / 32];  // which tokens of the chunk each counter counts
@@ -245,12 +226,6 @@ struct Chunk {
 };
 
 __device__ __forceinline__ uint32_t chunks_of(uint32_t tokens) { return max(1u, (tokens + kChunk - 1) / kChunk); }
-
-__device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
-    if (p.num_tokens == nullptr) return p.tokens;
-    const int32_t given = *p.num_tokens;
-    return given < 0 ? 0 : min(uint32_t(given), p.tokens);
-}
 
 // Reads the ids of a chunk. One that names no expert counts as none and is reported to the host.
 __device__ __forceinline__ void read_chunk(const Params& p, uint32_t number, uint32_t tokens, Chunk& chunk) {
@@ -265,15 +240,15 @@ __device__ __forceinline__ void read_chunk(const Params& p, uint32_t number, uin
         const uint32_t token = at / kTopk;
         const uint32_t k = at % kTopk;
         const bool exists = number * kChunk + token < tokens;
-        const int64_t id = exists ? id_of(p, number * kChunk + token, k) : -1;
-        const bool selects = id >= 0 && id < int64_t(kExperts);
+        const int64_t id = exists ? id_of<kTopk>(p, number * kChunk + token, k) : -1;
+        const bool selects = id >= 0 && id < int64_t(Experts::kNumber);
         chunk.ids[token][k] = selects ? int16_t(id) : int16_t(-1);
         const bool weighs = exists && p.topk_weights != nullptr;
         chunk.weights[token][k] = weighs ? p.topk_weights[uint64_t(number * kChunk + token) * kTopk + k] : 1.0f;
-        if (!selects && id != -1) store_relaxed_sys(&p.failure->invalid_token, number * kChunk + token + 1);
+        if (!selects && id != -1) report_unknown_id(p, number * kChunk + token);
         if (!selects) continue;
         const uint32_t bit = 1u << token % 32;
-        atomicOr(&chunk.counted[rank_of_expert(uint32_t(id))][token / 32], bit);
+        atomicOr(&chunk.counted[Experts::rank_of(uint32_t(id))][token / 32], bit);
         atomicOr(&chunk.counted[kRanks + id][token / 32], bit);
     }
     __syncthreads();
@@ -343,9 +318,9 @@ __device__ __forceinline__ uint32_t entry_word(const Chunk& chunk, uint32_t firs
     if (word == 0) return first + token;
     if (word <= kTopk) {
         const int32_t id = chunk.ids[token][word - 1];
-        if (id < 0 || rank_of_expert(uint32_t(id)) != rank) return kNoSelection;
+        if (id < 0 || Experts::rank_of(uint32_t(id)) != rank) return kNoSelection;
         const uint32_t earlier = chunk.before[kRanks + id] + counted_before(chunk, kRanks + uint32_t(id), token);
-        return earlier << kExpertBits | (uint32_t(id) - first_expert(rank));
+        return pack_selection(earlier, uint32_t(id) - Experts::first_of(rank));
     }
     return word > 2 * kTopk ? 0 : __float_as_uint(chunk.weights[token][word - 1 - kTopk]);
 }
@@ -389,11 +364,11 @@ __device__ __forceinline__ void leave_ranks(const Params& p, uint32_t first, uin
 __device__ __forceinline__ uint32_t count_word(const Params& p, const Chunk& chunk, uint32_t tokens, uint32_t rank,
                                                uint32_t word) {
     uint32_t counter = rank;
-    if (word > 0) counter = kRanks + first_expert(rank) + word - 1;
-    if (word > kLocalExperts) counter = word - kFirstSourceWord - 1;
+    if (word > 0) counter = kRanks + Experts::first_of(rank) + word - 1;
+    if (word > Experts::kLocal) counter = word - kFirstSourceWord - 1;
     if (word == kFirstSourceWord) return max(tokens, p.tokens_wanted);
     if (word >= kFirstSourceWord + kSourceWords) return 0;
-    if (word > local_experts(rank) && word <= kLocalExperts) return 0;
+    if (word > Experts::number_of(rank) && word <= Experts::kLocal) return 0;
     return chunk.before[counter] + counted_before(chunk, counter, kChunk);
 }
 
@@ -445,16 +420,6 @@ __device__ __forceinline__ void plan_rows(const Params& p, const Watch& watch, u
     if (mine == 0 && threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
 }
 
-// Bit r: rank r holds an expert of the token. A warp looks together.
-__device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t token) {
-    uint64_t rank = 0;
-    if (lane_id() < kTopk) {
-        const int64_t id = id_of(p, token, lane_id());
-        if (id >= 0 && id < int64_t(kExperts)) rank = uint64_t(1) << rank_of_expert(uint32_t(id));
-    }
-    return __reduce_or_sync(kFullWarp, uint32_t(rank));
-}
-
 __device__ __forceinline__ const uint4* token_at(const Params& p, uint32_t token) {
     return reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
 }
@@ -465,8 +430,8 @@ __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, ui
     for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
         const Part part = load_part(token_at(p, token), first);
 #pragma unroll 1
-        for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-            uint4* record = record_at(p, uint32_t(__ffsll(int64_t(rest))) - 1, p.rank, token);
+        for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
+            uint4* record = record_at(p, first_rank(rest), p.rank, token);
             store_part(record, first, part);
         }
     }
@@ -475,8 +440,8 @@ __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, ui
     for (uint32_t word = lane_id(); word < kScaleWords; word += kWarpSize) {
         const uint32_t scale = scales[word];
 #pragma unroll 1
-        for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
-            uint4* record = record_at(p, uint32_t(__ffsll(int64_t(rest))) - 1, p.rank, token);
+        for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
+            uint4* record = record_at(p, first_rank(rest), p.rank, token);
             reinterpret_cast<uint32_t*>(record + kRowVectors)[word] = scale;
         }
     }
@@ -490,7 +455,7 @@ __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, ui
 __device__ __forceinline__ void send_rows(const Params& p, const Watch& watch, uint32_t tokens) {
 #pragma unroll 1
     for (uint32_t token = Group::first_work(p.senders); token < tokens; token += Group::number_in(p.senders)) {
-        uint64_t ranks = ranks_of_token(p, token);
+        uint64_t ranks = ranks_of_token_by_warp<Experts, kTopk>(p, token, tokens);
         if (!kOwnRowsAreStaged) ranks &= ~(uint64_t(1) << p.rank);
         if (ranks != 0) send_row(p, watch, token, ranks);
     }
@@ -499,8 +464,8 @@ __device__ __forceinline__ void send_rows(const Params& p, const Watch& watch, u
 // What comes, by source. Rows are numbered through, those of source 0 first.
 struct Arrivals {
     uint32_t first_row[kRanks + 1];
-    uint32_t slots[kRanks][kLocalExperts];  // rows that select each expert; in layout packed then the first of them
-    bool belong[kRanks];                    // whether what a source has sent belongs to this call
+    uint32_t slots[kRanks][Experts::kLocal];  // rows that select each expert; in layout packed then the first of them
+    bool belong[kRanks];                      // whether what a source has sent belongs to this call
 };
 
 __device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t source) {
@@ -535,7 +500,7 @@ __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch
             const uint32_t at = piece * kPieceWords + word;
             const uint32_t count = came ? min(words[word], p.max_tokens) : 0;
             if (at == 0) arrivals.first_row[source + 1] = count;
-            if (at > 0 && at <= kLocalExperts) arrivals.slots[source][at - 1] = count;
+            if (at > 0 && at <= Experts::kLocal) arrivals.slots[source][at - 1] = count;
             const uint32_t of_source = at - kFirstSourceWord;
             if (of_source < kSourceWords && blockIdx.x == p.receivers.first) {
                 p.source_counts[source * kSourceWords + of_source] = came ? int32_t(words[word]) : 0;
@@ -560,7 +525,7 @@ __device__ __forceinline__ void tell_user(const Params& p, const Arrivals& arriv
         p.first_rows[source] = int32_t(arrivals.first_row[source]);
     }
 #pragma unroll 1
-    for (uint32_t local = threadIdx.x; local < local_experts(p.rank); local += kBlockThreads) {
+    for (uint32_t local = threadIdx.x; local < Experts::number_of(p.rank); local += kBlockThreads) {
         uint32_t rows = 0;
 #pragma unroll 1
         for (uint32_t source = 0; source < kRanks; ++source) rows += arrivals.slots[source][local];
@@ -576,10 +541,10 @@ __device__ __forceinline__ void lay_out_experts(const Params& p, Arrivals& arriv
     if (warp_id() == 0) {
         uint32_t begin = 0;
 #pragma unroll 1
-        for (uint32_t base = 0; base < kLocalExperts; base += kWarpSize) {
+        for (uint32_t base = 0; base < Experts::kLocal; base += kWarpSize) {
             const uint32_t local = base + lane_id();
             uint32_t rows = 0;
-            if (local < local_experts(p.rank)) {
+            if (local < Experts::number_of(p.rank)) {
 #pragma unroll 1
                 for (uint32_t source = 0; source < kRanks; ++source) rows += arrivals.slots[source][local];
                 rows = (rows + p.alignment - 1) / p.alignment * p.alignment;
@@ -590,11 +555,11 @@ __device__ __forceinline__ void lay_out_experts(const Params& p, Arrivals& arriv
                 const uint32_t more = __shfl_up_sync(kFullWarp, end - begin, below);
                 if (lane_id() >= below) end += more;
             }
-            if (local < local_experts(p.rank)) {
+            if (local < Experts::number_of(p.rank)) {
                 uint32_t first = end - rows;
                 if (blockIdx.x == p.receivers.first) {
                     p.first_slots[local] = int32_t(first);
-                    if (local == local_experts(p.rank) - 1) p.first_slots[local + 1] = int32_t(end);
+                    if (local == Experts::number_of(p.rank) - 1) p.first_slots[local + 1] = int32_t(end);
                 }
 #pragma unroll 1
                 for (uint32_t source = 0; source < kRanks; ++source) {
@@ -651,8 +616,8 @@ __device__ __forceinline__ bool await_entry(const Params& p, const Watch& watch,
         const uint32_t selection = entry[1 + lane_id()];
         arrival.weight = __uint_as_float(entry[1 + kTopk + lane_id()]);
         if (selection != kNoSelection) {
-            const uint32_t local = selection & ((1u << kExpertBits) - 1);
-            arrival.slot = int32_t(arrivals.slots[source][local] + (selection >> kExpertBits));
+            const uint32_t local = local_expert_of(selection);
+            arrival.slot = int32_t(arrivals.slots[source][local] + earlier_tokens_of(selection));
         }
         p.row_slots[uint64_t(row) * kTopk + lane_id()] = arrival.slot;
         p.row_weights[uint64_t(row) * kTopk + lane_id()] = arrival.weight;
@@ -677,10 +642,10 @@ __device__ __forceinline__ uint32_t list_targets(const Params& p, const Arrival&
         if ((same >> k & 1) != 0) weight += of_k;
     }
     const bool fits = arrival.slot >= 0 && uint32_t(arrival.slot) < p.capacity;
-    const bool counts_here = fits && uint32_t(__ffs(int32_t(same))) - 1 == lane_id();
+    const bool counts_here = fits && is_first_of(same);
     const uint32_t all = __ballot_sync(kFullWarp, counts_here);
     if (counts_here) {
-        targets.slots[__popc(all & ((1u << lane_id()) - 1))] = uint32_t(arrival.slot);
+        targets.slots[lanes_below(lane_id(), all)] = uint32_t(arrival.slot);
         if (p.out_weights != nullptr) p.out_weights[arrival.slot] = weight;
     }
     if (arrival.slot >= 0 && !fits) store_relaxed_sys(&p.failure->rows_needed, uint32_t(arrival.slot) + 1);

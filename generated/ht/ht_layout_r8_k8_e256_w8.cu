@@ -3,6 +3,7 @@
 // HighThroughputLayout(num_ranks=8, num_topk=8, num_experts=256, num_warps=8)
 
 #include <moegen/ptx.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/signal.cuh>
 
 using namespace moegen;
@@ -23,35 +24,17 @@ struct Params {
 
 static_assert(sizeof(Params) == 40);
 
-constexpr uint32_t kExperts = 256;
-constexpr uint32_t kLocalExperts = 32;  // of every rank
+using Experts = Partition<256, kRanks>;
 
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
-
-constexpr uint32_t kCounters = kRanks + kExperts;
-
-// A token's k-th id as the user gave it.
-__device__ __forceinline__ int64_t id_of(const Params& p, uint32_t token, uint32_t k) {
-    const uint64_t at = uint64_t(token) * kTopk + k;
-    return p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
-                      : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
-}
-
-// Whether this lane is the first of those with the same value that take part.
-__device__ __forceinline__ bool is_first_with(uint32_t value, bool takes_part) {
-    const uint32_t same = __match_any_sync(kFullWarp, takes_part ? value : ~0u);
-    return takes_part && uint32_t(__ffs(int32_t(same))) - 1 == lane_id();
-}
+constexpr uint32_t kCounters = kRanks + Experts::kNumber;
 
 // A warp looks at a token, a lane at each of its selections. One that names no expert counts as none and is reported.
 __device__ __forceinline__ void count_token(const Params& p, uint32_t token, uint32_t* counts) {
-    const int64_t id = lane_id() < kTopk ? id_of(p, token, lane_id()) : -1;
-    const bool selects = id >= 0 && id < int64_t(kExperts);
-    if (!selects && id != -1) store_relaxed_sys(&p.failure->invalid_token, token + 1);
+    const int64_t id = lane_id() < kTopk ? id_of<kTopk>(p, token, lane_id()) : -1;
+    const bool selects = id >= 0 && id < int64_t(Experts::kNumber);
+    if (!selects && id != -1) report_unknown_id(p, token);
     const uint32_t expert = selects ? uint32_t(id) : 0;
-    const uint32_t rank = rank_of_expert(expert);
+    const uint32_t rank = Experts::rank_of(expert);
     if (is_first_with(expert, selects)) atomicAdd(&counts[kRanks + expert], 1u);
     const bool goes = is_first_with(rank, selects);
     if (goes) atomicAdd(&counts[rank], 1u);

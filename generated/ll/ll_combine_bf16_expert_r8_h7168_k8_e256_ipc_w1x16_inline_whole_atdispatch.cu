@@ -6,6 +6,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -326,7 +327,7 @@ __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] con
         const bool wanted = selection.slot >= 0;
         const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
         if (wanted) {
-            const uint32_t index = __popc(all_wanted & ((1u << k) - 1));
+            const uint32_t index = lanes_below(k, all_wanted);
             terms.rows[index] = reinterpret_cast<const uint4*>(p.y) + uint64_t(selection.slot) * kRowVectors;
             terms.weights[index] = weight;
         }
@@ -454,7 +455,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     if (own) partial_sums(terms, ask_for_term(terms, 0), own_sums);
     const uint64_t awaited = ranks & ~(uint64_t(1) << p.rank);
     if (awaited != 0) {
-        const uint32_t rank = uint32_t(__ffsll(int64_t(awaited))) - 1;
+        const uint32_t rank = first_rank(awaited);
         await_row(record_at(p, watch, p.rank, rank, token), watch, Awaited{kPartial, rank, int32_t(token)});
     }
 #pragma unroll 1
@@ -463,8 +464,8 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
         Row rows[kPartialsAhead] = {};
 #pragma unroll
         for (uint32_t ahead = 0; ahead < kPartialsAhead; ++ahead) {
-            of[ahead] = rest == 0 ? kRanks : uint32_t(__ffsll(int64_t(rest))) - 1;
-            rest &= rest - 1;
+            of[ahead] = rest == 0 ? kRanks : first_rank(rest);
+            drop_first(rest);
             if (of[ahead] == p.rank) continue;
             if (of[ahead] < kRanks) rows[ahead] = ask_for_row(record_at(p, watch, p.rank, of[ahead], token));
         }

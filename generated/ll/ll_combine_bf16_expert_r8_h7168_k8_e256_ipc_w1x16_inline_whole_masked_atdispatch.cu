@@ -6,6 +6,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/masked_signal.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -116,8 +117,6 @@ __device__ __forceinline__ void publish_call(const Params& p, const Watch& watch
     }
 }
 
-constexpr uint64_t kAllRanks = ~uint64_t(0) >> (64 - kRanks);
-
 // Bit r: rank r is active and has read epoch `needed`. One that does not in time is left out. Out of line: one warp
 // runs this, and the others' instructions stay in a row.
 __device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, uint32_t needed, uint64_t active,
@@ -148,7 +147,7 @@ __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, 
     if (warp_id() != kBlockThreads / kWarpSize - 1) return;
     const uint32_t needed = epoch_before(epoch_before(watch.epoch));
     const uint64_t active = ranks_that_are_active<kRanks>(watch);
-    if (active != kAllRanks && lane_id() == 0) publish_left_out(watch, kAllRanks & ~active);
+    if (active != kAllRanks<kRanks> && lane_id() == 0) publish_left_out(watch, kAllRanks<kRanks> & ~active);
     const uint64_t ready = ranks_that_have_read(consumed_at(p, p.rank, 0), needed, active, watch);
     if (lane_id() == 0) opened = ready;
 }
@@ -350,7 +349,7 @@ __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] con
         const bool wanted = selection.slot >= 0;
         const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
         if (wanted) {
-            const uint32_t index = __popc(all_wanted & ((1u << k) - 1));
+            const uint32_t index = lanes_below(k, all_wanted);
             terms.rows[index] = reinterpret_cast<const uint4*>(p.y) + uint64_t(selection.slot) * kRowVectors;
             terms.weights[index] = weight;
         }
@@ -532,8 +531,8 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     const uint64_t expected = ranks;
     uint64_t added = own;
 #pragma unroll 1
-    for (uint64_t rest = expected; rest != 0; rest &= rest - 1) {
-        const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
+    for (uint64_t rest = expected; rest != 0; drop_first(rest)) {
+        const uint32_t rank = first_rank(rest);
         if (rank == p.rank) {
 #pragma unroll
             for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], own_sums[step]);

@@ -6,6 +6,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -270,8 +271,8 @@ __device__ __forceinline__ void send_weights(const Params& p, const Watch& watch
         const uint4 whole = make_uint4(words[0], words[1], words[2], watch.epoch);
         const uint64_t others = p.token_ranks[token] & ~(uint64_t(1) << p.rank);
 #pragma unroll 1
-        for (uint64_t ranks = others; ranks != 0; ranks &= ranks - 1) {
-            const uint32_t rank = uint32_t(__ffsll(int64_t(ranks))) - 1;
+        for (uint64_t rest = others; rest != 0; drop_first(rest)) {
+            const uint32_t rank = first_rank(rest);
             store_whole_relaxed_sys(weights_at(p, watch, rank, p.rank, token) + piece, whole);
         }
     }
@@ -324,7 +325,7 @@ __device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] con
         const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
         const bool complete = all_wanted == __ballot_sync(kFullWarp, selection.slot >= 0);
         if (wanted) {
-            const uint32_t index = __popc(all_wanted & ((1u << k) - 1));
+            const uint32_t index = lanes_below(k, all_wanted);
             terms.rows[index] = reinterpret_cast<const uint4*>(p.y) + uint64_t(selection.slot) * kRowVectors;
             terms.weights[index] = weight;
         }
@@ -478,8 +479,8 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
         Row rows[kPartialsAhead] = {};
 #pragma unroll
         for (uint32_t ahead = 0; ahead < kPartialsAhead; ++ahead) {
-            of[ahead] = rest == 0 ? kRanks : uint32_t(__ffsll(int64_t(rest))) - 1;
-            rest &= rest - 1;
+            of[ahead] = rest == 0 ? kRanks : first_rank(rest);
+            drop_first(rest);
             if (of[ahead] == p.rank) continue;
             if (of[ahead] < kRanks) rows[ahead] = ask_for_row(record_at(p, watch, p.rank, of[ahead], token));
         }

@@ -5,6 +5,7 @@
 
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
+#include <moegen/routing.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -205,12 +206,7 @@ __device__ __forceinline__ void send_pieces(const Row& pieces, uint4* to) {
     }
 }
 
-constexpr uint32_t kExperts = 256;
-constexpr uint32_t kLocalExperts = 32;  // of every rank
-
-__device__ __forceinline__ uint32_t rank_of_expert(uint32_t expert) { return expert / kLocalExperts; }
-__device__ __forceinline__ uint32_t first_expert(uint32_t rank) { return rank * kLocalExperts; }
-__device__ __forceinline__ uint32_t local_experts(uint32_t) { return kLocalExperts; }
+using Experts = Partition<256, kRanks>;
 
 // A token's ids, as they travel: kAgain marks one that an earlier selection of the token names too, -1 is none.
 constexpr uint32_t kIdsOfPiece = 6;  // 16 bits each; the epoch fills the 16 bytes
@@ -229,46 +225,9 @@ __device__ __forceinline__ uint4* routes_at(const Params& p, const Watch& watch,
            (half_of(watch.epoch) * kRanks + source) * pieces_of_source(p);
 }
 
-__device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
-    if (p.num_tokens == nullptr) return p.tokens;
-    const int32_t given = *p.num_tokens;
-    return given < 0 ? 0 : min(uint32_t(given), p.tokens);
-}
-
-// A token's ids as the user gave them, all asked for before one is looked at; -2 stands for those that name no expert.
-struct Ids {
-    int32_t ids[kTopk];
-};
-
-__device__ __forceinline__ Ids load_ids(const Params& p, uint32_t token, uint32_t tokens) {
-    Ids loaded;
-#pragma unroll
-    for (uint32_t k = 0; k < kTopk; ++k) loaded.ids[k] = -1;
-    if (token >= tokens) return loaded;
-    if (p.wide_ids) {
-        const int64_t* from = static_cast<const int64_t*>(p.topk_idx) + uint64_t(token) * kTopk;
-        int64_t wide[kTopk];
-#pragma unroll
-        for (uint32_t k = 0; k < kTopk; ++k) wide[k] = from[k];
-#pragma unroll
-        for (uint32_t k = 0; k < kTopk; ++k) {
-            loaded.ids[k] = wide[k] >= -1 && wide[k] < int64_t(kExperts) ? int32_t(wide[k]) : -2;
-        }
-    } else {
-        const int32_t* from = static_cast<const int32_t*>(p.topk_idx) + uint64_t(token) * kTopk;
-#pragma unroll
-        for (uint32_t k = 0; k < kTopk; ++k) loaded.ids[k] = from[k];
-#pragma unroll
-        for (uint32_t k = 0; k < kTopk; ++k) {
-            loaded.ids[k] = loaded.ids[k] < int32_t(kExperts) ? max(loaded.ids[k], -2) : -2;
-        }
-    }
-    return loaded;
-}
-
-// Tells every rank what a token selects, this one first: stores behind those that wait for the link wait too. An id
-// that names no expert counts as none and is reported to the host.
-__device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, uint32_t token, const Ids& given) {
+// Tells every rank what a token selects, this one first: stores behind those that wait for the link wait too.
+__device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, uint32_t token,
+                                           const Ids<kTopk>& given) {
     uint32_t words[kRoutePieces * 3];
 #pragma unroll
     for (uint32_t word = 0; word < kRoutePieces * 3; ++word) words[word] = ~0u;
@@ -282,7 +241,7 @@ __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, 
         const uint32_t id = given.ids[k] < 0 ? 0xffff : uint32_t(given.ids[k] | (again ? kAgain : 0));
         words[k / 2] = k % 2 == 0 ? 0xffff0000u | id : (words[k / 2] & 0xffff) | id << 16;
     }
-    if (!known) store_relaxed_sys(&p.failure->invalid_token, token + 1);
+    if (!known) report_unknown_id(p, token);
 #pragma unroll 1
     for (uint32_t step = 0; step < kRanks; ++step) {
         uint4* to = routes_at(p, watch, rank_after<kRanks>(p.rank, step), p.rank) + 1 + uint64_t(token) * kRoutePieces;
@@ -301,7 +260,7 @@ __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, 
 __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch, uint32_t tokens) {
     __shared__ bool opened;
     uint32_t token = blockIdx.x * kBlockThreads + threadIdx.x;
-    Ids ids = load_ids(p, token, tokens);
+    Ids<kTopk> ids = load_ids<Experts, kTopk>(p, token, tokens);
     open_epoch(p, watch, opened);
     __syncthreads();
     if (!opened) return;
@@ -315,7 +274,7 @@ __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch,
     while (token < tokens) {
         tell_route(p, watch, token, ids);
         token += p.tellers * kBlockThreads;
-        if (token < tokens) ids = load_ids(p, token, tokens);
+        if (token < tokens) ids = load_ids<Experts, kTopk>(p, token, tokens);
     }
     if (blockIdx.x != 0) return;
     if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
@@ -350,13 +309,13 @@ __device__ __forceinline__ void receive_sources(const Params& p, const Watch& wa
 // Of some tokens: how many select each of this rank's experts, counted once each, and how many rows of other ranks they
 // make.
 struct Tally {
-    uint32_t tokens_of_expert[kLocalExperts];
+    uint32_t tokens_of_expert[Experts::kLocal];
     uint32_t rows;
 };
 
 __device__ __forceinline__ void clear(Tally& sum) {
 #pragma unroll 1
-    for (uint32_t local = Group::thread(); local < kLocalExperts; local += kGroupThreads)
+    for (uint32_t local = Group::thread(); local < Experts::kLocal; local += kGroupThreads)
         sum.tokens_of_expert[local] = 0;
     if (Group::thread() == 0) sum.rows = 0;
 }
@@ -378,8 +337,8 @@ __device__ __forceinline__ Selections selections_of(uint4 (&pieces)[kRoutePieces
 #pragma unroll
         for (uint32_t at = 0; at < kIdsOfPiece; ++at) {
             const uint32_t id = arrived ? words[at / 2] >> at % 2 * 16 & 0xffff : 0xffff;
-            const uint32_t local = (id & ~uint32_t(kAgain)) - first_expert(watch.rank);
-            const bool selected = id != 0xffff && local < local_experts(watch.rank);
+            const uint32_t local = (id & ~uint32_t(kAgain)) - Experts::first_of(watch.rank);
+            const bool selected = id != 0xffff && local < Experts::number_of(watch.rank);
             here.experts[piece * kIdsOfPiece + at] = selected ? int16_t(local | (id & kAgain)) : int16_t(-1);
         }
     }
@@ -455,7 +414,7 @@ __device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
     count_routes(routes_at(p, watch, p.rank, 0), pieces_of_source(p), watch, first, Counted{0, first[kRanks]}, sums,
                  nullptr);
 #pragma unroll 1
-    for (uint32_t local = Group::thread(); local < local_experts(p.rank); local += kGroupThreads) {
+    for (uint32_t local = Group::thread(); local < Experts::number_of(p.rank); local += kGroupThreads) {
         uint32_t rows = 0;
 #pragma unroll 1
         for (uint32_t source = 0; source < kRanks; ++source) {
@@ -512,23 +471,6 @@ __device__ __forceinline__ Row row_of(const Token& token, const Head&) {
     return row;
 }
 
-// A token's k-th id as the user gave it.
-__device__ __forceinline__ int64_t id_of(const Params& p, uint32_t index, uint32_t k) {
-    const uint64_t at = uint64_t(index) * kTopk + k;
-    return p.wide_ids ? static_cast<const int64_t*>(p.topk_idx)[at]
-                      : int64_t(static_cast<const int32_t*>(p.topk_idx)[at]);
-}
-
-// Bit r: rank r holds an expert of the token. Every warp looks for itself.
-__device__ __forceinline__ uint64_t ranks_of_token(const Params& p, uint32_t index, uint32_t tokens) {
-    uint64_t rank = 0;
-    if (index < tokens && lane_id() < kTopk) {
-        const int64_t expert = id_of(p, index, lane_id());
-        if (expert >= 0 && expert < int64_t(kExperts)) rank = uint64_t(1) << rank_of_expert(uint32_t(expert));
-    }
-    return __reduce_or_sync(kFullWarp, uint32_t(rank));
-}
-
 constexpr uint32_t kDestinations = kRanks - 1;  // this rank's own rows are read where they lie
 // What a warp group sends: one token, to a share of its destinations. Where there are more warp groups than tokens,
 // several share one: a multiprocessor stores a row of 14 KB in a third of a microsecond.
@@ -580,7 +522,8 @@ struct Outgoing {
 
 __device__ __forceinline__ Outgoing ask_for_unit(const Params& p, uint32_t turn, uint32_t tokens) {
     const Unit unit = unit_at(p, turn, tokens);
-    return Outgoing{unit, load_token(p, unit.token, tokens), ranks_of_token(p, unit.token, tokens)};
+    return Outgoing{unit, load_token(p, unit.token, tokens),
+                    ranks_of_token_by_warp<Experts, kTopk>(p, unit.token, tokens)};
 }
 
 // Where a row goes needs no plan. What the first token needs is asked for while the epoch opens.
@@ -645,7 +588,7 @@ __device__ __forceinline__ void list_targets(const Params& p, const Tally& befor
     if (k == 0) incoming.num_targets = __popc(all_wanted);
     if (all_wanted == 0) return;
     if (wanted) {
-        Target& target = incoming.targets[__popc(all_wanted & ((1u << k) - 1))];
+        Target& target = incoming.targets[lanes_below(k, all_wanted)];
         target.row = reinterpret_cast<uint4*>(p.out) + uint64_t(slot) * kRowVectors;
         p.row_tokens[slot] = int32_t(origin.token);
     }

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 from moegen.codegen.params import Param, ParamStruct
 from moegen.codegen.row_spec import require_routing
 from moegen.codegen.spec import Spec, tag
-from moegen.limits import MAX_BLOCK_WARPS, WARP_SIZE, ceil_div
+from moegen.limits import MAX_BLOCK_WARPS, WARP_SIZE
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,6 @@ class HighThroughputLayout(Spec, family="ht", op="layout"):
     num_topk: int = tag("k")
     num_experts: int = tag("e")
     num_warps: int = tag("w")
-    phase: ClassVar[str] = "whole"
 
     def validate(self) -> None:
         require_routing(self)
@@ -33,10 +31,6 @@ class HighThroughputLayout(Spec, family="ht", op="layout"):
     @property
     def block_threads(self) -> int:
         return self.num_warps * WARP_SIZE
-
-    @property
-    def max_local_experts(self) -> int:
-        return ceil_div(self.num_experts, self.num_ranks)
 
     @cached_property
     def params(self) -> ParamStruct:

@@ -117,17 +117,8 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         return self.warp_groups
 
     @property
-    def max_local_experts(self) -> int:
-        return ceil_div(self.num_experts, self.num_ranks)
-
-    @property
     def awaited(self) -> Mapping[str, bool]:
         return {"kPeerReady": True, "kCounts": True, "kStats": True, "kRows": self.num_ranks > 1}
-
-    @property
-    def phase(self) -> str:
-        """There is one launch: `templates/shared/experts.cuh.jinja` asks."""
-        return "whole"
 
     @property
     def destinations(self) -> int:

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <moegen/launch.cuh>
+#include <moegen/routing.cuh>
 
 namespace moegen {
 
@@ -76,8 +77,8 @@ __device__ __forceinline__ void leave_out(const Watch& watch, uint32_t peer) {
 template <class Watch>
 __device__ __noinline__ void adopt_left_out(Watch watch, uint64_t ranks) {
 #pragma unroll 1
-    for (uint64_t rest = ranks & ~(uint64_t(1) << watch.rank); rest != 0; rest &= rest - 1) {
-        const uint32_t peer = uint32_t(__ffsll(int64_t(rest))) - 1;
+    for (uint64_t rest = ranks & ~(uint64_t(1) << watch.rank); rest != 0; drop_first(rest)) {
+        const uint32_t peer = first_rank(rest);
         if (is_active(watch, peer)) leave_out(watch, peer);
     }
 }

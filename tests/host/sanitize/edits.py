@@ -6,6 +6,7 @@ from __future__ import annotations
 from host.sanitize.build import KERNEL, Edit
 
 LAUNCH = "moegen/launch.cuh"
+ROUTING = "moegen/routing.cuh"
 SIGNAL = "moegen/signal.cuh"
 
 RELAXED = "[](auto* to, auto word) { host::store_word(to, word, __ATOMIC_RELAXED, {}); }"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from host.sanitize.a2a_kernels import Variant, headers, variant
 from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
-from host.sanitize.edits import REPORT, barrier_before, entering, relaxed_load, relaxed_store
+from host.sanitize.edits import REPORT, ROUTING, barrier_before, entering, relaxed_load, relaxed_store
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, Sanitizer, built_once, race_in, run
 
 from moegen.codegen.spec import WarpGroups
@@ -156,7 +156,7 @@ EARLY = weakened(
 )
 """Statistics are told before rows, so that they are here when the rows are: they are read before those, too."""
 
-BEYOND = weakened(APART, "dispatch", "beyond", Edit(KERNEL, r"const Id id = ids\[k\]", "const Id id = ids[k + 1]"))
+BEYOND = weakened(APART, "dispatch", "beyond", Edit(ROUTING, r"const Id id = ids\[k\]", "const Id id = ids[k + 1]"))
 
 
 slow = pytest.mark.slow
