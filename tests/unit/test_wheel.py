@@ -118,9 +118,9 @@ def test_a_host_kernel_runs_from_the_wheel(python: Path, tmp_path: Path) -> None
 def test_the_command_needs_no_checkout_but_to_write_one(python: Path, tmp_path: Path) -> None:
     command, cache = python.parent / "moegen", {"MOEGEN_CACHE_DIR": str(tmp_path / "cache")}
     stems = run(command, "list", cwd=tmp_path, **cache).split()
-    assert stems[0].startswith("ll_dispatch_")
-    (committed,) = (ROOT / "generated").rglob(f"{stems[0]}.cu")
-    assert run(command, "show", stems[0], cwd=tmp_path, **cache) == committed.read_text()
+    committed = min((ROOT / "generated").rglob("*.cu"))
+    assert committed.stem in stems
+    assert run(command, "show", committed.stem, cwd=tmp_path, **cache) == committed.read_text()
     for options in ([], ["--check"]):
         refused = ran(command, "generate", *options, cwd=tmp_path, **cache)
         assert refused.returncode == 1 and "run `moegen generate` in a clone" in refused.stderr
