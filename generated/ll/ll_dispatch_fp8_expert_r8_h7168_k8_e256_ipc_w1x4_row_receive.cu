@@ -462,8 +462,8 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
     const uint32_t groups = Group::number_in(p.receivers);
     uint32_t counted = ~0u;  // tokens that are in the sums
 #pragma unroll 1
-    for (uint32_t turn = Group::first_work(p.receivers); turn < tokens; turn += groups) {
-        const uint32_t after_own = first[p.rank] + turn;
+    for (uint32_t work = Group::first_work(p.receivers); work < tokens; work += groups) {
+        const uint32_t after_own = first[p.rank] + work;
         const uint32_t index = after_own < tokens ? after_own : after_own - tokens;
         Group::sync();  // the row before is placed
         if (index < counted) {

@@ -192,6 +192,38 @@ __device__ __forceinline__ uint32_t local_expert_of(uint32_t selection) {
 }
 __device__ __forceinline__ uint32_t earlier_tokens_of(uint32_t selection) { return selection >> kExpertBits; }
 
+// ---- rows of several ranks -----------------------------------------------------------------------
+
+// Work is dealt round-robin to the ranks from the one `kSteps` behind this one on: a round has one row of each. Each
+// rank begins with another one, so that no rank is served by all others at once.
+template <uint32_t kRanks, uint32_t kSteps>
+struct RoundRobin {
+    static constexpr uint32_t kNumber = kRanks > kSteps ? kRanks - kSteps : 1;  // of rows in a round
+
+    static __device__ __forceinline__ uint32_t rank(uint32_t own, uint32_t work) {
+        return rank_after<kRanks>(own, kSteps + work % kNumber);
+    }
+
+    // The same, but each round begins one rank further on: no rank is the first for ever.
+    static __device__ __forceinline__ uint32_t rotated_rank(uint32_t own, uint32_t work) {
+        return rank_after<kRanks>(own, kSteps + (work + work / kNumber) % kNumber);
+    }
+
+    static __device__ __forceinline__ uint32_t round(uint32_t work) { return work / kNumber; }
+};
+
+// The rows of the rank, other than this one, that has the most; at most `limit`. For a whole warp.
+template <uint32_t kRanks, class Params>
+__device__ __forceinline__ uint32_t most_rows_of_others(const Params& p, uint32_t limit) {
+    uint32_t most = 0;
+#pragma unroll 1
+    for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) {
+        const uint32_t rows = min(uint32_t(p.first_rows[rank + 1] - p.first_rows[rank]), limit);
+        if (rank != p.rank) most = max(most, rows);
+    }
+    return __reduce_max_sync(kFullWarp, most);
+}
+
 // ---- lanes of a warp ----------------------------------------------------------------------------
 
 // How many of these lanes are below `lane`: an exclusive prefix sum over a ballot.
