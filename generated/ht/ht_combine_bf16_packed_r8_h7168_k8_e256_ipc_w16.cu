@@ -308,6 +308,7 @@ __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch
 using Others = RoundRobin<kRanks, 1>;
 
 __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch) {
+    // Limited, because users may overwrite these numbers.
     const uint32_t end = Others::kNumber * most_rows_of_others<kRanks>(p, p.max_tokens);
 #pragma unroll 1
     for (uint32_t work = Group::first_work(p.senders); work < end; work += Group::number_in(p.senders)) {

@@ -433,6 +433,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     __syncthreads();
     if (!opened) return;
     if (blockIdx.x == p.senders.first) publish_call(p, watch, opened);
+    // Without a limit, because users see none of these numbers.
     const uint32_t end = Others::kNumber * most_rows_of_others<kRanks>(p, ~0u);
 #pragma unroll 1
     for (uint32_t work = first_work; work < end; work += groups) {

@@ -412,6 +412,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     __syncthreads();
     if (!opened) return;
     if (blockIdx.x == p.senders.first) publish_call(p, watch);
+    // Without a limit, because users see none of these numbers.
     const uint32_t end = Others::kNumber * most_rows_of_others<kRanks>(p, ~0u);
     send_weights(p, watch, tokens);
     uint64_t* sent = nullptr;
