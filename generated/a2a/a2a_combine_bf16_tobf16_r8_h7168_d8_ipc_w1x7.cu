@@ -194,40 +194,38 @@ __device__ __forceinline__ void return_row(const Params& p, const Watch& watch, 
     if (Group::thread() == 0) store_release_sys(tag_at(p, watch, source, p.rank, slot), watch.epoch);
 }
 
-// Rows are dealt out slot by slot, of every other source in turn: each rank begins with another one.
-__device__ __forceinline__ uint32_t source_of(const Params& p, uint32_t turn) {
-    return rank_after<kRanks>(p.rank, 1 + turn % (kRanks - 1));
-}
+// Rows go back in this order, slot by slot.
+using Others = RoundRobin<kRanks, 1>;
 
-// The row of a turn, whether or not there is one: asked for before that is known.
-__device__ __forceinline__ Row ask_turn(const Params& p, const Watch& watch, uint32_t turn) {
-    const uint32_t slot = turn / (kRanks - 1);
-    return slot < p.slots ? ask_row(p, watch, source_of(p, turn), slot, 0) : Row{};
+// The row of a work index, whether or not there is one: it is loaded before that is known.
+__device__ __forceinline__ Row ask_for_work(const Params& p, const Watch& watch, uint32_t work) {
+    const uint32_t slot = Others::round(work);
+    return slot < p.slots ? ask_row(p, watch, Others::rank(p.rank, work), slot, 0) : Row{};
 }
 
 // What a sending block asks for before its first barrier.
-struct Turns {
-    uint32_t end;
+struct Returning {
+    uint32_t end;  // of the work
     Row first;
 };
 
-__device__ __forceinline__ Turns start_turns(const Params& p, const Watch& watch) {
-    Turns turns = {0, ask_turn(p, watch, Group::first_work(p.senders))};
+__device__ __forceinline__ Returning start_returning(const Params& p, const Watch& watch) {
+    Returning returning = {0, ask_for_work(p, watch, Group::first_work(p.senders))};
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) {
         const uint32_t slots = min(uint32_t(p.counts[source]), p.slots);
-        if (source != p.rank && is_active(p, source)) turns.end = max(turns.end, slots * (kRanks - 1));
+        if (source != p.rank && is_active(p, source)) returning.end = max(returning.end, slots * Others::kNumber);
     }
-    return turns;
+    return returning;
 }
 
-__device__ __forceinline__ void return_rows(const Params& p, const Watch& watch, const Turns& turns) {
-    Row asked = turns.first;
+__device__ __forceinline__ void return_rows(const Params& p, const Watch& watch, const Returning& returning) {
+    Row asked = returning.first;
 #pragma unroll 1
-    for (uint32_t turn = Group::first_work(p.senders); turn < turns.end; turn += Group::number_in(p.senders)) {
-        if (turn != Group::first_work(p.senders)) asked = ask_turn(p, watch, turn);
-        const uint32_t source = source_of(p, turn);
-        const uint32_t slot = turn / (kRanks - 1);
+    for (uint32_t work = Group::first_work(p.senders); work < returning.end; work += Group::number_in(p.senders)) {
+        if (work != Group::first_work(p.senders)) asked = ask_for_work(p, watch, work);
+        const uint32_t source = Others::rank(p.rank, work);
+        const uint32_t slot = Others::round(work);
         if (is_active(p, source) && slot < uint32_t(p.counts[source])) return_row(p, watch, source, slot, asked);
     }
 }
@@ -331,10 +329,10 @@ moegen_a2a_combine_bf16_tobf16_r8_h7168_d8_ipc_w1x7(const __grid_constant__ Para
     const bool tells = blockIdx.x == p.receivers.first;
     if (tells && sound) tell_presence(p, watch);
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
-    Turns turns = {};
-    if (is_one_of(p.senders)) turns = start_turns(p, watch);
+    Returning returning = {};
+    if (is_one_of(p.senders)) returning = start_returning(p, watch);
     if (!open_epoch(p, watch, sound)) return;
-    if (is_one_of(p.senders)) return_rows(p, watch, turns);
+    if (is_one_of(p.senders)) return_rows(p, watch, returning);
     if (is_one_of(p.receivers)) add_tokens(p, watch, tokens);
     if (tells) await_calls(p, watch, threadIdx.x, kBlockThreads);
 }

@@ -56,9 +56,9 @@ struct Counts {
     uint32_t of_warp[kWarps][kRanks];
 };
 
-// Counts the tokens before `begin`, and gives the first warp the ranks of the tokens from there to `end`, a lane's
-// each: ids are read in one place, all at once. All threads of the block call this; the counts are there behind its
-// next barrier.
+// An exclusive prefix sum: counts the tokens before `begin` for each rank. The first warp also gets the ranks of the
+// tokens from `begin` to `end`, one token a lane, so that all ids are loaded at once. All threads of the block call
+// this; the counts are there behind the block's next barrier.
 __device__ __forceinline__ uint64_t count_tokens(const Params& p, uint32_t begin, uint32_t end, Counts& counts) {
     const uint32_t groups = (begin + kWarpSize - 1) / kWarpSize;
     uint32_t mine[(kRanks + kWarpSize - 1) / kWarpSize] = {};  // lane r counts the tokens of rank r (and r + 32)

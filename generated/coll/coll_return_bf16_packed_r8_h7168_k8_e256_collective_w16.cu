@@ -227,8 +227,8 @@ __device__ __forceinline__ void send_partials(const Params& p) {
     const uint32_t own_begin = uint32_t(p.first_rows[p.rank]);
     const uint32_t own_rows = min(uint32_t(p.first_rows[p.rank + 1]) - own_begin, rows);
 #pragma unroll 1
-    for (uint32_t turn = Group::first_work(p.senders); turn < rows - own_rows; turn += Group::number_in(p.senders)) {
-        const uint32_t row = turn < own_begin ? turn : turn + own_rows;
+    for (uint32_t work = Group::first_work(p.senders); work < rows - own_rows; work += Group::number_in(p.senders)) {
+        const uint32_t row = work < own_begin ? work : work + own_rows;
         uint32_t owner = 0;
         while (owner + 1 < kRanks && row >= uint32_t(p.first_rows[owner + 1])) ++owner;
         send_partial(p, row, owner);

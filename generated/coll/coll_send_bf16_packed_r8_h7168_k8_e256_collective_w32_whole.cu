@@ -225,8 +225,8 @@ __device__ __forceinline__ uint32_t count_word(const Params& p, const Chunk& chu
 }
 
 // A chunk is one of tokens here, kChunk of them; those that are exchanged are p.chunks.
-// Begins a plan: what each counter counts of the tokens before `end`. A token counts once, also if it selects an expert
-// twice.
+// Begins a plan with an exclusive prefix sum: what each counter counts of the tokens before `end`. A token counts once,
+// also if it selects an expert twice.
 __device__ __forceinline__ void count_before(const Params& p, uint32_t end, Chunk& chunk) {
 #pragma unroll 1
     for (uint32_t counter = threadIdx.x; counter < kCounters; counter += kBlockThreads) chunk.before[counter] = 0;

@@ -305,37 +305,16 @@ __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch
     if (lane_id() == 0) store_release_sys(tag_at(p, owner, p.rank, token), tag_of(p, watch));
 }
 
-constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
-
-// Rows are dealt out to the other ranks in turn, each rank beginning with the one behind it: no rank is sent to by all
-// others at once, and every rank's first tokens are complete early. The next round begins one further on, so that
-// nobody sends to the same rank for ever.
-__device__ __forceinline__ uint32_t owner_of_turn(const Params& p, uint32_t turn) {
-    return rank_after<kRanks>(p.rank, 1 + (turn + turn / kOthers) % kOthers);
-}
-
-__device__ __forceinline__ uint32_t row_of_turn(const Params& p, uint32_t owner, uint32_t turn) {
-    return uint32_t(p.first_rows[owner]) + turn / kOthers;
-}
-
-// Behind the last turn in which there is a row for any other rank.
-__device__ __forceinline__ uint32_t end_of_turns(const Params& p) {
-    uint32_t most = 0;
-#pragma unroll 1
-    for (uint32_t owner = lane_id(); owner < kRanks; owner += kWarpSize) {
-        // Clamped: users may overwrite these numbers.
-        const uint32_t rows = min(uint32_t(p.first_rows[owner + 1] - p.first_rows[owner]), p.max_tokens);
-        if (owner != p.rank) most = max(most, rows);
-    }
-    return kOthers * __reduce_max_sync(kFullWarp, most);
-}
+// Rows go back in this order.
+using Others = RoundRobin<kRanks, 1>;
 
 __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch) {
-    const uint32_t end = end_of_turns(p);
+    // Limited, because users may overwrite these numbers.
+    const uint32_t end = Others::kNumber * most_rows_of_others<kRanks>(p, p.max_tokens);
 #pragma unroll 1
-    for (uint32_t turn = Group::first_work(p.senders); turn < end; turn += Group::number_in(p.senders)) {
-        const uint32_t owner = owner_of_turn(p, turn);
-        const uint32_t row = row_of_turn(p, owner, turn);
+    for (uint32_t work = Group::first_work(p.senders); work < end; work += Group::number_in(p.senders)) {
+        const uint32_t owner = Others::rotated_rank(p.rank, work);
+        const uint32_t row = uint32_t(p.first_rows[owner]) + Others::round(work);
         if (row < min(uint32_t(p.first_rows[owner + 1]), rows_at_most<kRanks>(p))) send_partial(p, watch, row, owner);
     }
 }

@@ -285,10 +285,8 @@ __device__ __forceinline__ void place_row(const Params& p, const Watch& watch, c
     }
 }
 
-// Rows are dealt out source by source in turn, so that what is here already is placed while others are on their way.
-__device__ __forceinline__ uint32_t source_of(const Params& p, uint32_t turn) {
-    return rank_after<kRanks>(p.rank, turn % kRanks);
-}
+// A row of each source in turn: what is here already is placed while others are on their way.
+using Sources = RoundRobin<kRanks, 0>;
 
 __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch) {
     __shared__ Arrivals arrivals;
@@ -296,12 +294,12 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
     uint32_t most = 0;
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) most = max(most, rows_of(arrivals, source));
-    uint32_t turn = Group::first_work(p.receivers);
+    uint32_t work = Group::first_work(p.receivers);
 #pragma unroll 1
-    while (turn < most * kRanks) {
-        const uint32_t source = source_of(p, turn);
-        const uint32_t index = turn / kRanks;
-        turn += Group::number_in(p.receivers);
+    while (work < most * Sources::kNumber) {
+        const uint32_t source = Sources::rank(p.rank, work);
+        const uint32_t index = Sources::round(work);
+        work += Group::number_in(p.receivers);
         if (index >= rows_of(arrivals, source)) continue;
         const Arrival arrival = recall_entry(p, arrivals, source, index);
         place_row(p, watch, arrival);

@@ -685,10 +685,8 @@ __device__ __forceinline__ void place_row(const Params& p, const Watch& watch, c
     __syncwarp();  // the next row's list overwrites this one
 }
 
-// Rows are dealt out source by source in turn, so that what is here already is placed while others are on their way.
-__device__ __forceinline__ uint32_t source_of(const Params& p, uint32_t turn) {
-    return rank_after<kRanks>(p.rank, turn % kRanks);
-}
+// A row of each source in turn: what is here already is placed while others are on their way.
+using Sources = RoundRobin<kRanks, 0>;
 
 __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch) {
     __shared__ Arrivals arrivals;
@@ -698,15 +696,15 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
     uint32_t most = 0;
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) most = max(most, rows_of(arrivals, source));
-    uint32_t turn = Group::first_work(p.receivers);
-    uint4 asked = ask_for_entry(p, arrivals, source_of(p, turn), turn / kRanks);
+    uint32_t work = Group::first_work(p.receivers);
+    uint4 asked = ask_for_entry(p, arrivals, Sources::rank(p.rank, work), Sources::round(work));
 #pragma unroll 1
-    while (turn < most * kRanks) {
-        const uint32_t source = source_of(p, turn);
-        const uint32_t index = turn / kRanks;
-        turn += Group::number_in(p.receivers);
+    while (work < most * Sources::kNumber) {
+        const uint32_t source = Sources::rank(p.rank, work);
+        const uint32_t index = Sources::round(work);
+        work += Group::number_in(p.receivers);
         const uint4 piece = asked;
-        asked = ask_for_entry(p, arrivals, source_of(p, turn), turn / kRanks);
+        asked = ask_for_entry(p, arrivals, Sources::rank(p.rank, work), Sources::round(work));
         if (index >= rows_of(arrivals, source)) continue;
         Arrival arrival;
         if (!await_entry(p, watch, arrivals, source, index, piece, arrival)) continue;

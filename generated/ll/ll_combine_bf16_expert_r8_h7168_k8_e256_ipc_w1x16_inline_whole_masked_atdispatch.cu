@@ -392,29 +392,8 @@ __device__ __forceinline__ void send_partial(const Terms& terms, const Row& firs
     send_pieces(as_pieces(row, mark), record);
 }
 
-constexpr uint32_t kOthers = kRanks > 1 ? kRanks - 1 : 1;
-
-// Rows are dealt out to the other ranks in turn, each rank beginning with the one behind it: no rank is sent to by all
-// others at once, and every rank's first tokens are complete early. The next round begins one further on, so that
-// nobody sends to the same rank for ever.
-__device__ __forceinline__ uint32_t owner_of_turn(const Params& p, uint32_t turn) {
-    return rank_after<kRanks>(p.rank, 1 + (turn + turn / kOthers) % kOthers);
-}
-
-__device__ __forceinline__ uint32_t row_of_turn(const Params& p, uint32_t owner, uint32_t turn) {
-    return uint32_t(p.first_rows[owner]) + turn / kOthers;
-}
-
-// Behind the last turn in which there is a row for any other rank.
-__device__ __forceinline__ uint32_t end_of_turns(const Params& p) {
-    uint32_t most = 0;
-#pragma unroll 1
-    for (uint32_t owner = lane_id(); owner < kRanks; owner += kWarpSize) {
-        const uint32_t rows = uint32_t(p.first_rows[owner + 1] - p.first_rows[owner]);
-        if (owner != p.rank) most = max(most, rows);
-    }
-    return kOthers * __reduce_max_sync(kFullWarp, most);
-}
+// Rows go back in this order.
+using Others = RoundRobin<kRanks, 1>;
 
 // A row that a warp group sends, or none: what it needs of what dispatch recorded.
 struct Outgoing {
@@ -426,11 +405,13 @@ struct Outgoing {
 
 // Loads only, whether or not there is such a row, and also if dispatch has recorded nothing because it was abandoned.
 // What it recorded ends with this rank's own tokens.
-__device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t turn) {
+__device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t work) {
     Outgoing row;
-    row.source = owner_of_turn(p, turn);
+    row.source = Others::rotated_rank(p.rank, work);
     const uint32_t own = (kRanks - 1) * p.max_tokens;
-    const uint32_t entry = row_of_turn(p, row.source, turn);
+    // This rank's own rows are not among them: with two ranks, the other's begin with the first.
+    const uint32_t first = kRanks == 2 ? 0 : uint32_t(p.first_rows[row.source]);
+    const uint32_t entry = first + Others::round(work);
     row.exists = entry < min(uint32_t(p.first_rows[row.source + 1]), own);
     row.selection = load_selection(p, min(entry, own));
     row.token = row.exists ? uint32_t(p.row_origin[entry]) - row.source * p.max_tokens : 0;
@@ -444,18 +425,19 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     Terms& listed = terms[Group::index()];
     if (blockIdx.x == p.senders.first) tell_consumed(p, watch);
     const uint32_t groups = Group::number_in(p.senders);
-    const uint32_t first_turn = Group::first_work(p.senders);
-    Outgoing next = outgoing_at(p, first_turn);
+    const uint32_t first_work = Group::first_work(p.senders);
+    Outgoing next = outgoing_at(p, first_work);
     open_epoch(p, watch, opened);
     __syncthreads();
     if (!opened) return;
     if (blockIdx.x == p.senders.first) publish_call(p, watch, opened);
-    const uint32_t end = end_of_turns(p);
+    // Without a limit, because users see none of these numbers.
+    const uint32_t end = Others::kNumber * most_rows_of_others<kRanks>(p, ~0u);
 #pragma unroll 1
-    for (uint32_t turn = first_turn; turn < end; turn += groups) {
+    for (uint32_t work = first_work; work < end; work += groups) {
         const Outgoing row = next;
         if (row.exists) list_terms(p, watch, row.source, row.token, row.selection, listed);
-        if (turn + groups < end) next = outgoing_at(p, turn + groups);
+        if (work + groups < end) next = outgoing_at(p, work + groups);
         if (!row.exists) continue;
         if ((opened >> row.source & 1) == 0 || listed.count == 0) {
             Group::sync();  // the terms are looked at

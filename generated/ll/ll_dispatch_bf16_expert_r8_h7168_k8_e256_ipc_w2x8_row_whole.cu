@@ -480,9 +480,9 @@ struct Unit {
 };
 
 // Units are numbered through, the first share of every token first.
-__device__ __forceinline__ Unit unit_at(const Params& p, uint32_t turn, uint32_t tokens) {
-    if (turn < tokens) return Unit{turn, 0};
-    return turn < tokens * p.shares ? Unit{turn % tokens, turn / tokens} : Unit{tokens, 0};
+__device__ __forceinline__ Unit unit_at(const Params& p, uint32_t work, uint32_t tokens) {
+    if (work < tokens) return Unit{work, 0};
+    return work < tokens * p.shares ? Unit{work % tokens, work / tokens} : Unit{tokens, 0};
 }
 
 // Sends a token's row to its place in every destination of the share: its own number among its source's tokens.
@@ -520,8 +520,8 @@ struct Outgoing {
     uint64_t ranks;
 };
 
-__device__ __forceinline__ Outgoing ask_for_unit(const Params& p, uint32_t turn, uint32_t tokens) {
-    const Unit unit = unit_at(p, turn, tokens);
+__device__ __forceinline__ Outgoing ask_for_unit(const Params& p, uint32_t work, uint32_t tokens) {
+    const Unit unit = unit_at(p, work, tokens);
     return Outgoing{unit, load_token(p, unit.token, tokens),
                     ranks_of_token_by_warp<Experts, kTopk>(p, unit.token, tokens)};
 }
@@ -531,16 +531,16 @@ __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch,
     __shared__ bool opened;
     __shared__ Head heads[kWarpGroups];
     const uint32_t groups = Group::number_in(p.senders);
-    uint32_t turn = Group::first_work(p.senders);
-    Outgoing next = ask_for_unit(p, turn, tokens);
+    uint32_t work = Group::first_work(p.senders);
+    Outgoing next = ask_for_unit(p, work, tokens);
     open_epoch(p, watch, opened);
     __syncthreads();
     if (!opened) return;
 #pragma unroll 1
-    while (turn < tokens * p.shares) {
+    while (work < tokens * p.shares) {
         send_token(p, watch, next.unit, next.ranks, next.token, heads[Group::index()]);
-        turn += groups;
-        if (turn < tokens * p.shares) next = ask_for_unit(p, turn, tokens);
+        work += groups;
+        if (work < tokens * p.shares) next = ask_for_unit(p, work, tokens);
     }
 }
 
@@ -676,8 +676,8 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
     const uint32_t groups = Group::number_in(p.receivers);
     uint32_t counted = ~0u;  // tokens that are in the sums
 #pragma unroll 1
-    for (uint32_t turn = Group::first_work(p.receivers); turn < tokens; turn += groups) {
-        const uint32_t after_own = first[p.rank] + turn;
+    for (uint32_t work = Group::first_work(p.receivers); work < tokens; work += groups) {
+        const uint32_t after_own = first[p.rank] + work;
         const uint32_t index = after_own < tokens ? after_own : after_own - tokens;
         Group::sync();  // the row before is placed
         if (index < counted) {

@@ -8,6 +8,7 @@ namespace moegen {
 
 // ---- sets of ranks: bit r stands for rank r -----------------------------------------------------
 
+// Users may overwrite parts of a handle: a set that is read from there is masked with this.
 template <uint32_t kRanks>
 constexpr uint64_t kAllRanks = ~uint64_t(0) >> (64 - kRanks);
 
@@ -36,6 +37,38 @@ __device__ __forceinline__ uint32_t take_destination(const Params& p, uint64_t& 
 template <class Slot>
 __device__ __forceinline__ Slot slot_with(uint64_t ranks, uint32_t rank, const Slot* slots) {
     return slots[__popcll(ranks & ((uint64_t(1) << rank) - 1))];
+}
+
+// ---- tokens of a call, and of a block -----------------------------------------------------------
+
+// The tokens of this call: all of the user's tensor, or as many of them as device memory says.
+template <class Params>
+__device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
+    if (p.num_tokens == nullptr) return p.tokens;
+    const int32_t given = *p.num_tokens;
+    return given < 0 ? 0 : min(uint32_t(given), p.tokens);
+}
+
+// Each of these blocks has a contiguous share of the tokens; where there are few tokens, the last blocks have none.
+struct Share {
+    uint32_t begin;
+    uint32_t end;
+};
+
+__device__ __forceinline__ uint32_t tokens_per_block(const Blocks& blocks, uint32_t tokens) {
+    return (tokens + blocks.blocks - 1) / blocks.blocks;
+}
+
+__device__ __forceinline__ Share share_of_block(const Blocks& blocks, uint32_t tokens) {
+    const uint32_t number = tokens_per_block(blocks, tokens);
+    const uint32_t begin = min((blockIdx.x - blocks.first) * number, tokens);
+    return Share{begin, min(begin + number, tokens)};
+}
+
+// How many of these blocks have a share that is not empty.
+__device__ __forceinline__ uint32_t blocks_with_a_share(const Blocks& blocks, uint32_t tokens) {
+    const uint32_t number = tokens_per_block(blocks, tokens);
+    return number == 0 ? 0 : (tokens + number - 1) / number;
 }
 
 // ---- experts and ids ----------------------------------------------------------------------------
@@ -73,14 +106,6 @@ struct Partition {
         }
     }
 };
-
-// The tokens of this call: as many as device memory says, at most those of the user's tensor.
-template <class Params>
-__device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
-    if (p.num_tokens == nullptr) return p.tokens;
-    const int32_t given = *p.num_tokens;
-    return given < 0 ? 0 : min(uint32_t(given), p.tokens);
-}
 
 // A token's k-th id, which the user gave in 64 or 32 bits.
 template <uint32_t kTopk, class Params>
@@ -173,11 +198,7 @@ __device__ __forceinline__ uint64_t ranks_of_token_by_warp(const Params& p, uint
     }
 }
 
-// Numbers in a handle are clamped before they index anything: users may overwrite parts of it.
-template <uint32_t kRanks, class Params>
-__device__ __forceinline__ uint32_t rows_at_most(const Params& p) {
-    return kRanks * p.max_tokens;
-}
+// ---- selections, and lanes that look at them ----------------------------------------------------
 
 // A token's selection, as its source tells it: a local expert, and how many earlier tokens of the source select that.
 constexpr uint32_t kExpertBits = 10;
@@ -191,8 +212,6 @@ __device__ __forceinline__ uint32_t local_expert_of(uint32_t selection) {
     return selection & ((1u << kExpertBits) - 1);
 }
 __device__ __forceinline__ uint32_t earlier_tokens_of(uint32_t selection) { return selection >> kExpertBits; }
-
-// ---- lanes of a warp ----------------------------------------------------------------------------
 
 // How many of these lanes are below `lane`: an exclusive prefix sum over a ballot.
 __device__ __forceinline__ uint32_t lanes_below(uint32_t lane, uint32_t lanes) {
@@ -208,28 +227,42 @@ __device__ __forceinline__ bool is_first_with(uint32_t value, bool takes_part) {
     return takes_part && is_first_of(same);
 }
 
-// ---- tokens of a block --------------------------------------------------------------------------
+// ---- rows of several ranks ----------------------------------------------------------------------
 
-// Each of these blocks has a contiguous share of the tokens; where there are few tokens, the last blocks have none.
-struct Share {
-    uint32_t begin;
-    uint32_t end;
+// Work is dealt round-robin to the ranks from the one `kSteps` behind this one on: a round has one row of each. Each
+// rank begins with another one, so that no rank is served by all others at once.
+template <uint32_t kRanks, uint32_t kSteps>
+struct RoundRobin {
+    static constexpr uint32_t kNumber = kRanks > kSteps ? kRanks - kSteps : 1;  // of rows in a round
+
+    static __device__ __forceinline__ uint32_t rank(uint32_t own, uint32_t work) {
+        return rank_after<kRanks>(own, kSteps + work % kNumber);
+    }
+
+    // The same, but each round begins one rank further on: no rank is the first for ever.
+    static __device__ __forceinline__ uint32_t rotated_rank(uint32_t own, uint32_t work) {
+        return rank_after<kRanks>(own, kSteps + (work + work / kNumber) % kNumber);
+    }
+
+    static __device__ __forceinline__ uint32_t round(uint32_t work) { return work / kNumber; }
 };
 
-__device__ __forceinline__ uint32_t tokens_per_block(const Blocks& blocks, uint32_t tokens) {
-    return (tokens + blocks.blocks - 1) / blocks.blocks;
+// The most rows that may come. A row's number that is read from a handle is clamped to it.
+template <uint32_t kRanks, class Params>
+__device__ __forceinline__ uint32_t rows_at_most(const Params& p) {
+    return kRanks * p.max_tokens;
 }
 
-__device__ __forceinline__ Share share_of_block(const Blocks& blocks, uint32_t tokens) {
-    const uint32_t number = tokens_per_block(blocks, tokens);
-    const uint32_t begin = min((blockIdx.x - blocks.first) * number, tokens);
-    return Share{begin, min(begin + number, tokens)};
-}
-
-// How many of these blocks have a share that is not empty.
-__device__ __forceinline__ uint32_t blocks_with_a_share(const Blocks& blocks, uint32_t tokens) {
-    const uint32_t number = tokens_per_block(blocks, tokens);
-    return number == 0 ? 0 : (tokens + number - 1) / number;
+// The rows of the rank, other than this one, that has the most; at most `limit`. For a whole warp.
+template <uint32_t kRanks, class Params>
+__device__ __forceinline__ uint32_t most_rows_of_others(const Params& p, uint32_t limit) {
+    uint32_t most = 0;
+#pragma unroll 1
+    for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) {
+        const uint32_t rows = min(uint32_t(p.first_rows[rank + 1] - p.first_rows[rank]), limit);
+        if (rank != p.rank) most = max(most, rows);
+    }
+    return __reduce_max_sync(kFullWarp, most);
 }
 
 }  // namespace moegen
