@@ -141,11 +141,20 @@ def test_kernels_are_compared_part_by_part() -> None:
     assert machine_code.differences(None, two) == ["only in the new revision"]
 
 
+def test_other_constants_are_no_other_instructions() -> None:
+    assert machine_code.verdict([]) == SAME
+    assert machine_code.verdict([".nv.constant4"]) == machine_code.NAMES
+    assert machine_code.verdict([".nv.constant4", ".text.*"]) == machine_code.verdict([".nv.constant0.*"]) == DIFFERENT
+
+
 def test_the_closing_line_counts_kernels() -> None:
     compared = [Compared("a", None, None, SAME), Compared("b", None, None, MOVED), Compared("c", None, None, DIFFERENT)]
-    assert machine_code.closing(compared[::2], with_moved=False) == "2 kernels: 1 the same machine code, 1 differ"
+    assert machine_code.closing(compared[::2], with_moved=False) == (
+        "2 kernels: 1 the same machine code, 0 the same but for which constants the text names, 1 differ"
+    )
     assert machine_code.report(compared, with_moved=True)[-1] == (
-        "3 kernels: 1 the same machine code, 1 the same but for where parameters lie, "
+        "3 kernels: 1 the same machine code, 0 the same but for which constants the text names, "
+        "1 the same but for where parameters lie, "
         "0 the same but for where parameters lie and which are read together, 1 differ"
     )
 
