@@ -71,8 +71,8 @@ def compare(
 
 
 def verdict(where: Sequence[str]) -> str:
-    """`.nv.constant4` lists the addresses of constants at namespace scope, by their order in the text. Equal instructions
-    use them by value: the kernels have no constant arrays.
+    """`.nv.constant4` lists the addresses of constants at namespace scope, in the order of the text. Equal instructions
+    use these by value: the kernels have no constant arrays.
     """
     if not where:
         return SAME
