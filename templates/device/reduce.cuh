@@ -67,4 +67,69 @@ __device__ __forceinline__ uint4 rounded(const Sums<Format>& sums) {
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// Rows that add up to one sum, in this order, and their weights.
+template <uint32_t kMost>
+struct TermList {
+    const uint4* rows[kMost];
+    float weights[kMost];
+};
+
+// A step of a sum that is formed part by part: a term of the part that begins with vector `first`.
+struct SumStep {
+    uint32_t term;
+    uint32_t first;
+};
+
+template <class Part>
+__device__ __forceinline__ SumStep step_after(SumStep step, uint32_t terms) {
+    return step.term + 1 < terms ? SumStep{step.term + 1, step.first} : SumStep{0, step.first + Part::kLength};
+}
+
+template <class Part, uint32_t kMost>
+__device__ __forceinline__ Part load_term(const TermList<kMost>& terms, SumStep step) {
+    return step.first < Part::kEnd ? Part::load(terms.rows[step.term], step.first) : Part{};
+}
+
+// Behind the last term of a part its sums are rounded, stored and zero again.
+template <class Format, class Part, uint32_t kMost>
+__device__ __forceinline__ void add_term(const TermList<kMost>& terms, uint32_t number, SumStep step, const Part& part,
+                                         Sums<Format> (&sums)[Part::kAhead], uint4* to) {
+    if (step.first >= Part::kEnd) return;
+    add(sums, part.units, terms.weights[step.term]);
+    if (step.term + 1 != number) return;
+    Part sum;
+#pragma unroll
+    for (uint32_t unit = 0; unit < Part::kAhead; ++unit) {
+        sum.units[unit] = rounded(sums[unit]);
+        sums[unit] = {};
+    }
+    sum.store(to, step.first);
+}
+
+// Reduces rows in a software pipeline whose stages are parts of terms. A part that was added is overwritten by a load:
+// no register is moved while its load is in flight, which would wait for it.
+template <class Format, class Part, uint32_t kMost>
+__device__ __forceinline__ void store_sum(const TermList<kMost>& terms, uint32_t number, uint4* to) {
+    constexpr uint32_t kInFlight = 3;
+    if (number == 0) return Part::store_zeros(to);
+    Sums<Format> sums[Part::kAhead] = {};
+    Part parts[kInFlight];
+    SumStep ahead{0, 0};
+#pragma unroll
+    for (uint32_t stage = 0; stage < kInFlight; ++stage, ahead = step_after<Part>(ahead, number)) {
+        parts[stage] = load_term<Part>(terms, ahead);
+    }
+    SumStep step{0, 0};
+#pragma unroll 1
+    while (step.first < Part::kEnd) {
+#pragma unroll
+        for (uint32_t stage = 0; stage < kInFlight; ++stage) {
+            add_term(terms, number, step, parts[stage], sums, to);
+            parts[stage] = load_term<Part>(terms, ahead);
+            step = step_after<Part>(step, number);
+            ahead = step_after<Part>(ahead, number);
+        }
+    }
+}
+
 }  // namespace moegen

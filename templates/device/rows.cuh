@@ -13,6 +13,7 @@ struct RowPart {
     static constexpr uint32_t kSteps = (kUnits + Group::kSize - 1) / Group::kSize;  // units of a whole row
     static constexpr uint32_t kAhead = kSteps < kMostAhead ? kSteps : kMostAhead;
     static constexpr uint32_t kLength = kAhead * Group::kSize;  // from one part's first unit to the next one's
+    static constexpr uint32_t kEnd = kUnits;
 
     Unit units[kAhead];
 
@@ -35,6 +36,21 @@ struct RowPart {
         for (uint32_t step = 0; step < kAhead; ++step) {
             if (place(first, step) < kUnits) row[place(first, step)] = units[step];
         }
+    }
+
+    // A whole row, two parts at a time.
+    static __device__ __forceinline__ void copy(const Unit* from, Unit* to) {
+#pragma unroll 1
+        for (uint32_t first = 0; first < kEnd; first += 2 * kLength) {
+            const RowPart one = load(from, first);
+            const RowPart two = load(from, first + kLength);
+            one.store(to, first);
+            two.store(to, first + kLength);
+        }
+    }
+
+    static __device__ __forceinline__ void store_zeros(Unit* row) {
+        for (uint32_t first = 0; first < kEnd; first += kLength) RowPart{}.store(row, first);
     }
 };
 
