@@ -4,6 +4,7 @@
 
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
+#include <moegen/routing.cuh>
 
 namespace moegen {
 
@@ -65,6 +66,82 @@ __device__ __forceinline__ uint4 rounded(const Sums<Format>& sums) {
 #pragma unroll
     for (uint32_t word = 0; word < 4; ++word) words[word] = Format::rounded(sums.values + word * Format::kPerWord);
     return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// The kVector-th words of a row, of a thread: kBytes of them.
+template <uint32_t kBytes, uint32_t kWords>
+__device__ __forceinline__ void store_words(uint8_t* row, uint32_t vector, const uint32_t (&words)[kWords]) {
+    if constexpr (kBytes == 2) {
+        reinterpret_cast<uint16_t*>(row)[vector] = uint16_t(words[0]);
+    } else if constexpr (kBytes == 4) {
+        reinterpret_cast<uint32_t*>(row)[vector] = words[0];
+    } else if constexpr (kBytes == 8) {
+        reinterpret_cast<uint2*>(row)[vector] = make_uint2(words[0], words[1]);
+    } else {
+        uint4* to = reinterpret_cast<uint4*>(row) + vector * (kWords / 4);
+#pragma unroll
+        for (uint32_t word = 0; word < kWords; word += 4) {
+            to[word / 4] = make_uint4(words[word], words[word + 1], words[word + 2], words[word + 3]);
+        }
+    }
+}
+
+// Where a token's sum goes: a row of kHidden elements, rounded once to a number format.
+template <class Format, uint32_t kHidden>
+struct PlainResult {
+    uint8_t* row;
+
+    template <class Params>
+    static __device__ __forceinline__ PlainResult of_token(const Params& p, uint32_t token) {
+        return PlainResult{p.out + uint64_t(token) * (kHidden / Format::kPerWord * 4)};
+    }
+
+    // The sums of a vector of what was added; nothing beyond the row.
+    template <uint32_t kElements>
+    __device__ __forceinline__ void store(uint32_t vector, const float (&values)[kElements]) const {
+        if (vector >= kHidden / kElements) return;
+        uint32_t words[kElements / Format::kPerWord];
+#pragma unroll
+        for (uint32_t word = 0; word < kElements / Format::kPerWord; ++word) {
+            words[word] = Format::rounded(values + word * Format::kPerWord);
+        }
+        store_words<sizeof(words)>(row, vector, words);
+    }
+};
+
+template <class Part, class Result, class Format>
+__device__ __forceinline__ void store_sums(const Result& result, uint32_t first,
+                                           const Sums<Format> (&sums)[Part::kAhead]) {
+#pragma unroll
+    for (uint32_t step = 0; step < Part::kAhead; ++step) result.store(Part::place(first, step), sums[step].values);
+}
+
+// Sums of a part of a row.
+template <class Format, class Part>
+struct PartSums {
+    Sums<Format> vectors[Part::kAhead];
+};
+
+// Adds up a part of the rows that a token has with these ranks, in their order. `load` fills in the part of the row at
+// a rank and slot; kInFlight of them are loaded before the first is added.
+template <uint32_t kInFlight, class Format, class Part, class Load>
+__device__ __forceinline__ PartSums<Format, Part> sum_of_rows(uint64_t ranks, const int32_t* slots, Load load) {
+    PartSums<Format, Part> sums = {};
+#pragma unroll 1
+    for (uint64_t rest = ranks; rest != 0;) {
+        Part parts[kInFlight] = {};
+#pragma unroll
+        for (uint32_t row = 0; row < kInFlight; ++row) {
+            if (rest == 0) break;
+            const uint32_t rank = first_rank(rest);
+            const uint32_t slot = uint32_t(*slots++);
+            drop_first(rest);
+            load(rank, slot, parts[row]);
+        }
+#pragma unroll
+        for (uint32_t row = 0; row < kInFlight; ++row) add(sums.vectors, parts[row].units);
+    }
+    return sums;
 }
 
 // Rows that add up to one sum, in this order, and their weights.
