@@ -4,6 +4,7 @@
 
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
+#include <moegen/quantize.cuh>
 #include <moegen/reduce.cuh>
 
 namespace moegen {
@@ -81,8 +82,8 @@ struct MicroscaledResult {
     static constexpr uint32_t kPaddedScales = kTiled ? (kScales + 3) / 4 * 4 : kScales;
 
     uint8_t* row;
-    uint8_t* scales;     // the token's first
-    float output_scale;  // of NVFP4
+    uint8_t* scales;  // the token's first
+    float output_scale = 1.0f;
 
     template <class Params>
     static __device__ __forceinline__ MicroscaledResult of_token(const Params& p, uint32_t token) {
@@ -135,11 +136,7 @@ struct MicroscaledResult {
         for (uint32_t index = 0; index < kElements; ++index) {
             largest = max(largest, __float_as_uint(values[index]) & 0x7fffffffu);
         }
-#pragma unroll
-        for (uint32_t lanes = 1; lanes < kLanes; lanes *= 2) {
-            largest = max(largest, __shfl_xor_sync(kFullWarp, largest, int32_t(lanes)));
-        }
-        return largest;
+        return largest_of_lanes<kLanes>(largest);
     }
 };
 
