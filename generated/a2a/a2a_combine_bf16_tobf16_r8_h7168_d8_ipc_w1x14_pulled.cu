@@ -3,9 +3,10 @@
 // OneSidedCombine(dtype='bf16', out='bf16', num_ranks=8, hidden=7168, destinations=8, path='ipc',
 //     warp_groups=WarpGroups(groups=1, warps=14), rows='pulled')
 
-#include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
+#include <moegen/reduce.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -100,122 +101,32 @@ __device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch, 
     return all_sound;
 }
 
-constexpr uint32_t kWordFloats = 2;  // elements in 32 bits
+constexpr uint32_t kHidden = 7168;
+using Element = Bf16;
+constexpr uint32_t kRowVectors = kHidden / (4 * Element::kPerWord);  // 16-byte vectors of a row
+using Part = RowPart<Group, uint4, kRowVectors, 2>;
+using Result = PlainResult<Bf16, kHidden>;
 
-// The elements of a 32-bit word.
-struct Floats {
-    float values[kWordFloats];
-};
-
-__device__ __forceinline__ Floats floats_of(uint32_t word) {
-    return Floats{{low_bf16(word), high_bf16(word)}};
+// A part of the row that `rank` has made of this rank's token, in the symmetric memory of that rank.
+__device__ __forceinline__ void load_row(const Params& p, uint32_t rank, uint32_t slot, uint32_t first, Part& part) {
+    if (!is_active(p, rank)) return;
+    const uint4* rows = reinterpret_cast<const uint4*>(p.peers[rank] + p.rows_offset);
+    part = Part::load(rows + (uint64_t(p.rank) * p.slots + slot) * kRowVectors, first);
 }
 
-__device__ __forceinline__ void add(Floats& sum, uint32_t word) {
-    const Floats more = floats_of(word);
-#pragma unroll
-    for (uint32_t index = 0; index < kWordFloats; ++index) sum.values[index] += more.values[index];
-}
+constexpr uint32_t kRowsInFlight = 8;
 
-// Rounds once, and stores the elements of a 16-byte vector's four words.
-__device__ __forceinline__ void store_vector(uint8_t* row, uint32_t vector, const Floats (&words)[4]) {
-    constexpr uint32_t kOutWords = 4;
-    uint32_t made[kOutWords];
-#pragma unroll
-    for (uint32_t index = 0; index < kOutWords; ++index) {
-        const Floats& from = words[2 * index / kWordFloats];
-        made[index] = round_to_bf16x2(from.values[2 * index % kWordFloats], from.values[2 * index % kWordFloats + 1]);
-    }
-    uint4* to = reinterpret_cast<uint4*>(row) + vector * (kOutWords / 4);
-#pragma unroll
-    for (uint32_t index = 0; index < kOutWords; index += 4) {
-        to[index / 4] = make_uint4(made[index], made[index + 1], made[index + 2], made[index + 3]);
-    }
-}
-
-constexpr uint32_t kRowVectors = 896;  // 16-byte vectors of a row
-
-constexpr uint32_t kSummed = 2;  // vectors of a part, which a thread adds at a time
-
-// Of the vectors from `first` on, each thread has every kGroupThreads-th.
-struct Part {
-    uint4 vectors[kSummed];
-};
-
-__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
-    Part part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kSummed; ++step) {
-        const uint32_t at = first + step * kGroupThreads + Group::thread();
-        if (at < kRowVectors) part.vectors[step] = row[at];
-    }
-    return part;
-}
-
-struct Sums {
-    Floats words[kSummed][4];
-};
-
-__device__ __forceinline__ void add(Sums& sums, const Part& part) {
-#pragma unroll
-    for (uint32_t step = 0; step < kSummed; ++step) {
-        add(sums.words[step][0], part.vectors[step].x);
-        add(sums.words[step][1], part.vectors[step].y);
-        add(sums.words[step][2], part.vectors[step].z);
-        add(sums.words[step][3], part.vectors[step].w);
-    }
-}
-
-__device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const Sums& sums) {
-#pragma unroll
-    for (uint32_t step = 0; step < kSummed; ++step) {
-        const uint32_t at = first + step * kGroupThreads + Group::thread();
-        if (at >= kRowVectors) continue;
-        store_vector(out, at, sums.words[step]);
-    }
-}
-
-// A row that `rank` has made of this rank's token, in the symmetric memory of that rank.
-__device__ __forceinline__ const uint4* row_at(const Params& p, uint32_t rank, uint32_t slot) {
-    return reinterpret_cast<const uint4*>(p.peers[rank] + p.rows_offset) +
-           (uint64_t(p.rank) * p.slots + slot) * kRowVectors;
-}
-
-constexpr uint32_t kRowsAhead = 8;  // of which a thread asks for a part at once
-
-// A part of a token's sum, in the order of the ranks.
-__device__ __forceinline__ Sums sums_of(const Params& p, uint64_t ranks, const int32_t* slots, uint32_t first) {
-    Sums sums = {};
-#pragma unroll 1
-    for (uint64_t rest = ranks; rest != 0;) {
-        Part parts[kRowsAhead] = {};
-#pragma unroll
-        for (uint32_t row = 0; row < kRowsAhead; ++row) {
-            if (rest == 0) break;
-            const uint32_t rank = first_rank(rest);
-            const uint32_t slot = uint32_t(*slots++);
-            drop_first(rest);
-            if (!is_active(p, rank)) continue;
-            parts[row] = load_part(row_at(p, rank, slot), first);
-        }
-#pragma unroll
-        for (uint32_t row = 0; row < kRowsAhead; ++row) add(sums, parts[row]);
-    }
-    return sums;
-}
-
-__device__ __forceinline__ void add_token(const Params& p, uint64_t ranks, const int32_t* slots, uint8_t* out) {
-#pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kSummed * kGroupThreads) {
-        store_sums(out, first, sums_of(p, ranks, slots, first));
-    }
-}
-
-__device__ __forceinline__ void add_tokens(const Params& p, uint32_t tokens) {
+__device__ __forceinline__ void reduce_rows_here(const Params& p, uint32_t tokens) {
 #pragma unroll 1
     for (uint32_t token = Group::first_work(p.receivers); token < tokens; token += Group::number_in(p.receivers)) {
         const int32_t* slots = p.token_slots + uint64_t(token) * kDestinations;
-        add_token(p, p.token_ranks[token], slots, p.out + uint64_t(token) * 14336);
+        const uint64_t ranks = p.token_ranks[token];
+        const Result result = Result::of_token(p, token);
+#pragma unroll 1
+        for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
+            const auto load = [&](uint32_t rank, uint32_t slot, Part& part) { load_row(p, rank, slot, first, part); };
+            store_sums<Part>(result, first, sum_of_rows<kRowsInFlight, Element, Part>(ranks, slots, load).vectors);
+        }
     }
 }
 
@@ -229,5 +140,5 @@ moegen_a2a_combine_bf16_tobf16_r8_h7168_d8_ipc_w1x14_pulled(const __grid_constan
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     // A rank that has begun this has made all its rows.
     const bool came = await_calls(p, watch, threadIdx.x, kBlockThreads);
-    if (open_epoch(p, watch, sound && came)) add_tokens(p, tokens);
+    if (open_epoch(p, watch, sound && came)) reduce_rows_here(p, tokens);
 }

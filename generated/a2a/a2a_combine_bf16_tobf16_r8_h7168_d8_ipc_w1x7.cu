@@ -3,9 +3,10 @@
 // OneSidedCombine(dtype='bf16', out='bf16', num_ranks=8, hidden=7168, destinations=8, path='ipc',
 //     warp_groups=WarpGroups(groups=1, warps=7))
 
-#include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
+#include <moegen/reduce.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -106,43 +107,16 @@ __device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch, 
     return all_sound;
 }
 
-constexpr uint32_t kWordFloats = 2;  // elements in 32 bits
+constexpr uint32_t kHidden = 7168;
+using Element = Bf16;
+constexpr uint32_t kRowVectors = kHidden / (4 * Element::kPerWord);  // 16-byte vectors of a row
+using Part = RowPart<Group, uint4, kRowVectors, 4>;
+using Result = PlainResult<Bf16, kHidden>;
 
-// The elements of a 32-bit word.
-struct Floats {
-    float values[kWordFloats];
-};
+using Returned = RowPart<Group, uint4, kRowVectors, 4>;
 
-__device__ __forceinline__ Floats floats_of(uint32_t word) {
-    return Floats{{low_bf16(word), high_bf16(word)}};
-}
-
-__device__ __forceinline__ void add(Floats& sum, uint32_t word) {
-    const Floats more = floats_of(word);
-#pragma unroll
-    for (uint32_t index = 0; index < kWordFloats; ++index) sum.values[index] += more.values[index];
-}
-
-// Rounds once, and stores the elements of a 16-byte vector's four words.
-__device__ __forceinline__ void store_vector(uint8_t* row, uint32_t vector, const Floats (&words)[4]) {
-    constexpr uint32_t kOutWords = 4;
-    uint32_t made[kOutWords];
-#pragma unroll
-    for (uint32_t index = 0; index < kOutWords; ++index) {
-        const Floats& from = words[2 * index / kWordFloats];
-        made[index] = round_to_bf16x2(from.values[2 * index % kWordFloats], from.values[2 * index % kWordFloats + 1]);
-    }
-    uint4* to = reinterpret_cast<uint4*>(row) + vector * (kOutWords / 4);
-#pragma unroll
-    for (uint32_t index = 0; index < kOutWords; index += 4) {
-        to[index / 4] = make_uint4(made[index], made[index + 1], made[index + 2], made[index + 3]);
-    }
-}
-
-constexpr uint32_t kRowVectors = 896;  // 16-byte vectors of a row
-
-__device__ __forceinline__ const uint8_t* y_at(const Params& p, uint32_t source, uint32_t slot) {
-    return p.y + (uint64_t(source) * p.slots + slot) * (kRowVectors * 16);
+__device__ __forceinline__ const uint4* y_at(const Params& p, uint32_t source, uint32_t slot) {
+    return reinterpret_cast<const uint4*>(p.y + (uint64_t(source) * p.slots + slot) * (kRowVectors * 16));
 }
 
 // The record of (rank, slot) in the symmetric memory of `owner`.
@@ -153,43 +127,17 @@ __device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch,
     return reinterpret_cast<uint4*>(half) + record * kRowVectors;
 }
 
-constexpr uint32_t kAhead = 4;  // vectors that a thread has under way at once
-
 __device__ __forceinline__ uint32_t* tag_at(const Params& p, const Watch& watch, uint32_t owner, uint32_t rank,
                                             uint32_t slot) {
     return reinterpret_cast<uint32_t*>(p.peers[owner] + p.tags_offset) +
            uint64_t(half_of(watch.epoch) * kRanks + rank) * p.max_tokens + slot;
 }
 
-// Vectors of a row, from `first` on, in a warp group's registers.
-struct Row {
-    uint4 parts[kAhead];
-};
-
-__device__ __forceinline__ Row ask_row(const Params& p, const Watch&, uint32_t source, uint32_t slot, uint32_t first) {
-    const uint4* row = reinterpret_cast<const uint4*>(y_at(p, source, slot));
-    Row asked = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kGroupThreads + Group::thread();
-        if (at < kRowVectors) asked.parts[step] = row[at];
-    }
-    return asked;
-}
-
-__device__ __forceinline__ void store_row(uint4* record, uint32_t first, const Row& asked) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kGroupThreads + Group::thread();
-        if (at < kRowVectors) record[at] = asked.parts[step];
-    }
-}
-
 // The row's tag, released behind all of it, announces it.
 __device__ __forceinline__ void return_row(const Params& p, const Watch& watch, uint32_t source, uint32_t slot,
-                                           const Row& asked) {
+                                           const Returned& begin) {
     uint4* record = record_at(p, watch, source, p.rank, slot);
-    store_row(record, 0, asked);
+    begin.store(record, 0);
     Group::sync();
     if (Group::thread() == 0) store_release_sys(tag_at(p, watch, source, p.rank, slot), watch.epoch);
 }
@@ -198,19 +146,19 @@ __device__ __forceinline__ void return_row(const Params& p, const Watch& watch, 
 using Others = RoundRobin<kRanks, 1>;
 
 // The row of a work index, whether or not there is one: it is loaded before that is known.
-__device__ __forceinline__ Row ask_for_work(const Params& p, const Watch& watch, uint32_t work) {
+__device__ __forceinline__ Returned load_work(const Params& p, uint32_t work) {
     const uint32_t slot = Others::round(work);
-    return slot < p.slots ? ask_row(p, watch, Others::rank(p.rank, work), slot, 0) : Row{};
+    return slot < p.slots ? Returned::load(y_at(p, Others::rank(p.rank, work), slot), 0) : Returned{};
 }
 
-// What a sending block asks for before its first barrier.
+// What a sending block loads before its first barrier.
 struct Returning {
     uint32_t end;  // of the work
-    Row first;
+    Returned first;
 };
 
-__device__ __forceinline__ Returning start_returning(const Params& p, const Watch& watch) {
-    Returning returning = {0, ask_for_work(p, watch, Group::first_work(p.senders))};
+__device__ __forceinline__ Returning start_returning(const Params& p) {
+    Returning returning = {0, load_work(p, Group::first_work(p.senders))};
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) {
         const uint32_t slots = min(uint32_t(p.counts[source]), p.slots);
@@ -220,53 +168,13 @@ __device__ __forceinline__ Returning start_returning(const Params& p, const Watc
 }
 
 __device__ __forceinline__ void return_rows(const Params& p, const Watch& watch, const Returning& returning) {
-    Row asked = returning.first;
+    Returned begin = returning.first;
 #pragma unroll 1
     for (uint32_t work = Group::first_work(p.senders); work < returning.end; work += Group::number_in(p.senders)) {
-        if (work != Group::first_work(p.senders)) asked = ask_for_work(p, watch, work);
+        if (work != Group::first_work(p.senders)) begin = load_work(p, work);
         const uint32_t source = Others::rank(p.rank, work);
         const uint32_t slot = Others::round(work);
-        if (is_active(p, source) && slot < uint32_t(p.counts[source])) return_row(p, watch, source, slot, asked);
-    }
-}
-
-constexpr uint32_t kSummed = 4;  // vectors of a part, which a thread adds at a time
-
-// Of the vectors from `first` on, each thread has every kGroupThreads-th.
-struct Part {
-    uint4 vectors[kSummed];
-};
-
-__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
-    Part part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kSummed; ++step) {
-        const uint32_t at = first + step * kGroupThreads + Group::thread();
-        if (at < kRowVectors) part.vectors[step] = row[at];
-    }
-    return part;
-}
-
-struct Sums {
-    Floats words[kSummed][4];
-};
-
-__device__ __forceinline__ void add(Sums& sums, const Part& part) {
-#pragma unroll
-    for (uint32_t step = 0; step < kSummed; ++step) {
-        add(sums.words[step][0], part.vectors[step].x);
-        add(sums.words[step][1], part.vectors[step].y);
-        add(sums.words[step][2], part.vectors[step].z);
-        add(sums.words[step][3], part.vectors[step].w);
-    }
-}
-
-__device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const Sums& sums) {
-#pragma unroll
-    for (uint32_t step = 0; step < kSummed; ++step) {
-        const uint32_t at = first + step * kGroupThreads + Group::thread();
-        if (at >= kRowVectors) continue;
-        store_vector(out, at, sums.words[step]);
+        if (is_active(p, source) && slot < uint32_t(p.counts[source])) return_row(p, watch, source, slot, begin);
     }
 }
 
@@ -286,18 +194,18 @@ __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, 
     Group::sync();
 }
 
-// While a row is added, the next is on its way. This rank's own needs no waiting for.
-__device__ __forceinline__ void add_token(const Params& p, const Watch& watch, uint64_t ranks, const int32_t* slots,
-                                          uint8_t* out) {
+// While a row is added, the next is in flight. This rank's own needs no waiting for.
+__device__ __forceinline__ void reduce_token_sent(const Params& p, const Watch& watch, uint64_t ranks,
+                                                  const int32_t* slots, const Result& result) {
     const bool has_own = (ranks >> p.rank & 1) != 0;
     const int32_t own_slot = has_own ? slot_with(ranks, p.rank, slots) : 0;
-    const uint4* own_row = reinterpret_cast<const uint4*>(y_at(p, p.rank, uint32_t(own_slot)));
-    Part own = has_own ? load_part(own_row, 0) : Part{};
+    const uint4* own_row = y_at(p, p.rank, uint32_t(own_slot));
+    Part own = has_own ? Part::load(own_row, 0) : Part{};
     await_rows(p, watch, ranks, slots);
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kSummed * kGroupThreads) {
-        if (first != 0 && has_own) own = load_part(own_row, first);
-        Sums sums = {};
+    for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
+        if (first != 0 && has_own) own = Part::load(own_row, first);
+        Sums<Element> sums[Part::kAhead] = {};
         Part next = {};
         uint32_t index = 0;
 #pragma unroll 1
@@ -305,19 +213,19 @@ __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, u
             const uint32_t rank = first_rank(rest);
             if (!is_active(p, rank)) continue;
             const Part part = next;
-            next = rank == p.rank ? own : load_part(record_at(p, watch, p.rank, rank, uint32_t(slots[index])), first);
-            add(sums, part);
+            next = rank == p.rank ? own : Part::load(record_at(p, watch, p.rank, rank, uint32_t(slots[index])), first);
+            add(sums, part.units);
         }
-        add(sums, next);
-        store_sums(out, first, sums);
+        add(sums, next.units);
+        store_sums<Part>(result, first, sums);
     }
 }
 
-__device__ __forceinline__ void add_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
+__device__ __forceinline__ void reduce_rows_sent(const Params& p, const Watch& watch, uint32_t tokens) {
 #pragma unroll 1
     for (uint32_t token = Group::first_work(p.receivers); token < tokens; token += Group::number_in(p.receivers)) {
         const int32_t* slots = p.token_slots + uint64_t(token) * kDestinations;
-        add_token(p, watch, p.token_ranks[token], slots, p.out + uint64_t(token) * 14336);
+        reduce_token_sent(p, watch, p.token_ranks[token], slots, Result::of_token(p, token));
     }
 }
 
@@ -330,9 +238,9 @@ moegen_a2a_combine_bf16_tobf16_r8_h7168_d8_ipc_w1x7(const __grid_constant__ Para
     if (tells && sound) tell_presence(p, watch);
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     Returning returning = {};
-    if (is_one_of(p.senders)) returning = start_returning(p, watch);
+    if (is_one_of(p.senders)) returning = start_returning(p);
     if (!open_epoch(p, watch, sound)) return;
     if (is_one_of(p.senders)) return_rows(p, watch, returning);
-    if (is_one_of(p.receivers)) add_tokens(p, watch, tokens);
+    if (is_one_of(p.receivers)) reduce_rows_sent(p, watch, tokens);
     if (tells) await_calls(p, watch, threadIdx.x, kBlockThreads);
 }

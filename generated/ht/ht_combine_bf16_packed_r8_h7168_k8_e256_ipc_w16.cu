@@ -3,9 +3,10 @@
 // HighThroughputCombine(dtype='bf16', layout='packed', num_ranks=8, hidden=7168, num_topk=8, num_experts=256,
 //     path='ipc', num_warps=16)
 
-#include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
+#include <moegen/reduce.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -18,7 +19,7 @@ constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
 constexpr uint32_t kWarps = 16;                     // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
-
+using Part = RowPart<Group, uint4, kRowVectors, 4>;
 enum Phase : uint32_t { kPeerReady = 0, kPartial = 5 };
 
 struct Params {
@@ -149,52 +150,7 @@ __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch
     return verdict;
 }
 
-constexpr uint32_t kAhead = 4;  // vectors of a part that each lane has
-constexpr uint32_t kPartVectors = kAhead * kWarpSize;
-
-// Of the vectors from `first` on, each lane has every 32nd.
-struct Part {
-    uint4 vectors[kAhead];
-};
-
-__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
-    Part part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) part.vectors[step] = row[at];
-    }
-    return part;
-}
-
-__device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Part& part) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) row[at] = part.vectors[step];
-    }
-}
-
-// Eight numbers of a row, as the fp32 in which they are summed.
-struct Sums {
-    float values[8];
-};
-
-__device__ __forceinline__ void add(Sums& sums, uint4 vector, float weight) {
-    const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-#pragma unroll
-    for (uint32_t word = 0; word < 4; ++word) {
-        sums.values[2 * word] = fmaf(weight, low_bf16(words[word]), sums.values[2 * word]);
-        sums.values[2 * word + 1] = fmaf(weight, high_bf16(words[word]), sums.values[2 * word + 1]);
-    }
-}
-
-__device__ __forceinline__ uint4 rounded(const Sums& sums) {
-    return make_uint4(round_to_bf16x2(sums.values[0], sums.values[1]), round_to_bf16x2(sums.values[2], sums.values[3]),
-                      round_to_bf16x2(sums.values[4], sums.values[5]), round_to_bf16x2(sums.values[6], sums.values[7]));
-}
-
-constexpr uint32_t kMaxTerms = kRanks - 1 + kTopk + 2;  // of the other ranks, of this one's experts, and biases
+using Terms = TermList<kRanks - 1 + kTopk + 2>;  // of the other ranks, of this one's experts, and biases
 
 // Weights that are summed like the rows travel behind them: K words.
 __device__ __forceinline__ float* weights_behind(uint4* record) {
@@ -203,73 +159,6 @@ __device__ __forceinline__ float* weights_behind(uint4* record) {
 
 __device__ __forceinline__ const uint4* y_at(const Params& p, uint32_t row) {
     return reinterpret_cast<const uint4*>(p.y) + uint64_t(row) * kRowVectors;
-}
-
-// The rows that add up to one sum, in the order in which they are added.
-struct Terms {
-    const uint4* rows[kMaxTerms];
-    float weights[kMaxTerms];
-};
-
-// Where a warp is in adding up rows part by part: a term of the part that begins with vector `first`.
-struct Place {
-    uint32_t term;
-    uint32_t first;
-};
-
-__device__ __forceinline__ Place after(Place place, uint32_t number) {
-    return place.term + 1 < number ? Place{place.term + 1, place.first} : Place{0, place.first + kPartVectors};
-}
-
-__device__ __forceinline__ Part load_term(const Terms& terms, Place place) {
-    return place.first < kRowVectors ? load_part(terms.rows[place.term], place.first) : Part{};
-}
-
-// Adds a part to the sum of its place; behind the last term rounds once, stores, and begins with zero again.
-__device__ __forceinline__ void add_term(const Terms& terms, uint32_t number, Place place, const Part& part,
-                                         Sums (&sums)[kAhead], uint4* to) {
-    if (place.first >= kRowVectors) return;
-    const float weight = terms.weights[place.term];
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) add(sums[step], part.vectors[step], weight);
-    if (place.term + 1 != number) return;
-    Part sum;
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        sum.vectors[step] = rounded(sums[step]);
-        sums[step] = {};
-    }
-    store_part(to, place.first, sum);
-}
-
-__device__ __forceinline__ void store_zeros(uint4* to) {
-    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) store_part(to, first, Part{});
-}
-
-constexpr uint32_t kPartsAhead = 3;  // that a warp has on their way
-
-// A warp adds the rows up in fp32. In place of a part that it has added, it asks for the next: none is ever moved,
-// which would wait for it.
-__device__ __forceinline__ void store_sum(const Terms& terms, uint32_t number, uint4* to) {
-    if (number == 0) return store_zeros(to);
-    Sums sums[kAhead] = {};
-    Part parts[kPartsAhead];
-    Place asked{0, 0};
-#pragma unroll
-    for (uint32_t index = 0; index < kPartsAhead; ++index, asked = after(asked, number)) {
-        parts[index] = load_term(terms, asked);
-    }
-    Place place{0, 0};
-#pragma unroll 1
-    while (place.first < kRowVectors) {
-#pragma unroll
-        for (uint32_t index = 0; index < kPartsAhead; ++index) {
-            add_term(terms, number, place, parts[index], sums, to);
-            parts[index] = load_term(terms, asked);
-            place = after(place, number);
-            asked = after(asked, number);
-        }
-    }
 }
 
 // Lists the rows of `y` that make up a partial sum, behind `number` others; how many there are then. With weights each
@@ -297,7 +186,7 @@ __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch
     Terms& terms = lists[warp_id()];
     const uint32_t number = list_selections(p, row, terms, 0);
     __syncwarp();
-    store_sum(terms, number, record);
+    store_sum<Bf16, Part>(terms, number, record);
     if (p.y_weights != nullptr && lane_id() < kTopk) {
         weights_behind(record)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
     }
@@ -383,7 +272,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     const uint64_t ranks = selected;
     const uint32_t number = list_terms(p, token, ranks, own_row, lists[warp_id()]);
     if (!wait_for_partials(p, watch, token, ranks & ~own)) return;
-    store_sum(lists[warp_id()], number, reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors);
+    store_sum<Bf16, Part>(lists[warp_id()], number, reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors);
     sum_weights(p, token, ranks, own_row);
 }
 

@@ -5,6 +5,7 @@
 
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -15,7 +16,6 @@ constexpr uint32_t kTopk = 8;
 constexpr uint32_t kWarps = 32;  // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
-
 enum Phase : uint32_t { kPeerReady = 0, kPlanned = 1, kCounts = 2, kEntry = 3 };
 
 struct Params {

@@ -5,6 +5,7 @@
 
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -17,7 +18,7 @@ constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
 constexpr uint32_t kWarps = 32;                     // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
-
+using Part = RowPart<Group, uint4, kRowVectors, 7>;
 enum Phase : uint32_t { kPeerReady = 0, kRow = 4 };
 
 struct Params {
@@ -148,45 +149,20 @@ __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch
     return verdict;
 }
 
-constexpr uint32_t kAhead = 7;  // vectors of a part that each lane has
-constexpr uint32_t kPartVectors = kAhead * kWarpSize;
-
-// Of the vectors from `first` on, each lane has every 32nd.
-struct Part {
-    uint4 vectors[kAhead];
-};
-
-__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
-    Part part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) part.vectors[step] = row[at];
-    }
-    return part;
-}
-
-__device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Part& part) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) row[at] = part.vectors[step];
-    }
-}
-
 __device__ __forceinline__ const uint4* token_at(const Params& p, uint32_t token) {
     return reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
 }
 
+using SentPart = Part;
 // The row's tags, released after all of it, announce it.
 __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, uint32_t token, uint64_t ranks) {
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
-        const Part part = load_part(token_at(p, token), first);
+    for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
+        const SentPart part = SentPart::load(token_at(p, token), first);
 #pragma unroll 1
         for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
             uint4* record = record_at(p, first_rank(rest), p.rank, token);
-            store_part(record, first, part);
+            part.store(record, first);
         }
     }
     __syncwarp();
@@ -279,9 +255,9 @@ __device__ __forceinline__ void place_row(const Params& p, const Watch& watch, c
     }
     uint4* out = reinterpret_cast<uint4*>(p.out);
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
-        const Part part = load_part(from, first);
-        store_part(out + uint64_t(arrival.row) * kRowVectors, first, part);
+    for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
+        const Part part = Part::load(from, first);
+        part.store(out + uint64_t(arrival.row) * kRowVectors, first);
     }
 }
 

@@ -3,8 +3,8 @@
 // LowLatencyCombine(dtype='bf16', layout='expert', num_ranks=8, hidden=7168, num_topk=8, num_experts=256, path='ipc',
 //     warp_groups=WarpGroups(groups=1, warps=16), wire='inline', phase='whole', peers='masked', weights='atdispatch')
 
-#include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
+#include <moegen/reduce.cuh>
 #include <moegen/masked_signal.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/work.cuh>
@@ -282,44 +282,8 @@ __device__ __forceinline__ void send_pieces(const Row& pieces, uint4* to) {
     }
 }
 
-// Eight numbers of a row, as the fp32 in which they are summed.
-struct Sums {
-    float values[8];
-};
-
-__device__ __forceinline__ void add(Sums& sums, uint4 vector, float weight) {
-    const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-#pragma unroll
-    for (uint32_t word = 0; word < 4; ++word) {
-        sums.values[2 * word] = fmaf(weight, low_bf16(words[word]), sums.values[2 * word]);
-        sums.values[2 * word + 1] = fmaf(weight, high_bf16(words[word]), sums.values[2 * word + 1]);
-    }
-}
-
-__device__ __forceinline__ void scale(Sums& sums, float factor) {
-#pragma unroll
-    for (uint32_t index = 0; index < 8; ++index) sums.values[index] *= factor;
-}
-
-__device__ __forceinline__ void add(Sums& sums, const Sums& more) {
-#pragma unroll
-    for (uint32_t index = 0; index < 8; ++index) sums.values[index] += more.values[index];
-}
-
-__device__ __forceinline__ uint4 rounded(const Sums& sums) {
-    return make_uint4(round_to_bf16x2(sums.values[0], sums.values[1]), round_to_bf16x2(sums.values[2], sums.values[3]),
-                      round_to_bf16x2(sums.values[4], sums.values[5]), round_to_bf16x2(sums.values[6], sums.values[7]));
-}
-
-__device__ __forceinline__ void add(Sums (&sums)[kSteps], const Row& row, float weight) {
-#pragma unroll
-    for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], row.vectors[step], weight);
-}
-
-// The rows of `y` that add up to one partial sum, and their weights.
-struct Terms {
-    const uint4* rows[kTopk];
-    float weights[kTopk];
+// The rows of `y` that add up to one partial sum.
+struct Terms : TermList<kTopk> {
     uint32_t count;
 };
 
@@ -370,21 +334,21 @@ __device__ __forceinline__ Row ask_for_term(const Terms& terms, uint32_t term) {
 
 // A thread's part of a partial sum, whose first term is on its way; while one is added, so is the next. Two by two: a
 // row that is on its way cannot be moved to other registers.
-__device__ __forceinline__ void partial_sums(const Terms& terms, Row first, Sums (&sums)[kSteps]) {
+__device__ __forceinline__ void partial_sums(const Terms& terms, Row first, Sums<Bf16> (&sums)[kSteps]) {
 #pragma unroll 1
     for (uint32_t term = 0; term < terms.count; term += 2) {
         const Row second = ask_for_term(terms, term + 1);
-        add(sums, first, terms.weights[term]);
+        add(sums, first.vectors, terms.weights[term]);
         if (term + 1 == terms.count) break;
         first = ask_for_term(terms, term + 2);
-        add(sums, second, terms.weights[term + 1]);
+        add(sums, second.vectors, terms.weights[term + 1]);
     }
 }
 
 // Sends what this rank adds up for one token, rounded once.
 __device__ __forceinline__ void send_partial(const Terms& terms, const Row& first, uint4* record,
                                              [[maybe_unused]] uint32_t mark) {
-    Sums sums[kSteps] = {};
+    Sums<Bf16> sums[kSteps] = {};
     partial_sums(terms, first, sums);
     Row row;
 #pragma unroll
@@ -506,9 +470,9 @@ __device__ __forceinline__ float factor_for_missing(const Params& p, uint32_t to
 // Adds the partial sums of one token that come, in the order of the ranks. This rank's own never leaves fp32.
 __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch, uint32_t token,
                                              uint64_t ranks, Terms& terms) {
-    Sums sums[kSteps] = {};
+    Sums<Bf16> sums[kSteps] = {};
     const uint64_t own = ranks & uint64_t(1) << p.rank;
-    Sums own_sums[kSteps] = {};
+    Sums<Bf16> own_sums[kSteps] = {};
     if (own != 0) partial_sums(terms, ask_for_term(terms, 0), own_sums);
     const uint64_t expected = ranks;
     uint64_t added = own;
@@ -516,14 +480,13 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     for (uint64_t rest = expected; rest != 0; drop_first(rest)) {
         const uint32_t rank = first_rank(rest);
         if (rank == p.rank) {
-#pragma unroll
-            for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], own_sums[step]);
+            add(sums, own_sums);
             continue;
         }
         Row row;
         if (!receive_partial(p, watch, token, rank, row)) continue;
         added |= uint64_t(1) << rank;
-        add(sums, row, 1.0f);
+        add(sums, row.vectors, 1.0f);
     }
     const float factor = p.renormalize != 0 ? factor_for_missing(p, token, added) : 1.0f;
     uint4* out = reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors;

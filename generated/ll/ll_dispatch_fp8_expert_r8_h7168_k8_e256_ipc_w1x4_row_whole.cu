@@ -3,7 +3,7 @@
 // LowLatencyDispatch(dtype='fp8', layout='expert', num_ranks=8, hidden=7168, num_topk=8, num_experts=256, path='ipc',
 //     warp_groups=WarpGroups(groups=1, warps=4), wire='row', phase='whole')
 
-#include <moegen/numeric.cuh>
+#include <moegen/quantize.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/routing.cuh>
@@ -440,54 +440,12 @@ __device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
     p.first_rows[kRanks] = int32_t(rows);
 }
 
-constexpr uint32_t kGroup = 128;
-constexpr uint32_t kGroups = kHidden / kGroup;
-constexpr uint32_t kGroupVectors = kGroup / 16;  // 16-byte vectors of FP8
-constexpr float kSmallestAmax = 1e-4f;           // of a group: no scale is zero
-constexpr float kLargestE4m3 = 448.0f;
-
-// The largest magnitude of eight bf16, as the bits of a float: those of numbers that are not negative order as they do.
-// bf16 below the sign bit order like integers too.
-__device__ __forceinline__ uint32_t largest_magnitude(uint4 vector) {
-    const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-    uint32_t largest = 0;
-#pragma unroll
-    for (uint32_t word = 0; word < 4; ++word) {
-        largest = max(largest, max(words[word] << 16 & 0x7fff0000u, words[word] & 0x7fff0000u));
-    }
-    return largest;
-}
-
-__device__ __forceinline__ float scale_of(uint32_t amax) {
-    return max(__uint_as_float(amax), kSmallestAmax) * (1.0f / kLargestE4m3);
-}
-
-__device__ __forceinline__ float factor_of(uint32_t amax) {
-    return __fdiv_rn(kLargestE4m3, max(__uint_as_float(amax), kSmallestAmax));
-}
-
-// Four bf16 to four FP8.
-__device__ __forceinline__ uint32_t quantised(uint32_t first, uint32_t second, float factor) {
-    return round_to_e4m3x2(low_bf16(first) * factor, high_bf16(first) * factor) |
-           round_to_e4m3x2(low_bf16(second) * factor, high_bf16(second) * factor) << 16;
-}
-
-__device__ __forceinline__ uint4 quantised(uint4 first, uint4 second, float factor) {
-    return make_uint4(quantised(first.x, first.y, factor), quantised(first.z, first.w, factor),
-                      quantised(second.x, second.y, factor), quantised(second.z, second.w, factor));
-}
-
-// A scale word as it travels: of one group, or with packed UE8M0 the exponents of four.
-__device__ __forceinline__ uint32_t scale_word(const uint32_t* amax, uint32_t word) {
-    return __float_as_uint(scale_of(amax[word]));
-}
-
 constexpr uint32_t kScalesAt = kWeightPieces * kPieceWords;  // word of a head
-
+using Scale = Fp8Scale<ScaleKind::kFp8>;
 // What goes ahead of a row: the weights of its selections, then its scales.
 struct Head {
     uint32_t words[kHeadPieces * kPieceWords];
-    uint32_t amax[kGroups];  // the largest magnitude of each group, as the bits of a float
+    uint32_t amax[kHidden / kScaleGroup];  // the largest magnitude of each group, as the bits of a float
 };
 
 // A warp group's token; each thread has what makes its vectors of the row.
@@ -516,26 +474,26 @@ __device__ __forceinline__ Token load_token(const Params& p, uint32_t index, uin
 // The token in FP8; its scales join the head.
 __device__ __forceinline__ Row row_of(const Token& token, Head& head) {
 #pragma unroll 1
-    for (uint32_t group = Group::thread(); group < kGroups; group += kGroupThreads) head.amax[group] = 0;
+    for (uint32_t group = Group::thread(); group < kHidden / kScaleGroup; group += kGroupThreads) head.amax[group] = 0;
     Group::sync();
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         if (vector_at(step) >= kRowVectors) continue;
         const uint32_t largest =
             max(largest_magnitude(token.vectors[step][0]), largest_magnitude(token.vectors[step][1]));
-        atomicMax(&head.amax[vector_at(step) / kGroupVectors], largest);
+        atomicMax(&head.amax[vector_at(step) / kScaleGroupVectors], largest);
     }
     Group::sync();
 #pragma unroll 1
     for (uint32_t word = Group::thread(); word < kScaleWords; word += kGroupThreads) {
-        head.words[kScalesAt + word] = scale_word(head.amax, word);
+        head.words[kScalesAt + word] = Scale::word(head.amax + word * Scale::kPerWord);
     }
     Row row = {};
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
         if (vector_at(step) >= kRowVectors) continue;
-        const float factor = factor_of(head.amax[vector_at(step) / kGroupVectors]);
-        row.vectors[step] = quantised(token.vectors[step][0], token.vectors[step][1], factor);
+        const float factor = Scale::factor(head.amax[vector_at(step) / kScaleGroupVectors]);
+        row.vectors[step] = quantize(token.vectors[step][0], token.vectors[step][1], factor);
     }
     return row;
 }

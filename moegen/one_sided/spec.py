@@ -284,11 +284,6 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
         return self.format.row_bytes(self.hidden)
 
     @property
-    def word_floats(self) -> int:
-        """Elements in 32 bits."""
-        return 4 // self.format.element_bytes
-
-    @property
     def result(self) -> Format:
         return RESULTS[self.out]
 
@@ -304,44 +299,6 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
         scales = Param("uint8_t*", "scales", "one per group of elements" + ", in tiles" * self.result.tiled)
         factor = Param("const float*", "output_scale", "one number, which results are multiplied by; null: 1")
         return (scales, factor) if self.result.scaled_by_user else (scales,)
-
-    @property
-    def out_place(self) -> str:
-        """How the kernel's functions are told where a token's result goes."""
-        return "const Result& out" if self.quantised else "uint8_t* out"
-
-    @property
-    def out_row_bytes(self) -> int:
-        return self.result.row_bytes(self.hidden)
-
-    @property
-    def out_bytes(self) -> int:
-        """What a vector of 16 bytes becomes."""
-        return self.result.row_bytes(4 * self.word_floats)
-
-    @property
-    def out_words(self) -> int:
-        """32-bit words of it, the last perhaps in part."""
-        return ceil_div(self.out_bytes, 4)
-
-    @property
-    def group_lanes(self) -> int:
-        """Lanes whose vectors share a scale."""
-        return self.format.row_bytes(self.result.group) // VECTOR_BYTES
-
-    @property
-    def row_scales(self) -> int:
-        return self.hidden // self.result.group
-
-    @property
-    def padded_scales(self) -> int:
-        """Scales of a row that there is room for."""
-        return self.result.scales_shape(0, self.hidden)[1]
-
-    @property
-    def pair(self) -> str:
-        """Rounds two sums to 16 bits each."""
-        return {"bf16": "round_to_bf16x2", "fp16": "round_to_f16x2"}.get(self.out, "")
 
     @property
     def ahead(self) -> int:

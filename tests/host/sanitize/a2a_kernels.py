@@ -93,7 +93,7 @@ def _row(variant: Variant) -> str:
         kernel_of(variant.combine, "CombineParams"),
         str(dispatch.block_threads),
         str(dispatch.dynamic_shared_bytes),
-        str(combine.out_row_bytes // HIDDEN),
+        str(combine.result.bits // 8),
         flag(combine.pulls),
         _roles(dispatch, variant.blocks),
         _roles(combine, variant.blocks),
