@@ -289,7 +289,7 @@ __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, 
 __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, uint64_t ranks, const int32_t* slots,
                                           uint8_t* out) {
     const bool has_own = (ranks >> p.rank & 1) != 0;
-    const int32_t own_slot = has_own ? slot_with(ranks, p.rank, slots) : 0;
+    const int32_t own_slot = has_own ? slots[ranks_below(p.rank, ranks)] : 0;
     const uint4* own_row = reinterpret_cast<const uint4*>(y_at(p, p.rank, uint32_t(own_slot)));
     Part own = has_own ? load_part(own_row, 0) : Part{};
     await_rows(p, watch, ranks, slots);
