@@ -242,7 +242,7 @@ __device__ __forceinline__ void send_token(const Params& p, const Token& asked, 
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0;) {
         const uint32_t rank = take_destination<kCrossesLinks>(p, rest);
-        const uint32_t slot = slot_with(ranks, rank, slots);
+        const uint32_t slot = slots[ranks_below(rank, ranks)];
         asked.payload_0.store(row_at<uint4, 896>(p, rank, 0, slot), 0);
         send_narrow<uint4, 2>(p, rank, 1, slot, asked.payload_1);
         send_narrow<uint4, 2>(p, rank, 2, slot, asked.payload_2);

@@ -75,8 +75,8 @@ __device__ __forceinline__ void write_headers(const Params& p, uint32_t call) {
 constexpr uint32_t kDestinations = kRanks < kTopk ? kRanks : kTopk;  // ranks that one token may reach
 
 __device__ __forceinline__ uint32_t row_with(const Params& p, uint32_t rank, uint32_t token) {
-    const uint64_t ranks = p.token_ranks[token];
-    return min(uint32_t(slot_with(ranks, rank, p.sent_rows + uint64_t(token) * kDestinations)), p.max_tokens - 1);
+    const uint64_t place = uint64_t(token) * kDestinations + ranks_below(rank, p.token_ranks[token]);
+    return min(uint32_t(p.sent_rows[place]), p.max_tokens - 1);
 }
 
 __device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t token) {

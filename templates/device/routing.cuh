@@ -33,10 +33,9 @@ __device__ __forceinline__ uint32_t take_destination(const Params& p, uint64_t& 
     }
 }
 
-// A token has a slot with each of its ranks; `slots` has them in the order of the ranks.
-template <class Slot>
-__device__ __forceinline__ Slot slot_with(uint64_t ranks, uint32_t rank, const Slot* slots) {
-    return slots[__popcll(ranks & ((uint64_t(1) << rank) - 1))];
+// How many of these ranks are below `rank`: its place in what lies in the order of the ranks.
+__device__ __forceinline__ int32_t ranks_below(uint32_t rank, uint64_t ranks) {
+    return __popcll(ranks & ((uint64_t(1) << rank) - 1));
 }
 
 // ---- tokens of a call, and of a block -----------------------------------------------------------
@@ -130,9 +129,9 @@ struct Ids {
 };
 
 // Loads all ids of a token before it looks at one.
-template <class Id, class Experts, uint32_t kTopk, class Params>
-__device__ __forceinline__ void load_ids_as(const Params& p, uint32_t token, Ids<kTopk>& loaded) {
-    const Id* ids = static_cast<const Id*>(p.topk_idx) + uint64_t(token) * kTopk;
+template <class Experts, uint32_t kTopk, class Id>
+__device__ __forceinline__ void load_ids_as(const Id* ids, uint32_t token, Ids<kTopk>& loaded) {
+    ids += uint64_t(token) * kTopk;
     Id given[kTopk];
 #pragma unroll
     for (uint32_t k = 0; k < kTopk; ++k) given[k] = ids[k];
@@ -150,9 +149,9 @@ __device__ __forceinline__ Ids<kTopk> load_ids(const Params& p, uint32_t token, 
     for (uint32_t k = 0; k < kTopk; ++k) loaded.ids[k] = -1;
     if (token >= tokens) return loaded;
     if (p.wide_ids) {
-        load_ids_as<int64_t, Experts>(p, token, loaded);
+        load_ids_as<Experts>(static_cast<const int64_t*>(p.topk_idx), token, loaded);
     } else {
-        load_ids_as<int32_t, Experts>(p, token, loaded);
+        load_ids_as<Experts>(static_cast<const int32_t*>(p.topk_idx), token, loaded);
     }
     return loaded;
 }
