@@ -102,7 +102,7 @@ struct Fp8Part {
         uint4 wide[Part::kAhead][2] = {};
 #pragma unroll
         for (uint32_t step = 0; step < Part::kAhead; ++step) {
-            const uint32_t at = Part::place(first, step);
+            const uint32_t at = Part::unit_at(first, step);
             if (at >= Part::kEnd) continue;
             wide[step][0] = row[2 * at];
             wide[step][1] = row[2 * at + 1];
@@ -124,7 +124,7 @@ struct Fp8Part {
         constexpr uint32_t kSharers = kScaleGroupVectors * Scale::kPerWord;  // vectors that share a word
 #pragma unroll
         for (uint32_t step = 0; step < Part::kAhead; ++step) {
-            const uint32_t at = Part::place(first, step);
+            const uint32_t at = Part::unit_at(first, step);
             if (at >= Part::kEnd || at % kSharers != 0) continue;
             reinterpret_cast<uint32_t*>(row + Part::kEnd)[at / kSharers] = scales[step];
         }
