@@ -115,13 +115,13 @@ __device__ __forceinline__ SumStep step_after(SumStep step, uint32_t terms) {
 }
 
 template <class Part, uint32_t kMost>
-__device__ __forceinline__ Part load_term(const TermList<kMost>& terms, SumStep step) {
+__device__ __forceinline__ Part load_step(const TermList<kMost>& terms, SumStep step) {
     return step.first < Part::kEnd ? Part::load(terms.rows[step.term], step.first) : Part{};
 }
 
 // Behind the last term of a part its sums are rounded, stored and zero again.
 template <class Format, class Part, uint32_t kMost>
-__device__ __forceinline__ void add_term(const TermList<kMost>& terms, uint32_t number, SumStep step, const Part& part,
+__device__ __forceinline__ void add_step(const TermList<kMost>& terms, uint32_t number, SumStep step, const Part& part,
                                          Sums<Format> (&sums)[Part::kAhead], uint4* to) {
     if (step.first >= Part::kEnd) return;
     add(sums, part.units, terms.weights[step.term]);
@@ -146,15 +146,15 @@ __device__ __forceinline__ void store_sum(const TermList<kMost>& terms, uint32_t
     SumStep ahead{0, 0};
 #pragma unroll
     for (uint32_t stage = 0; stage < kInFlight; ++stage, ahead = step_after<Part>(ahead, number)) {
-        parts[stage] = load_term<Part>(terms, ahead);
+        parts[stage] = load_step<Part>(terms, ahead);
     }
     SumStep step{0, 0};
 #pragma unroll 1
     while (step.first < Part::kEnd) {
 #pragma unroll
         for (uint32_t stage = 0; stage < kInFlight; ++stage) {
-            add_term(terms, number, step, parts[stage], sums, to);
-            parts[stage] = load_term<Part>(terms, ahead);
+            add_step(terms, number, step, parts[stage], sums, to);
+            parts[stage] = load_step<Part>(terms, ahead);
             step = step_after<Part>(step, number);
             ahead = step_after<Part>(ahead, number);
         }

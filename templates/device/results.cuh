@@ -121,7 +121,7 @@ __device__ __forceinline__ void store_sums(const Result& result, uint32_t first,
                                            const Sums<Format> (&sums)[Part::kAhead]) {
 #pragma unroll
     for (uint32_t step = 0; step < Part::kAhead; ++step)
-        result.store_vector(Part::unit_at(first, step), sums[step].values);
+        result.store_vector(Part::unit_index(first, step), sums[step].values);
 }
 
 }  // namespace moegen
