@@ -5,6 +5,7 @@
 
 #include <moegen/ptx.cuh>
 #include <moegen/reduce.cuh>
+#include <moegen/results.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
@@ -107,16 +108,11 @@ constexpr uint32_t kRowVectors = kHidden / (4 * Element::kPerWord);  // 16-byte 
 using Part = RowPart<Group, uint4, kRowVectors, 2>;
 using Result = PlainResult<Bf16, kHidden>;
 
-// A part of the row that `rank` has made of this rank's token, in the symmetric memory of that rank.
-__device__ __forceinline__ void load_row(const Params& p, uint32_t rank, uint32_t slot, uint32_t first, Part& part) {
-    if (!is_active(p, rank)) return;
-    const uint4* rows = reinterpret_cast<const uint4*>(p.peers[rank] + p.rows_offset);
-    part = Part::load(rows + (uint64_t(p.rank) * p.slots + slot) * kRowVectors, first);
-}
-
 constexpr uint32_t kRowsInFlight = 8;
 
-__device__ __forceinline__ void reduce_rows_here(const Params& p, uint32_t tokens) {
+// `load` fills in the part of the row that a rank has made of a token, from vector `first` on.
+template <class Load>
+__device__ __forceinline__ void reduce_rows_here(const Params& p, uint32_t tokens, Load load) {
 #pragma unroll 1
     for (uint32_t token = Group::first_work(p.receivers); token < tokens; token += Group::number_in(p.receivers)) {
         const int32_t* slots = p.token_slots + uint64_t(token) * kDestinations;
@@ -124,8 +120,8 @@ __device__ __forceinline__ void reduce_rows_here(const Params& p, uint32_t token
         const Result result = Result::of_token(p, token);
 #pragma unroll 1
         for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
-            const auto load = [&](uint32_t rank, uint32_t slot, Part& part) { load_row(p, rank, slot, first, part); };
-            store_sums<Part>(result, first, sum_of_rows<kRowsInFlight, Element, Part>(ranks, slots, load).vectors);
+            const auto load_part = [&](uint32_t rank, uint32_t slot, Part& part) { load(rank, slot, first, part); };
+            store_sums<Part>(result, first, sum_of_rows<kRowsInFlight, Element, Part>(ranks, slots, load_part).vectors);
         }
     }
 }
@@ -140,5 +136,10 @@ moegen_a2a_combine_bf16_tobf16_r8_h7168_d8_ipc_w1x14_pulled(const __grid_constan
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     // A rank that has begun this has made all its rows.
     const bool came = await_calls(p, watch, threadIdx.x, kBlockThreads);
-    if (open_epoch(p, watch, sound && came)) reduce_rows_here(p, tokens);
+    if (!open_epoch(p, watch, sound && came)) return;
+    reduce_rows_here(p, tokens, [&](uint32_t rank, uint32_t slot, uint32_t first, Part& part) {
+        if (!is_active(p, rank)) return;
+        const uint4* rows = reinterpret_cast<const uint4*>(p.peers[rank] + p.rows_offset);
+        part = Part::load(rows + (uint64_t(p.rank) * p.slots + slot) * kRowVectors, first);
+    });
 }

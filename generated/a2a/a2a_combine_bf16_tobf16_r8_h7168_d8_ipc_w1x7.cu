@@ -5,6 +5,7 @@
 
 #include <moegen/ptx.cuh>
 #include <moegen/reduce.cuh>
+#include <moegen/results.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
@@ -113,8 +114,6 @@ constexpr uint32_t kRowVectors = kHidden / (4 * Element::kPerWord);  // 16-byte 
 using Part = RowPart<Group, uint4, kRowVectors, 4>;
 using Result = PlainResult<Bf16, kHidden>;
 
-using Returned = RowPart<Group, uint4, kRowVectors, 4>;
-
 __device__ __forceinline__ const uint4* y_at(const Params& p, uint32_t source, uint32_t slot) {
     return reinterpret_cast<const uint4*>(p.y + (uint64_t(source) * p.slots + slot) * (kRowVectors * 16));
 }
@@ -132,6 +131,8 @@ __device__ __forceinline__ uint32_t* tag_at(const Params& p, const Watch& watch,
     return reinterpret_cast<uint32_t*>(p.peers[owner] + p.tags_offset) +
            uint64_t(half_of(watch.epoch) * kRanks + rank) * p.max_tokens + slot;
 }
+
+using Returned = RowPart<Group, uint4, kRowVectors, 4>;
 
 // The row's tag, released behind all of it, announces it.
 __device__ __forceinline__ void return_row(const Params& p, const Watch& watch, uint32_t source, uint32_t slot,
@@ -180,7 +181,8 @@ __device__ __forceinline__ void return_rows(const Params& p, const Watch& watch,
 
 // A warp group waits for the rows of all these ranks. If one does not come, the host is told, and the sum means
 // nothing.
-__device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, uint64_t ranks, const int32_t* slots) {
+__device__ __forceinline__ void await_returned_rows(const Params& p, const Watch& watch, uint64_t ranks,
+                                                    const int32_t* slots) {
     uint32_t index = 0;
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0; drop_first(rest), ++index) {
@@ -198,10 +200,10 @@ __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, 
 __device__ __forceinline__ void reduce_token_sent(const Params& p, const Watch& watch, uint64_t ranks,
                                                   const int32_t* slots, const Result& result) {
     const bool has_own = (ranks >> p.rank & 1) != 0;
-    const int32_t own_slot = has_own ? slot_with(ranks, p.rank, slots) : 0;
+    const int32_t own_slot = has_own ? slots[ranks_below(p.rank, ranks)] : 0;
     const uint4* own_row = y_at(p, p.rank, uint32_t(own_slot));
     Part own = has_own ? Part::load(own_row, 0) : Part{};
-    await_rows(p, watch, ranks, slots);
+    await_returned_rows(p, watch, ranks, slots);
 #pragma unroll 1
     for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
         if (first != 0 && has_own) own = Part::load(own_row, first);

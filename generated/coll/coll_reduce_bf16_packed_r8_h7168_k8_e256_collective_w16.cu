@@ -90,12 +90,12 @@ __device__ __forceinline__ uint32_t row_with(const Params& p, uint32_t rank, uin
     return min(uint32_t(p.sent_rows[place]), p.max_tokens - 1);
 }
 
-__device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t token) {
+__device__ __forceinline__ uint4* incoming_slot(const Params& p, uint32_t rank, uint32_t token) {
     return record_in_chunk(p, rank, row_with(p, rank, token));
 }
 
 // Which of all rows that came here a token is that stays.
-__device__ __forceinline__ uint32_t own_row_of(const Params& p, uint32_t token) {
+__device__ __forceinline__ uint32_t own_row(const Params& p, uint32_t token) {
     return uint32_t(p.first_rows[p.rank]) + row_with(p, p.rank, token);
 }
 
@@ -140,18 +140,6 @@ __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t ro
     return number + __popc(all);
 }
 
-__device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uint64_t ranks, uint32_t own_row) {
-    if (p.out_weights == nullptr || lane_id() >= kTopk) return;
-    float sum = 0;
-#pragma unroll 1
-    for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
-        const uint32_t rank = first_rank(rest);
-        sum += rank == p.rank ? p.y_weights[uint64_t(own_row) * kTopk + lane_id()]
-                              : weights_behind(record_at(p, rank, token))[lane_id()];
-    }
-    p.out_weights[uint64_t(token) * kTopk + lane_id()] = sum;
-}
-
 __device__ __forceinline__ uint32_t list_row(Terms& terms, uint32_t number, const uint4* row) {
     if (lane_id() == 0) {
         terms.rows[number] = row;
@@ -161,15 +149,15 @@ __device__ __forceinline__ uint32_t list_row(Terms& terms, uint32_t number, cons
 }
 
 // What makes up a token, in the order of the ranks; this rank's own part is never rounded.
-__device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, uint64_t ranks, uint32_t own_row,
-                                               Terms& terms) {
+__device__ __forceinline__ uint32_t list_summands(const Params& p, uint32_t token, uint64_t ranks, uint32_t own_row,
+                                                  Terms& terms) {
     __syncwarp();  // the terms before are used
     uint32_t number = 0;
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
         const uint32_t rank = first_rank(rest);
         if (rank != p.rank) {
-            number = list_row(terms, number, record_at(p, rank, token));
+            number = list_row(terms, number, incoming_slot(p, rank, token));
             continue;
         }
         number = list_selections(p, own_row, terms, number);
@@ -181,26 +169,51 @@ __device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, 
     return number;
 }
 
-__device__ __forceinline__ void reduce_token(const Params& p, uint64_t ranks_here, uint32_t token) {
+__device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uint64_t ranks, uint32_t own_row) {
+    if (p.out_weights == nullptr || lane_id() >= kTopk) return;
+    float sum = 0;
+#pragma unroll 1
+    for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
+        const uint32_t rank = first_rank(rest);
+        sum += rank == p.rank ? p.y_weights[uint64_t(own_row) * kTopk + lane_id()]
+                              : weights_behind(incoming_slot(p, rank, token))[lane_id()];
+    }
+    p.out_weights[uint64_t(token) * kTopk + lane_id()] = sum;
+}
+
+// `ranks_of` a token have a part in it, `own_row_of` it is this rank's part, and `await` waits for those of other
+// ranks.
+template <auto ranks_of, auto own_row_of, auto await, class Call>
+__device__ __forceinline__ void sum_token(const Params& p, const Call& call, uint32_t token) {
     __shared__ Terms lists[kWarps];
-    const uint64_t selected = p.token_ranks[token] & ranks_here;
+    const uint64_t selected = ranks_of(p, call, token);
     const uint64_t own = uint64_t(1) << p.rank;
     const uint32_t own_row = (selected & own) != 0 ? min(own_row_of(p, token), rows_at_most<kRanks>(p) - 1) : 0;
     const uint64_t ranks = selected;
-    const uint32_t number = list_terms(p, token, ranks, own_row, lists[warp_id()]);
+    const uint32_t number = list_summands(p, token, ranks, own_row, lists[warp_id()]);
+    if (!await(p, call, token, ranks & ~own)) return;
     store_sum<Bf16, Part>(lists[warp_id()], number, reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors);
     sum_weights(p, token, ranks, own_row);
 }
 
-__device__ __forceinline__ void reduce_tokens(const Params& p, uint64_t ranks_here, uint32_t tokens) {
+template <auto ranks_of, auto own_row_of, auto await, class Call>
+__device__ __forceinline__ void sum_tokens(const Params& p, const Call& call, uint32_t tokens) {
 #pragma unroll 1
     for (uint32_t token = Group::first_work(p.receivers); token < tokens; token += Group::number_in(p.receivers)) {
-        reduce_token(p, ranks_here, token);
+        sum_token<ranks_of, own_row_of, await>(p, call, token);
     }
 }
+
+__device__ __forceinline__ uint64_t ranks_that_came(const Params& p, uint64_t ranks_here, uint32_t token) {
+    return p.token_ranks[token] & ranks_here;
+}
+
+__device__ __forceinline__ bool wait_for_nothing(const Params&, uint64_t, uint32_t, uint64_t) { return true; }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
 moegen_coll_reduce_bf16_packed_r8_h7168_k8_e256_collective_w16(const __grid_constant__ Params p) {
     await_launch_before();
-    reduce_tokens(p, ranks_of_this_call(p), min(uint32_t(*p.tokens_sent), p.tokens));
+    const uint64_t ranks_here = ranks_of_this_call(p);
+    const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
+    sum_tokens<ranks_that_came, own_row, wait_for_nothing>(p, ranks_here, tokens);
 }

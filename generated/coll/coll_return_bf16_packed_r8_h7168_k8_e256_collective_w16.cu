@@ -97,21 +97,19 @@ __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t ro
     return number + __popc(all);
 }
 
-__device__ __forceinline__ void send_partial(const Params& p, uint32_t row, uint32_t owner) {
-    uint4* record = record_in_chunk(p, owner, min(row - uint32_t(p.first_rows[owner]), p.max_tokens - 1));
+__device__ __forceinline__ void store_partial(const Params& p, uint32_t row, uint4* slot) {
     __shared__ Terms lists[kWarps];
     Terms& terms = lists[warp_id()];
     const uint32_t number = list_selections(p, row, terms, 0);
     __syncwarp();
-    store_sum<Bf16, Part>(terms, number, record);
+    store_sum<Bf16, Part>(terms, number, slot);
     if (p.y_weights != nullptr && lane_id() < kTopk) {
-        weights_behind(record)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
+        weights_behind(slot)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
     }
-    __syncwarp();  // the next row's terms overwrite these
 }
 
 // All rows but this rank's own, which lie between those of the ranks before and behind it.
-__device__ __forceinline__ void send_partials(const Params& p) {
+__device__ __forceinline__ void pack_partials(const Params& p) {
     const uint32_t rows = min(uint32_t(p.first_rows[kRanks]), rows_at_most<kRanks>(p));
     const uint32_t own_begin = uint32_t(p.first_rows[p.rank]);
     const uint32_t own_rows = min(uint32_t(p.first_rows[p.rank + 1]) - own_begin, rows);
@@ -120,7 +118,8 @@ __device__ __forceinline__ void send_partials(const Params& p) {
         const uint32_t row = work < own_begin ? work : work + own_rows;
         uint32_t owner = 0;
         while (owner + 1 < kRanks && row >= uint32_t(p.first_rows[owner + 1])) ++owner;
-        send_partial(p, row, owner);
+        store_partial(p, row, record_in_chunk(p, owner, min(row - uint32_t(p.first_rows[owner]), p.max_tokens - 1)));
+        __syncwarp();  // the next row's terms overwrite these
     }
 }
 
@@ -131,5 +130,5 @@ moegen_coll_return_bf16_packed_r8_h7168_k8_e256_collective_w16(const __grid_cons
     __syncthreads();  // all have read the number of the call
     if (threadIdx.x == 0) leave_epoch_to_the_next_launch(p.control, call);
     if (blockIdx.x == p.senders.first) write_headers(p, call);
-    send_partials(p);
+    pack_partials(p);
 }

@@ -79,7 +79,7 @@ __device__ __forceinline__ uint32_t row_with(const Params& p, uint32_t rank, uin
     return min(uint32_t(p.sent_rows[place]), p.max_tokens - 1);
 }
 
-__device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t token) {
+__device__ __forceinline__ uint4* outgoing_slot(const Params& p, uint32_t rank, uint32_t token) {
     return record_in_chunk(p, rank, row_with(p, rank, token));
 }
 
@@ -94,8 +94,7 @@ __device__ __forceinline__ void send_row(const Params& p, uint32_t token, uint64
         const SentPart part = SentPart::load(token_at(p, token), first);
 #pragma unroll 1
         for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
-            uint4* record = record_at(p, first_rank(rest), token);
-            part.store(record, first);
+            part.store(outgoing_slot(p, first_rank(rest), token), first);
         }
     }
 }

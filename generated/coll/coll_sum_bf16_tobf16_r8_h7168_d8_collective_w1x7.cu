@@ -5,6 +5,7 @@
 
 #include <moegen/ptx.cuh>
 #include <moegen/reduce.cuh>
+#include <moegen/results.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/rows.cuh>
 #include <moegen/work.cuh>
@@ -39,15 +40,11 @@ using Result = PlainResult<Bf16, kHidden>;
 
 static_assert(kDestinations <= kRanks);
 
-// A part of the row that `rank` has made of this rank's token.
-__device__ __forceinline__ void load_row(const Params& p, uint32_t rank, uint32_t slot, uint32_t first, Part& part) {
-    const uint4* rows = reinterpret_cast<const uint4*>(p.rows);
-    part = Part::load(rows + (uint64_t(p.first_rows[rank]) + slot) * kRowVectors, first);
-}
-
 constexpr uint32_t kRowsInFlight = 8;
 
-__device__ __forceinline__ void reduce_rows_here(const Params& p, uint32_t tokens) {
+// `load` fills in the part of the row that a rank has made of a token, from vector `first` on.
+template <class Load>
+__device__ __forceinline__ void reduce_rows_here(const Params& p, uint32_t tokens, Load load) {
 #pragma unroll 1
     for (uint32_t token = Group::first_work(p.receivers); token < tokens; token += Group::number_in(p.receivers)) {
         const int32_t* slots = p.token_slots + uint64_t(token) * kDestinations;
@@ -55,8 +52,8 @@ __device__ __forceinline__ void reduce_rows_here(const Params& p, uint32_t token
         const Result result = Result::of_token(p, token);
 #pragma unroll 1
         for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
-            const auto load = [&](uint32_t rank, uint32_t slot, Part& part) { load_row(p, rank, slot, first, part); };
-            store_sums<Part>(result, first, sum_of_rows<kRowsInFlight, Element, Part>(ranks, slots, load).vectors);
+            const auto load_part = [&](uint32_t rank, uint32_t slot, Part& part) { load(rank, slot, first, part); };
+            store_sums<Part>(result, first, sum_of_rows<kRowsInFlight, Element, Part>(ranks, slots, load_part).vectors);
         }
     }
 }
@@ -64,5 +61,9 @@ __device__ __forceinline__ void reduce_rows_here(const Params& p, uint32_t token
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
 moegen_coll_sum_bf16_tobf16_r8_h7168_d8_collective_w1x7(const __grid_constant__ Params p) {
     await_launch_before();
-    reduce_rows_here(p, min(uint32_t(*p.tokens_sent), p.tokens));
+    const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
+    reduce_rows_here(p, tokens, [&](uint32_t rank, uint32_t slot, uint32_t first, Part& part) {
+        const uint4* rows = reinterpret_cast<const uint4*>(p.rows);
+        part = Part::load(rows + (uint64_t(p.first_rows[rank]) + slot) * kRowVectors, first);
+    });
 }

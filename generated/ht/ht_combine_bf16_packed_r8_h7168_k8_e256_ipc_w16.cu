@@ -129,20 +129,28 @@ __device__ __forceinline__ uint64_t place_of(const Params& p, uint32_t source, u
     return uint64_t(source) * p.max_tokens + token;
 }
 
-__device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset) + place_of(p, source, token) * kRecordVectors;
+__device__ __forceinline__ uint4* outgoing_slot(const Params& p, uint32_t rank, uint32_t token) {
+    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset) + place_of(p, p.rank, token) * kRecordVectors;
+}
+
+__device__ __forceinline__ uint4* incoming_slot(const Params& p, uint32_t source, uint32_t token) {
+    return reinterpret_cast<uint4*>(p.peers[p.rank] + p.rows_offset) + place_of(p, source, token) * kRecordVectors;
 }
 
 // A tag is the call word and the epoch of the row there.
-__device__ __forceinline__ uint64_t* tag_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_of(p, source, token);
+__device__ __forceinline__ uint64_t* outgoing_tag(const Params& p, uint32_t rank, uint32_t token) {
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_of(p, p.rank, token);
+}
+
+__device__ __forceinline__ uint64_t* incoming_tag(const Params& p, uint32_t source, uint32_t token) {
+    return reinterpret_cast<uint64_t*>(p.peers[p.rank] + p.tags_offset) + place_of(p, source, token);
 }
 
 // A warp's wait for the row of (source, token) here.
 __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch, Awaited what) {
     bool arrived = true;
     if (lane_id() == 0) {
-        const uint64_t* tag = tag_at(p, p.rank, what.peer, uint32_t(what.index));
+        const uint64_t* tag = incoming_tag(p, what.peer, uint32_t(what.index));
         arrived = wait_for(watch, what, tag_of(p, watch), [=] { return load_acquire_sys(tag); });
     }
     const bool verdict = __all_sync(kFullWarp, arrived) != 0;
@@ -179,60 +187,37 @@ __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t ro
     return number + __popc(all);
 }
 
-__device__ __forceinline__ void send_partial(const Params& p, const Watch& watch, uint32_t row, uint32_t owner) {
-    const uint32_t token = min(uint32_t(p.row_tokens[row]), p.max_tokens - 1);
-    uint4* record = record_at(p, owner, p.rank, token);
+__device__ __forceinline__ void store_partial(const Params& p, uint32_t row, uint4* slot) {
     __shared__ Terms lists[kWarps];
     Terms& terms = lists[warp_id()];
     const uint32_t number = list_selections(p, row, terms, 0);
     __syncwarp();
-    store_sum<Bf16, Part>(terms, number, record);
+    store_sum<Bf16, Part>(terms, number, slot);
     if (p.y_weights != nullptr && lane_id() < kTopk) {
-        weights_behind(record)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
+        weights_behind(slot)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
     }
+}
+
+// The row's tag, released behind all of it, announces it.
+__device__ __forceinline__ void return_partial(const Params& p, const Watch& watch, uint32_t row, uint32_t owner) {
+    const uint32_t token = min(uint32_t(p.row_tokens[row]), p.max_tokens - 1);
+    store_partial(p, row, outgoing_slot(p, owner, token));
     __syncwarp();
-    if (lane_id() == 0) store_release_sys(tag_at(p, owner, p.rank, token), tag_of(p, watch));
+    if (lane_id() == 0) store_release_sys(outgoing_tag(p, owner, token), tag_of(p, watch));
 }
 
 // Rows go back in this order.
 using Others = RoundRobin<kRanks, 1>;
 
-__device__ __forceinline__ void send_partials(const Params& p, const Watch& watch) {
+__device__ __forceinline__ void return_partials(const Params& p, const Watch& watch) {
     // Limited, because users may overwrite these numbers.
     const uint32_t end = Others::kNumber * most_rows_of_others<kRanks>(p, p.max_tokens);
 #pragma unroll 1
     for (uint32_t work = Group::first_work(p.senders); work < end; work += Group::number_in(p.senders)) {
         const uint32_t owner = Others::rotated_rank(p.rank, work);
         const uint32_t row = uint32_t(p.first_rows[owner]) + Others::round(work);
-        if (row < min(uint32_t(p.first_rows[owner + 1]), rows_at_most<kRanks>(p))) send_partial(p, watch, row, owner);
+        if (row < min(uint32_t(p.first_rows[owner + 1]), rows_at_most<kRanks>(p))) return_partial(p, watch, row, owner);
     }
-}
-
-// A warp waits for the rows of all these ranks.
-__device__ __forceinline__ bool wait_for_partials(const Params& p, const Watch& watch, uint32_t token, uint64_t ranks) {
-    bool arrived = true;
-#pragma unroll 1
-    for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) {
-        if ((ranks >> rank & 1) == 0) continue;
-        const uint64_t* tag = tag_at(p, p.rank, rank, token);
-        const Awaited what{kPartial, rank, int32_t(token)};
-        arrived &= wait_for(watch, what, tag_of(p, watch), [=] { return load_acquire_sys(tag); });
-    }
-    const bool verdict = __all_sync(kFullWarp, arrived) != 0;
-    __syncwarp();  // the lanes have acquired a rank's row each, and a vote orders nothing
-    return verdict;
-}
-
-__device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uint64_t ranks, uint32_t own_row) {
-    if (p.out_weights == nullptr || lane_id() >= kTopk) return;
-    float sum = 0;
-#pragma unroll 1
-    for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
-        const uint32_t rank = first_rank(rest);
-        sum += rank == p.rank ? p.y_weights[uint64_t(own_row) * kTopk + lane_id()]
-                              : weights_behind(record_at(p, p.rank, rank, token))[lane_id()];
-    }
-    p.out_weights[uint64_t(token) * kTopk + lane_id()] = sum;
 }
 
 __device__ __forceinline__ uint32_t list_row(Terms& terms, uint32_t number, const uint4* row) {
@@ -244,15 +229,15 @@ __device__ __forceinline__ uint32_t list_row(Terms& terms, uint32_t number, cons
 }
 
 // What makes up a token, in the order of the ranks; this rank's own part is never rounded.
-__device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, uint64_t ranks, uint32_t own_row,
-                                               Terms& terms) {
+__device__ __forceinline__ uint32_t list_summands(const Params& p, uint32_t token, uint64_t ranks, uint32_t own_row,
+                                                  Terms& terms) {
     __syncwarp();  // the terms before are used
     uint32_t number = 0;
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
         const uint32_t rank = first_rank(rest);
         if (rank != p.rank) {
-            number = list_row(terms, number, record_at(p, p.rank, rank, token));
+            number = list_row(terms, number, incoming_slot(p, rank, token));
             continue;
         }
         number = list_selections(p, own_row, terms, number);
@@ -264,23 +249,62 @@ __device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, 
     return number;
 }
 
-__device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch, uint32_t token) {
+__device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uint64_t ranks, uint32_t own_row) {
+    if (p.out_weights == nullptr || lane_id() >= kTopk) return;
+    float sum = 0;
+#pragma unroll 1
+    for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
+        const uint32_t rank = first_rank(rest);
+        sum += rank == p.rank ? p.y_weights[uint64_t(own_row) * kTopk + lane_id()]
+                              : weights_behind(incoming_slot(p, rank, token))[lane_id()];
+    }
+    p.out_weights[uint64_t(token) * kTopk + lane_id()] = sum;
+}
+
+// `ranks_of` a token have a part in it, `own_row_of` it is this rank's part, and `await` waits for those of other
+// ranks.
+template <auto ranks_of, auto own_row_of, auto await, class Call>
+__device__ __forceinline__ void sum_token(const Params& p, const Call& call, uint32_t token) {
     __shared__ Terms lists[kWarps];
-    const uint64_t selected = p.token_ranks[token] & kAllRanks<kRanks>;
+    const uint64_t selected = ranks_of(p, call, token);
     const uint64_t own = uint64_t(1) << p.rank;
-    const uint32_t own_row = (selected & own) != 0 ? min(uint32_t(p.first_rows[p.rank] + p.own_rows[token]), rows_at_most<kRanks>(p) - 1) : 0;
+    const uint32_t own_row = (selected & own) != 0 ? min(own_row_of(p, token), rows_at_most<kRanks>(p) - 1) : 0;
     const uint64_t ranks = selected;
-    const uint32_t number = list_terms(p, token, ranks, own_row, lists[warp_id()]);
-    if (!wait_for_partials(p, watch, token, ranks & ~own)) return;
+    const uint32_t number = list_summands(p, token, ranks, own_row, lists[warp_id()]);
+    if (!await(p, call, token, ranks & ~own)) return;
     store_sum<Bf16, Part>(lists[warp_id()], number, reinterpret_cast<uint4*>(p.out) + uint64_t(token) * kRowVectors);
     sum_weights(p, token, ranks, own_row);
 }
 
-__device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
+template <auto ranks_of, auto own_row_of, auto await, class Call>
+__device__ __forceinline__ void sum_tokens(const Params& p, const Call& call, uint32_t tokens) {
 #pragma unroll 1
     for (uint32_t token = Group::first_work(p.receivers); token < tokens; token += Group::number_in(p.receivers)) {
-        reduce_token(p, watch, token);
+        sum_token<ranks_of, own_row_of, await>(p, call, token);
     }
+}
+
+// A warp waits for the rows of all these ranks.
+__device__ __forceinline__ bool wait_for_partials(const Params& p, const Watch& watch, uint32_t token, uint64_t ranks) {
+    bool arrived = true;
+#pragma unroll 1
+    for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) {
+        if ((ranks >> rank & 1) == 0) continue;
+        const uint64_t* tag = incoming_tag(p, rank, token);
+        const Awaited what{kPartial, rank, int32_t(token)};
+        arrived &= wait_for(watch, what, tag_of(p, watch), [=] { return load_acquire_sys(tag); });
+    }
+    const bool verdict = __all_sync(kFullWarp, arrived) != 0;
+    __syncwarp();  // the lanes have acquired a rank's row each, and a vote orders nothing
+    return verdict;
+}
+
+__device__ __forceinline__ uint64_t ranks_with_parts(const Params& p, const Watch&, uint32_t token) {
+    return p.token_ranks[token] & kAllRanks<kRanks>;
+}
+
+__device__ __forceinline__ uint32_t row_of_own_part(const Params& p, uint32_t token) {
+    return uint32_t(p.first_rows[p.rank] + p.own_rows[token]);
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
@@ -289,8 +313,11 @@ moegen_ht_combine_bf16_packed_r8_h7168_k8_e256_ipc_w16(const __grid_constant__ P
     const Watch watch = start_watch(p);
     if (open_epoch(p, watch)) {
         if (blockIdx.x == 0) publish_call(p, watch.epoch);
-        if (is_one_of(p.senders)) send_partials(p, watch);
-        if (is_one_of(p.receivers)) reduce_tokens(p, watch, min(uint32_t(*p.tokens_sent), p.tokens));
+        if (is_one_of(p.senders)) return_partials(p, watch);
+        if (is_one_of(p.receivers)) {
+            const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
+            sum_tokens<ranks_with_parts, row_of_own_part, wait_for_partials>(p, watch, tokens);
+        }
     }
     close_epoch(p, watch);
 }

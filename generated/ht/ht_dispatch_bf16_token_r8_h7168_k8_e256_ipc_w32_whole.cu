@@ -141,20 +141,28 @@ __device__ __forceinline__ uint64_t place_of(const Params& p, uint32_t source, u
     return uint64_t(source) * p.max_tokens + token;
 }
 
-__device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset) + place_of(p, source, token) * kRecordVectors;
+__device__ __forceinline__ uint4* outgoing_slot(const Params& p, uint32_t rank, uint32_t token) {
+    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset) + place_of(p, p.rank, token) * kRecordVectors;
+}
+
+__device__ __forceinline__ uint4* incoming_slot(const Params& p, uint32_t source, uint32_t token) {
+    return reinterpret_cast<uint4*>(p.peers[p.rank] + p.rows_offset) + place_of(p, source, token) * kRecordVectors;
 }
 
 // A tag is the call word and the epoch of the row there.
-__device__ __forceinline__ uint64_t* tag_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_of(p, source, token);
+__device__ __forceinline__ uint64_t* outgoing_tag(const Params& p, uint32_t rank, uint32_t token) {
+    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_of(p, p.rank, token);
+}
+
+__device__ __forceinline__ uint64_t* incoming_tag(const Params& p, uint32_t source, uint32_t token) {
+    return reinterpret_cast<uint64_t*>(p.peers[p.rank] + p.tags_offset) + place_of(p, source, token);
 }
 
 // A warp's wait for the row of (source, token) here.
 __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch, Awaited what) {
     bool arrived = true;
     if (lane_id() == 0) {
-        const uint64_t* tag = tag_at(p, p.rank, what.peer, uint32_t(what.index));
+        const uint64_t* tag = incoming_tag(p, what.peer, uint32_t(what.index));
         // Counts came first, whose call word was compared.
         arrived = wait_for(watch, what, watch.epoch, [=] { return uint32_t(load_acquire_sys(tag)); });
     }
@@ -394,21 +402,23 @@ __device__ __forceinline__ const uint4* token_at(const Params& p, uint32_t token
 }
 
 using SentPart = Part;
-// The row's tags, released after all of it, announce it.
-__device__ __forceinline__ void send_row(const Params& p, const Watch& watch, uint32_t token, uint64_t ranks) {
+__device__ __forceinline__ void send_row(const Params& p, uint32_t token, uint64_t ranks) {
 #pragma unroll 1
     for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
         const SentPart part = SentPart::load(token_at(p, token), first);
 #pragma unroll 1
         for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
-            uint4* record = record_at(p, first_rank(rest), p.rank, token);
-            part.store(record, first);
+            part.store(outgoing_slot(p, first_rank(rest), token), first);
         }
     }
+}
+
+// The row's tags, released after all of it, announce it.
+__device__ __forceinline__ void announce_row(const Params& p, const Watch& watch, uint32_t token, uint64_t ranks) {
     __syncwarp();
 #pragma unroll 1
     for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) {
-        if ((ranks >> rank & 1) != 0) store_release_sys(tag_at(p, rank, p.rank, token), tag_of(p, watch));
+        if ((ranks >> rank & 1) != 0) store_release_sys(outgoing_tag(p, rank, token), tag_of(p, watch));
     }
 }
 
@@ -417,7 +427,9 @@ __device__ __forceinline__ void send_rows(const Params& p, const Watch& watch, u
     for (uint32_t token = Group::first_work(p.senders); token < tokens; token += Group::number_in(p.senders)) {
         uint64_t ranks = ranks_of_token_by_warp<Experts, kTopk>(p, token, tokens);
         if (!kOwnRowsAreStaged) ranks &= ~(uint64_t(1) << p.rank);
-        if (ranks != 0) send_row(p, watch, token, ranks);
+        if (ranks == 0) continue;
+        send_row(p, token, ranks);
+        announce_row(p, watch, token, ranks);
     }
 }
 
@@ -573,7 +585,7 @@ __device__ __forceinline__ void place_row(const Params& p, const Watch& watch, c
         return;
     }
     tell_selections(p, arrival);
-    const uint4* from = record_at(p, p.rank, arrival.source, arrival.token);
+    const uint4* from = incoming_slot(p, arrival.source, arrival.token);
     if (!kOwnRowsAreStaged && arrival.source == p.rank) {
         from = token_at(p, arrival.token);
     } else if (!wait_for_row(p, watch, Awaited{kRow, arrival.source, int32_t(arrival.token)})) {

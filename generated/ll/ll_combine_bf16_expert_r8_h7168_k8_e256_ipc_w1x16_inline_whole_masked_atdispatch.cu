@@ -64,7 +64,7 @@ static_assert(sizeof(Params) == 272);
 
 constexpr uint32_t kRecordPieces = kRowPieces;
 
-// Small blocks share a multiprocessor, so that there is one for each row.
+// Small blocks share an SM, so that there is one for each row.
 constexpr uint32_t kResident = 1;
 
 using Watch = WatchOf<Params>;
@@ -293,7 +293,7 @@ struct Selection {
     float weight;
 };
 
-// Loads only, so that it can be asked for long before it is used. Entries are those of dispatch.
+// Loads only, so that it can be in flight long before it is used. Entries are those of dispatch.
 __device__ __forceinline__ Selection load_selection(const Params& p, uint64_t entry) {
     Selection selection = {};
     selection.slot = -1;
@@ -303,51 +303,50 @@ __device__ __forceinline__ Selection load_selection(const Params& p, uint64_t en
     return selection;
 }
 
-// Lists what this rank adds up for one token of `source`, in the order of its selections.
-__device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] const Watch& watch,
-                                           [[maybe_unused]] uint32_t source, [[maybe_unused]] uint32_t token,
-                                           Selection selection, Terms& terms) {
-    if (Group::thread() < kWarpSize) {
-        const uint32_t k = Group::thread();
-        const float weight = selection.weight;
-        const bool wanted = selection.slot >= 0;
-        const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
-        if (wanted) {
-            const uint32_t index = lanes_below(k, all_wanted);
-            terms.rows[index] = reinterpret_cast<const uint4*>(p.y) + uint64_t(selection.slot) * kRowVectors;
-            terms.weights[index] = weight;
+// Lists what this rank adds up for one token of a source, in the order of its selections.
+    __device__ __forceinline__ void list_terms(const Params& p, const Watch&, uint32_t, uint32_t, Selection selection,
+                                               Terms& terms) {
+        if (Group::thread() < kWarpSize) {
+            const uint32_t k = Group::thread();
+            const float weight = selection.weight;
+            const bool wanted = selection.slot >= 0;
+            const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
+            if (wanted) {
+                const uint32_t index = lanes_below(k, all_wanted);
+                terms.rows[index] = reinterpret_cast<const uint4*>(p.y) + uint64_t(selection.slot) * kRowVectors;
+                terms.weights[index] = weight;
+            }
+            if (k == 0) terms.count = __popc(all_wanted);
         }
-        if (k == 0) terms.count = __popc(all_wanted);
+        Group::sync();
     }
-    Group::sync();
-}
 
-__device__ __forceinline__ Row ask_for_term(const Terms& terms, uint32_t term) {
-    Row asked = {};
-    if (term >= terms.count) return asked;
+    __device__ __forceinline__ Row load_term(const Terms& terms, uint32_t term) {
+        Row row = {};
+        if (term >= terms.count) return row;
 #pragma unroll
-    for (uint32_t step = 0; step < kSteps; ++step) {
-        if (vector_at(step) < kRowVectors) asked.vectors[step] = load_input(terms.rows[term] + vector_at(step));
+        for (uint32_t step = 0; step < kSteps; ++step) {
+            if (vector_at(step) < kRowVectors) row.vectors[step] = load_input(terms.rows[term] + vector_at(step));
+        }
+        return row;
     }
-    return asked;
-}
 
-// A thread's part of a partial sum, whose first term is on its way; while one is added, so is the next. Two by two: a
-// row that is on its way cannot be moved to other registers.
-__device__ __forceinline__ void partial_sums(const Terms& terms, Row first, Sums<Bf16> (&sums)[kSteps]) {
+    // A thread's part of a partial sum, in a software pipeline of depth two whose first term is in flight. Two by two:
+    // no register is moved while its load is in flight. The pipeline of parts in reduce.cuh has no way out between the
+    // two: with it, this text grows by a twentieth and takes up to four registers more, and there are none.
+    __device__ __forceinline__ void partial_sums(const Terms& terms, Row first, Sums<Bf16>(&sums)[kSteps]) {
 #pragma unroll 1
-    for (uint32_t term = 0; term < terms.count; term += 2) {
-        const Row second = ask_for_term(terms, term + 1);
-        add(sums, first.vectors, terms.weights[term]);
-        if (term + 1 == terms.count) break;
-        first = ask_for_term(terms, term + 2);
-        add(sums, second.vectors, terms.weights[term + 1]);
+        for (uint32_t term = 0; term < terms.count; term += 2) {
+            const Row second = load_term(terms, term + 1);
+            add(sums, first.vectors, terms.weights[term]);
+            if (term + 1 == terms.count) break;
+            first = load_term(terms, term + 2);
+            add(sums, second.vectors, terms.weights[term + 1]);
+        }
     }
-}
 
 // Sends what this rank adds up for one token, rounded once.
-__device__ __forceinline__ void send_partial(const Terms& terms, const Row& first, uint4* record,
-                                             [[maybe_unused]] uint32_t mark) {
+__device__ __forceinline__ void send_partial(const Terms& terms, const Row& first, uint4* record, uint32_t mark) {
     Sums<Bf16> sums[kSteps] = {};
     partial_sums(terms, first, sums);
     Row row;
@@ -383,35 +382,35 @@ __device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t work) 
 }
 
 // One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens.
-__device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, [[maybe_unused]] uint32_t tokens) {
-    __shared__ uint64_t opened;
-    __shared__ Terms terms[kWarpGroups];
-    Terms& listed = terms[Group::index()];
-    if (blockIdx.x == p.senders.first) tell_consumed(p, watch);
-    const uint32_t groups = Group::number_in(p.senders);
-    const uint32_t first_work = Group::first_work(p.senders);
-    Outgoing next = outgoing_at(p, first_work);
-    open_epoch(p, watch, opened);
-    __syncthreads();
-    if (!opened) return;
-    if (blockIdx.x == p.senders.first) publish_call(p, watch, opened);
-    // Without a limit, because users see none of these numbers.
-    const uint32_t end = Others::kNumber * most_rows_of_others<kRanks>(p, ~0u);
+__device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, uint32_t) {
+        __shared__ uint64_t opened;
+        __shared__ Terms terms[kWarpGroups];
+        Terms& listed = terms[Group::index()];
+        if (blockIdx.x == p.senders.first) tell_consumed(p, watch);
+        const uint32_t groups = Group::number_in(p.senders);
+        const uint32_t first_work = Group::first_work(p.senders);
+        Outgoing next = outgoing_at(p, first_work);
+        open_epoch(p, watch, opened);
+        __syncthreads();
+        if (!opened) return;
+        if (blockIdx.x == p.senders.first) publish_call(p, watch, opened);
+        // Without a limit, because users see none of these numbers.
+        const uint32_t end = Others::kNumber * most_rows_of_others<kRanks>(p, ~0u);
 #pragma unroll 1
-    for (uint32_t work = first_work; work < end; work += groups) {
-        const Outgoing row = next;
-        if (row.exists) list_terms(p, watch, row.source, row.token, row.selection, listed);
-        if (work + groups < end) next = outgoing_at(p, work + groups);
-        if (!row.exists) continue;
-        if ((opened >> row.source & 1) == 0 || listed.count == 0) {
-            Group::sync();  // the terms are looked at
-            continue;
+        for (uint32_t work = first_work; work < end; work += groups) {
+            const Outgoing row = next;
+            if (row.exists) list_terms(p, watch, row.source, row.token, row.selection, listed);
+            if (work + groups < end) next = outgoing_at(p, work + groups);
+            if (!row.exists) continue;
+            if ((opened >> row.source & 1) == 0 || listed.count == 0) {
+                Group::sync();  // the terms are looked at
+                continue;
+            }
+            const Row first = load_term(listed, 0);
+            send_partial(listed, first, record_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
+            Group::sync();
         }
-        const Row first = ask_for_term(listed, 0);
-        send_partial(listed, first, record_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
-        Group::sync();
     }
-}
 
 // Bit r: rank r is active; the same for all of a block.
 __device__ __forceinline__ uint64_t active_ranks(const Watch& watch) {
@@ -473,7 +472,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     Sums<Bf16> sums[kSteps] = {};
     const uint64_t own = ranks & uint64_t(1) << p.rank;
     Sums<Bf16> own_sums[kSteps] = {};
-    if (own != 0) partial_sums(terms, ask_for_term(terms, 0), own_sums);
+    if (own != 0) partial_sums(terms, load_term(terms, 0), own_sums);
     const uint64_t expected = ranks;
     uint64_t added = own;
 #pragma unroll 1

@@ -59,7 +59,7 @@ static_assert(sizeof(Params) == 232);
 
 constexpr uint32_t kRecordPieces = kRowPieces;
 
-// Small blocks share a multiprocessor, so that there is one for each row.
+// Small blocks share an SM, so that there is one for each row.
 constexpr uint32_t kResident = 2;
 
 using Watch = PlainWatch;
@@ -274,7 +274,7 @@ struct Selection {
     int32_t slot;
 };
 
-// Loads only, so that it can be asked for long before it is used. Entries are those of dispatch.
+// Loads only, so that it can be in flight long before it is used. Entries are those of dispatch.
 __device__ __forceinline__ Selection load_selection(const Params& p, uint64_t entry) {
     Selection selection = {};
     selection.slot = -1;
@@ -283,52 +283,51 @@ __device__ __forceinline__ Selection load_selection(const Params& p, uint64_t en
     return selection;
 }
 
-// Lists what this rank adds up for one token of `source`, in the order of its selections.
-__device__ __forceinline__ void list_terms(const Params& p, [[maybe_unused]] const Watch& watch,
-                                           [[maybe_unused]] uint32_t source, [[maybe_unused]] uint32_t token,
+// Lists what this rank adds up for one token of a source, in the order of its selections.
+__device__ __forceinline__ void list_terms(const Params& p, const Watch& watch, uint32_t source, uint32_t token,
                                            Selection selection, Terms& terms) {
-    if (Group::thread() < kWarpSize) {
-        const uint32_t k = Group::thread();
-        float weight = 0;
-        const bool wanted = selection.slot >= 0 && weight_of(p, watch, source, token, k, weight);
-        const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
-        const bool complete = all_wanted == __ballot_sync(kFullWarp, selection.slot >= 0);
-        if (wanted) {
-            const uint32_t index = lanes_below(k, all_wanted);
-            terms.rows[index] = reinterpret_cast<const uint4*>(p.y) + uint64_t(selection.slot) * kRowVectors;
-            terms.weights[index] = weight;
+        if (Group::thread() < kWarpSize) {
+            const uint32_t k = Group::thread();
+            float weight = 0;
+            const bool wanted = selection.slot >= 0 && weight_of(p, watch, source, token, k, weight);
+            const uint32_t all_wanted = __ballot_sync(kFullWarp, wanted);
+            const bool complete = all_wanted == __ballot_sync(kFullWarp, selection.slot >= 0);
+            if (wanted) {
+                const uint32_t index = lanes_below(k, all_wanted);
+                terms.rows[index] = reinterpret_cast<const uint4*>(p.y) + uint64_t(selection.slot) * kRowVectors;
+                terms.weights[index] = weight;
+            }
+            if (k == 0) terms.count = complete ? __popc(all_wanted) : 0;  // no sum of only some of its terms
         }
-        if (k == 0) terms.count = complete ? __popc(all_wanted) : 0;  // no sum of only some of its terms
+        Group::sync();
     }
-    Group::sync();
-}
 
-__device__ __forceinline__ Row ask_for_term(const Terms& terms, uint32_t term) {
-    Row asked = {};
-    if (term >= terms.count) return asked;
+    __device__ __forceinline__ Row load_term(const Terms& terms, uint32_t term) {
+        Row row = {};
+        if (term >= terms.count) return row;
 #pragma unroll
-    for (uint32_t step = 0; step < kSteps; ++step) {
-        if (vector_at(step) < kRowVectors) asked.vectors[step] = load_input(terms.rows[term] + vector_at(step));
+        for (uint32_t step = 0; step < kSteps; ++step) {
+            if (vector_at(step) < kRowVectors) row.vectors[step] = load_input(terms.rows[term] + vector_at(step));
+        }
+        return row;
     }
-    return asked;
-}
 
-// A thread's part of a partial sum, whose first term is on its way; while one is added, so is the next. Two by two: a
-// row that is on its way cannot be moved to other registers.
-__device__ __forceinline__ void partial_sums(const Terms& terms, Row first, Sums<Bf16> (&sums)[kSteps]) {
+    // A thread's part of a partial sum, in a software pipeline of depth two whose first term is in flight. Two by two:
+    // no register is moved while its load is in flight. The pipeline of parts in reduce.cuh has no way out between the
+    // two: with it, this text grows by a twentieth and takes up to four registers more, and there are none.
+    __device__ __forceinline__ void partial_sums(const Terms& terms, Row first, Sums<Bf16>(&sums)[kSteps]) {
 #pragma unroll 1
-    for (uint32_t term = 0; term < terms.count; term += 2) {
-        const Row second = ask_for_term(terms, term + 1);
-        add(sums, first.vectors, terms.weights[term]);
-        if (term + 1 == terms.count) break;
-        first = ask_for_term(terms, term + 2);
-        add(sums, second.vectors, terms.weights[term + 1]);
+        for (uint32_t term = 0; term < terms.count; term += 2) {
+            const Row second = load_term(terms, term + 1);
+            add(sums, first.vectors, terms.weights[term]);
+            if (term + 1 == terms.count) break;
+            first = load_term(terms, term + 2);
+            add(sums, second.vectors, terms.weights[term + 1]);
+        }
     }
-}
 
 // Sends what this rank adds up for one token, rounded once.
-__device__ __forceinline__ void send_partial(const Terms& terms, const Row& first, uint4* record,
-                                             [[maybe_unused]] uint32_t mark) {
+__device__ __forceinline__ void send_partial(const Terms& terms, const Row& first, uint4* record, uint32_t mark) {
     Sums<Bf16> sums[kSteps] = {};
     partial_sums(terms, first, sums);
     Row row;
@@ -369,46 +368,45 @@ __device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t work) 
 }
 
 // One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens.
-__device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, [[maybe_unused]] uint32_t tokens) {
-    __shared__ bool opened;
-    __shared__ Terms terms[kWarpGroups];
-    Terms& listed = terms[Group::index()];
-    const uint32_t groups = Group::number_in(p.senders);
-    const uint32_t first_work = Group::first_work(p.senders);
-    Outgoing next = outgoing_at(p, first_work);
-    open_epoch(p, watch, opened);
-    __syncthreads();
-    if (!opened) return;
-    if (blockIdx.x == p.senders.first) publish_call(p, watch);
-    // Without a limit, because users see none of these numbers.
-    const uint32_t end = Others::kNumber * most_rows_of_others<kRanks>(p, ~0u);
-    send_weights(p, watch, tokens);
-    uint64_t* sent = nullptr;
+    __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, uint32_t tokens) {
+        __shared__ bool opened;
+        __shared__ Terms terms[kWarpGroups];
+        Terms& listed = terms[Group::index()];
+        const uint32_t groups = Group::number_in(p.senders);
+        const uint32_t first_work = Group::first_work(p.senders);
+        Outgoing next = outgoing_at(p, first_work);
+        open_epoch(p, watch, opened);
+        __syncthreads();
+        if (!opened) return;
+        if (blockIdx.x == p.senders.first) publish_call(p, watch);
+        // Without a limit, because users see none of these numbers.
+        const uint32_t end = Others::kNumber * most_rows_of_others<kRanks>(p, ~0u);
+        send_weights(p, watch, tokens);
+        uint64_t* sent = nullptr;
 #pragma unroll 1
-    for (uint32_t work = first_work; work < end; work += groups) {
-        const Outgoing row = next;
-        // The row before does not wait for weights that may never come.
-        announce(sent, mark_of(watch));
-        sent = nullptr;
-        if (row.exists) list_terms(p, watch, row.source, row.token, row.selection, listed);
-        if (work + groups < end) next = outgoing_at(p, work + groups);
-        if (!row.exists) continue;
-        if (listed.count == 0) {  // weights did not come: the owner must not take this for its sum
+        for (uint32_t work = first_work; work < end; work += groups) {
+            const Outgoing row = next;
+            // The row before does not wait for weights that may never come.
+            announce(sent, mark_of(watch));
+            sent = nullptr;
+            if (row.exists) list_terms(p, watch, row.source, row.token, row.selection, listed);
+            if (work + groups < end) next = outgoing_at(p, work + groups);
+            if (!row.exists) continue;
+            if (listed.count == 0) {  // weights did not come: the owner must not take this for its sum
+                Group::sync();
+                continue;
+            }
+            const Row first = load_term(listed, 0);
+            sent = tag_at(p, watch, row.source, p.rank, row.token);
+            send_partial(listed, first, record_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
             Group::sync();
-            continue;
         }
-        const Row first = ask_for_term(listed, 0);
-        sent = tag_at(p, watch, row.source, p.rank, row.token);
-        send_partial(listed, first, record_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
-        Group::sync();
+        announce(sent, mark_of(watch));
+        // The last block has the fewest rows, and this waits for what it has stored.
+        if (blockIdx.x == p.senders.first + p.senders.blocks - 1) tell_consumed(p, watch);
     }
-    announce(sent, mark_of(watch));
-    // The last block has the fewest rows, and this waits for what it has stored.
-    if (blockIdx.x == p.senders.first + p.senders.blocks - 1) tell_consumed(p, watch);
-}
 
-constexpr uint32_t kPartialsAhead =
-    2;  // that a thread asks for at once
+constexpr uint32_t kPartialsInFlight = 2;  // of a thread
 
 // Adds the partial sums of one token in the order of the ranks.
 // This rank's own never leaves fp32.
@@ -417,7 +415,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     Sums<Bf16> sums[kSteps] = {};
     const bool own = (ranks >> p.rank & 1) != 0;
     Sums<Bf16> own_sums[kSteps] = {};
-    if (own) partial_sums(terms, ask_for_term(terms, 0), own_sums);
+    if (own) partial_sums(terms, load_term(terms, 0), own_sums);
     const uint64_t awaited = ranks & ~(uint64_t(1) << p.rank);
 #pragma unroll 1
     for (uint32_t rank = Group::thread(); rank < kRanks; rank += kGroupThreads) {
@@ -426,17 +424,17 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
     Group::sync();
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0;) {
-        uint32_t of[kPartialsAhead];
-        Row rows[kPartialsAhead] = {};
+        uint32_t of[kPartialsInFlight];
+        Row rows[kPartialsInFlight] = {};
 #pragma unroll
-        for (uint32_t ahead = 0; ahead < kPartialsAhead; ++ahead) {
+        for (uint32_t ahead = 0; ahead < kPartialsInFlight; ++ahead) {
             of[ahead] = rest == 0 ? kRanks : first_rank(rest);
             drop_first(rest);
             if (of[ahead] == p.rank) continue;
             if (of[ahead] < kRanks) rows[ahead] = ask_for_row(record_at(p, watch, p.rank, of[ahead], token));
         }
 #pragma unroll
-        for (uint32_t ahead = 0; ahead < kPartialsAhead; ++ahead) {
+        for (uint32_t ahead = 0; ahead < kPartialsInFlight; ++ahead) {
             const uint32_t rank = of[ahead];
             if (rank == kRanks) break;
             if (rank == p.rank) {

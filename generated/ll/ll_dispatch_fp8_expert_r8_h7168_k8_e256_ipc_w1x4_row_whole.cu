@@ -486,7 +486,7 @@ __device__ __forceinline__ Row row_of(const Token& token, Head& head) {
     Group::sync();
 #pragma unroll 1
     for (uint32_t word = Group::thread(); word < kScaleWords; word += kGroupThreads) {
-        head.words[kScalesAt + word] = Scale::word(head.amax + word * Scale::kPerWord);
+        head.words[kScalesAt + word] = Scale::packed(head.amax + word * Scale::kPerWord);
     }
     Row row = {};
 #pragma unroll

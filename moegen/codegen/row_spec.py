@@ -90,7 +90,7 @@ class RowSpec(Spec):
         return ROWS[self.dtype]
 
     @property
-    def quantises(self) -> bool:
+    def quantizes(self) -> bool:
         return self.format.quantized_here
 
     @property

@@ -13,6 +13,6 @@ def roles(spec: RowSpec, blocks: int) -> Roles:
     if blocks == 1:
         return Roles(1, (0, 1), (0, 1))
     shares = ROW_SEND_SHARES if spec.num_ranks <= FEW_RANKS else ROW_SEND_SHARES_OF_MANY
-    share = shares["quantising dispatch" if spec.quantises else spec.op, spec.layout]
+    share = shares["quantising dispatch" if spec.quantizes else spec.op, spec.layout]
     send = max(1, min(blocks - 1, round(blocks * share)))
     return Roles(blocks, (0, send), (send, blocks - send))

@@ -288,13 +288,13 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
         return RESULTS[self.out]
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return self.result.quantized_here
 
     @property
     def result_params(self) -> tuple[Param, ...]:
         """Those that a kernel of this result has beside its `out`."""
-        if not self.quantised:
+        if not self.quantized:
             return ()
         scales = Param("uint8_t*", "scales", "one per group of elements" + ", in tiles" * self.result.tiled)
         factor = Param("const float*", "output_scale", "one number, which results are multiplied by; null: 1")
@@ -308,7 +308,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     def summed_ahead(self) -> int:
         """Of a row that is added: a thread has its sums, too."""
         floats = VECTOR_BYTES // self.format.element_bytes
-        wide = self.quantised and self.dtype == "fp32"
+        wide = self.quantized and self.dtype == "fp32"
         fits = self.block_threads <= (under_way.QUANTIZED_SUMS_THREADS if wide else under_way.SUMS_THREADS)
         many = fits and not (self.pulls and self.destinations > under_way.PULLED_SUMS_RANKS)
         return max(1, min((under_way.SUMS if many else under_way.FEWER_SUMS) // floats, self.ahead))
@@ -316,7 +316,7 @@ class OneSidedCombine(OneSidedSpec, family="a2a", op="combine"):
     @property
     def rows_ahead(self) -> int:
         """Of a token, that a thread asks for at once where it reads them in place."""
-        wide = self.quantised or self.dtype == "fp32"
+        wide = self.quantized or self.dtype == "fp32"
         most = under_way.WIDE_PULLED_VECTORS if wide else under_way.PULLED_VECTORS
         if self.block_threads > under_way.SUMS_THREADS:
             most = under_way.FEWEST_PULLED_VECTORS

@@ -24,7 +24,7 @@ struct Bf16 {
     static __device__ __forceinline__ float element(uint32_t word, uint32_t index) {
         return index == 0 ? low_bf16(word) : high_bf16(word);
     }
-    static __device__ __forceinline__ uint32_t rounded(const float* values) {
+    static __device__ __forceinline__ uint32_t word(const float* values) {
         return round_to_bf16x2(values[0], values[1]);
     }
 };
@@ -34,7 +34,7 @@ struct Fp16 {
     static __device__ __forceinline__ float element(uint32_t word, uint32_t index) {
         return index == 0 ? low_f16(word) : high_f16(word);
     }
-    static __device__ __forceinline__ uint32_t rounded(const float* values) {
+    static __device__ __forceinline__ uint32_t word(const float* values) {
         return round_to_f16x2(values[0], values[1]);
     }
 };
@@ -42,7 +42,7 @@ struct Fp16 {
 struct Fp32 {
     static constexpr uint32_t kPerWord = 1;
     static __device__ __forceinline__ float element(uint32_t word, uint32_t) { return __uint_as_float(word); }
-    static __device__ __forceinline__ uint32_t rounded(const float* values) { return __float_as_uint(values[0]); }
+    static __device__ __forceinline__ uint32_t word(const float* values) { return __float_as_uint(values[0]); }
 };
 
 struct E4m3 {

@@ -61,7 +61,7 @@ struct Fp8Scale {
     }
 
     // A word as it travels: the scales of kPerWord groups.
-    static __device__ __forceinline__ uint32_t word(const uint32_t* amax) {
+    static __device__ __forceinline__ uint32_t packed(const uint32_t* amax) {
         if constexpr (kKind == ScaleKind::kFp8) {
             return __float_as_uint(exact(*amax));
         } else if constexpr (kKind == ScaleKind::kFp8pow2) {
@@ -102,7 +102,7 @@ struct Fp8Part {
         uint4 wide[Part::kAhead][2] = {};
 #pragma unroll
         for (uint32_t step = 0; step < Part::kAhead; ++step) {
-            const uint32_t at = Part::place(first, step);
+            const uint32_t at = Part::unit_index(first, step);
             if (at >= Part::kEnd) continue;
             wide[step][0] = row[2 * at];
             wide[step][1] = row[2 * at + 1];
@@ -124,7 +124,7 @@ struct Fp8Part {
         constexpr uint32_t kSharers = kScaleGroupVectors * Scale::kPerWord;  // vectors that share a word
 #pragma unroll
         for (uint32_t step = 0; step < Part::kAhead; ++step) {
-            const uint32_t at = Part::place(first, step);
+            const uint32_t at = Part::unit_index(first, step);
             if (at >= Part::kEnd || at % kSharers != 0) continue;
             reinterpret_cast<uint32_t*>(row + Part::kEnd)[at / kSharers] = scales[step];
         }
@@ -134,14 +134,14 @@ struct Fp8Part {
     // Of the lane's group, or of the warp's four groups.
     static __device__ __forceinline__ uint32_t scale_word(uint32_t amax) {
         if constexpr (Scale::kPerWord == 1) {
-            return Scale::word(&amax);
+            return Scale::packed(&amax);
         } else {
             uint32_t of_groups[4];
 #pragma unroll
             for (uint32_t group = 0; group < 4; ++group) {
                 of_groups[group] = __shfl_sync(kFullWarp, amax, group * kScaleGroupVectors);
             }
-            return Scale::word(of_groups);
+            return Scale::packed(of_groups);
         }
     }
 };

@@ -64,56 +64,8 @@ template <class Format>
 __device__ __forceinline__ uint4 rounded(const Sums<Format>& sums) {
     uint32_t words[4];
 #pragma unroll
-    for (uint32_t word = 0; word < 4; ++word) words[word] = Format::rounded(sums.values + word * Format::kPerWord);
+    for (uint32_t word = 0; word < 4; ++word) words[word] = Format::word(sums.values + word * Format::kPerWord);
     return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// The kVector-th words of a row, of a thread: kBytes of them.
-template <uint32_t kBytes, uint32_t kWords>
-__device__ __forceinline__ void store_words(uint8_t* row, uint32_t vector, const uint32_t (&words)[kWords]) {
-    if constexpr (kBytes == 2) {
-        reinterpret_cast<uint16_t*>(row)[vector] = uint16_t(words[0]);
-    } else if constexpr (kBytes == 4) {
-        reinterpret_cast<uint32_t*>(row)[vector] = words[0];
-    } else if constexpr (kBytes == 8) {
-        reinterpret_cast<uint2*>(row)[vector] = make_uint2(words[0], words[1]);
-    } else {
-        uint4* to = reinterpret_cast<uint4*>(row) + vector * (kWords / 4);
-#pragma unroll
-        for (uint32_t word = 0; word < kWords; word += 4) {
-            to[word / 4] = make_uint4(words[word], words[word + 1], words[word + 2], words[word + 3]);
-        }
-    }
-}
-
-// Where a token's sum goes: a row of kHidden elements, rounded once to a number format.
-template <class Format, uint32_t kHidden>
-struct PlainResult {
-    uint8_t* row;
-
-    template <class Params>
-    static __device__ __forceinline__ PlainResult of_token(const Params& p, uint32_t token) {
-        return PlainResult{p.out + uint64_t(token) * (kHidden / Format::kPerWord * 4)};
-    }
-
-    // The sums of a vector of what was added; nothing beyond the row.
-    template <uint32_t kElements>
-    __device__ __forceinline__ void store(uint32_t vector, const float (&values)[kElements]) const {
-        if (vector >= kHidden / kElements) return;
-        uint32_t words[kElements / Format::kPerWord];
-#pragma unroll
-        for (uint32_t word = 0; word < kElements / Format::kPerWord; ++word) {
-            words[word] = Format::rounded(values + word * Format::kPerWord);
-        }
-        store_words<sizeof(words)>(row, vector, words);
-    }
-};
-
-template <class Part, class Result, class Format>
-__device__ __forceinline__ void store_sums(const Result& result, uint32_t first,
-                                           const Sums<Format> (&sums)[Part::kAhead]) {
-#pragma unroll
-    for (uint32_t step = 0; step < Part::kAhead; ++step) result.store(Part::place(first, step), sums[step].values);
 }
 
 // Sums of a part of a row.
@@ -163,13 +115,13 @@ __device__ __forceinline__ SumStep step_after(SumStep step, uint32_t terms) {
 }
 
 template <class Part, uint32_t kMost>
-__device__ __forceinline__ Part load_term(const TermList<kMost>& terms, SumStep step) {
+__device__ __forceinline__ Part load_step(const TermList<kMost>& terms, SumStep step) {
     return step.first < Part::kEnd ? Part::load(terms.rows[step.term], step.first) : Part{};
 }
 
 // Behind the last term of a part its sums are rounded, stored and zero again.
 template <class Format, class Part, uint32_t kMost>
-__device__ __forceinline__ void add_term(const TermList<kMost>& terms, uint32_t number, SumStep step, const Part& part,
+__device__ __forceinline__ void add_step(const TermList<kMost>& terms, uint32_t number, SumStep step, const Part& part,
                                          Sums<Format> (&sums)[Part::kAhead], uint4* to) {
     if (step.first >= Part::kEnd) return;
     add(sums, part.units, terms.weights[step.term]);
@@ -194,15 +146,15 @@ __device__ __forceinline__ void store_sum(const TermList<kMost>& terms, uint32_t
     SumStep ahead{0, 0};
 #pragma unroll
     for (uint32_t stage = 0; stage < kInFlight; ++stage, ahead = step_after<Part>(ahead, number)) {
-        parts[stage] = load_term<Part>(terms, ahead);
+        parts[stage] = load_step<Part>(terms, ahead);
     }
     SumStep step{0, 0};
 #pragma unroll 1
     while (step.first < Part::kEnd) {
 #pragma unroll
         for (uint32_t stage = 0; stage < kInFlight; ++stage) {
-            add_term(terms, number, step, parts[stage], sums, to);
-            parts[stage] = load_term<Part>(terms, ahead);
+            add_step(terms, number, step, parts[stage], sums, to);
+            parts[stage] = load_step<Part>(terms, ahead);
             step = step_after<Part>(step, number);
             ahead = step_after<Part>(ahead, number);
         }

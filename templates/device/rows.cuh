@@ -18,7 +18,7 @@ struct RowPart {
     Unit units[kAhead];
 
     // Where the unit of a step is in the row.
-    static __device__ __forceinline__ uint32_t place(uint32_t first, uint32_t step) {
+    static __device__ __forceinline__ uint32_t unit_index(uint32_t first, uint32_t step) {
         return first + step * Group::kSize + Group::thread();
     }
 
@@ -26,7 +26,7 @@ struct RowPart {
         RowPart part = {};
 #pragma unroll
         for (uint32_t step = 0; step < kAhead; ++step) {
-            if (place(first, step) < kUnits) part.units[step] = row[place(first, step)];
+            if (unit_index(first, step) < kUnits) part.units[step] = row[unit_index(first, step)];
         }
         return part;
     }
@@ -34,7 +34,7 @@ struct RowPart {
     __device__ __forceinline__ void store(Unit* row, uint32_t first) const {
 #pragma unroll
         for (uint32_t step = 0; step < kAhead; ++step) {
-            if (place(first, step) < kUnits) row[place(first, step)] = units[step];
+            if (unit_index(first, step) < kUnits) row[unit_index(first, step)] = units[step];
         }
     }
 

@@ -17,7 +17,7 @@ struct Variant {
     const char* name;
     Kernel whole, plan, move, combine;
     uint32_t threads;
-    bool roles_apart, packed, quantises;
+    bool roles_apart, packed, quantizes;
     Regions dispatch_at, combine_at;
 };
 
@@ -119,7 +119,7 @@ void Ranks::dispatch(Rank& rank, Round& round, const Kernel& kernel, const std::
     p.chunk_epochs = rank.chunk_epochs;
     p.alignment = kAlignment;
     if (received != nullptr) {
-        p.out = variant_.quantises ? received->quantised.data() : reinterpret_cast<uint8_t*>(received->rows.data());
+        p.out = variant_.quantizes ? received->quantized.data() : reinterpret_cast<uint8_t*>(received->rows.data());
         p.out_scales = reinterpret_cast<uint32_t*>(received->scales.data());
         p.scale_row_stride = p.scale_word_stride = 1;
         p.out_topk_idx = reinterpret_cast<decltype(p.out_topk_idx)>(received->ids.data());
@@ -137,16 +137,16 @@ void Ranks::dispatch_all(Rank& rank, Round& round) {
         if (failed_) return;
         const uint32_t last = variant_.packed ? local_experts(rank.number) : kRanks;
         const int32_t number = (variant_.packed ? numbers.first_slots : numbers.first_rows)[last];
-        round.received.make(uint32_t(number), variant_.packed, variant_.quantises);
+        round.received.make(uint32_t(number), variant_.packed, variant_.quantizes);
         dispatch(rank, round, variant_.move, round.x, &round.received);
     } else {
         const uint32_t of_row = variant_.packed ? std::min(kTopk, local_experts(rank.number)) : 1;
         const uint32_t padding = variant_.packed ? (kAlignment - 1) * local_experts(rank.number) : 0;
-        round.received.make(kRanks * kMaxTokens * of_row + padding, variant_.packed, variant_.quantises);
+        round.received.make(kRanks * kMaxTokens * of_row + padding, variant_.packed, variant_.quantizes);
         dispatch(rank, round, variant_.whole, round.x, &round.received);
     }
     if (!round.repeats || failed_) return;
-    round.repeated.make(round.received.capacity, variant_.packed, variant_.quantises);
+    round.repeated.make(round.received.capacity, variant_.packed, variant_.quantizes);
     dispatch(rank, round, variant_.move, round.x_again, &round.repeated);
 }
 

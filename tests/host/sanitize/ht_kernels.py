@@ -76,7 +76,7 @@ def _row(variant: Variant) -> str:
         *(kernel_of(kernel, "DispatchParams") for kernel in (variant.whole, variant.plan, variant.rows)),
         kernel_of(variant.combine, "CombineParams"),
         str(dispatch.block_threads),
-        *map(flag, (variant.roles_apart, dispatch.packed, dispatch.quantises)),
+        *map(flag, (variant.roles_apart, dispatch.packed, dispatch.quantizes)),
         initialiser(astuple(dispatch_at)),
         initialiser(astuple(combine_at)),
     )
