@@ -6,6 +6,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -56,9 +57,6 @@ using Watch = PlainWatch;
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
-
-// Double buffering of staging.
-__device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
 
 // Where `from` publishes to `rank` that it begins a combine: call word and epoch.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
@@ -141,76 +139,52 @@ __device__ __forceinline__ void store_vector(uint8_t* row, uint32_t vector, cons
 
 constexpr uint32_t kRowVectors = 896;  // 16-byte vectors of a row
 
-__device__ __forceinline__ const uint8_t* y_at(const Params& p, uint32_t source, uint32_t slot) {
-    return p.y + (uint64_t(source) * p.slots + slot) * (kRowVectors * 16);
+// A row of `y`: what the experts here made of a source's row.
+__device__ __forceinline__ const uint4* y_at(const Params& p, uint32_t source, uint32_t slot) {
+    return reinterpret_cast<const uint4*>(p.y + number_of(Slot{source, p.slots, slot}) * (kRowVectors * 16));
 }
 
-// The record of (rank, slot) in the symmetric memory of `owner`.
-__device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch, uint32_t owner, uint32_t rank,
-                                            uint32_t slot) {
-    uint8_t* half = p.peers[owner] + p.rows_offset + half_of(watch.epoch) * p.half_bytes;
-    const uint64_t record = uint64_t(rank) * p.max_tokens + slot;
-    return reinterpret_cast<uint4*>(half) + record * kRowVectors;
+// A row that `rank` sends back, in the symmetric memory of its token's owner.
+__device__ __forceinline__ uint4* returned_at(const Params& p, const Watch& watch, uint32_t owner, uint32_t rank,
+                                              uint32_t slot) {
+    uint8_t* half = peer_memory<uint8_t>(p, owner, p.rows_offset) + parity_of(watch.epoch) * p.half_bytes;
+    return reinterpret_cast<uint4*>(half) + number_of(Slot{rank, p.max_tokens, slot}) * kRowVectors;
 }
 
-constexpr uint32_t kAhead = 4;  // vectors that a thread has under way at once
-
-__device__ __forceinline__ uint32_t* tag_at(const Params& p, const Watch& watch, uint32_t owner, uint32_t rank,
-                                            uint32_t slot) {
-    return reinterpret_cast<uint32_t*>(p.peers[owner] + p.tags_offset) +
-           uint64_t(half_of(watch.epoch) * kRanks + rank) * p.max_tokens + slot;
+__device__ __forceinline__ uint32_t* returned_tag_at(const Params& p, const Watch& watch, uint32_t owner, uint32_t rank,
+                                                     uint32_t slot) {
+    return tag_at<uint32_t>(p, owner, Slot{source_in_half<kRanks>(watch.epoch, rank), p.max_tokens, slot});
 }
 
-// Vectors of a row, from `first` on, in a warp group's registers.
-struct Row {
-    uint4 parts[kAhead];
-};
-
-__device__ __forceinline__ Row ask_row(const Params& p, const Watch&, uint32_t source, uint32_t slot, uint32_t first) {
-    const uint4* row = reinterpret_cast<const uint4*>(y_at(p, source, slot));
-    Row asked = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kGroupThreads + Group::thread();
-        if (at < kRowVectors) asked.parts[step] = row[at];
-    }
-    return asked;
-}
-
-__device__ __forceinline__ void store_row(uint4* record, uint32_t first, const Row& asked) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kGroupThreads + Group::thread();
-        if (at < kRowVectors) record[at] = asked.parts[step];
-    }
-}
+// What a thread has under way at once.
+using ReturnedPart = RowPart<Group, uint4, kRowVectors, 4>;
 
 // The row's tag, released behind all of it, announces it.
 __device__ __forceinline__ void return_row(const Params& p, const Watch& watch, uint32_t source, uint32_t slot,
-                                           const Row& asked) {
-    uint4* record = record_at(p, watch, source, p.rank, slot);
-    store_row(record, 0, asked);
+                                           const ReturnedPart& part) {
+    uint4* to = returned_at(p, watch, source, p.rank, slot);
+    part.store(to, 0);
     Group::sync();
-    if (Group::thread() == 0) store_release_sys(tag_at(p, watch, source, p.rank, slot), watch.epoch);
+    if (Group::thread() == 0) store_release_sys(returned_tag_at(p, watch, source, p.rank, slot), watch.epoch);
 }
 
 // Rows go back in this order, slot by slot.
 using Others = RoundRobin<kRanks, 1>;
 
-// The row of a work index, whether or not there is one: it is loaded before that is known.
-__device__ __forceinline__ Row ask_for_work(const Params& p, const Watch& watch, uint32_t work) {
+// Loads the first part of a work index's row, whether or not there is one: before that is known.
+__device__ __forceinline__ ReturnedPart load_work(const Params& p, uint32_t work) {
     const uint32_t slot = Others::round(work);
-    return slot < p.slots ? ask_row(p, watch, Others::rank(p.rank, work), slot, 0) : Row{};
+    return slot < p.slots ? ReturnedPart::load(y_at(p, Others::rank(p.rank, work), slot), 0) : ReturnedPart{};
 }
 
-// What a sending block asks for before its first barrier.
+// What a sending block loads before its first barrier.
 struct Returning {
     uint32_t end;  // of the work
-    Row first;
+    ReturnedPart first;
 };
 
-__device__ __forceinline__ Returning start_returning(const Params& p, const Watch& watch) {
-    Returning returning = {0, ask_for_work(p, watch, Group::first_work(p.senders))};
+__device__ __forceinline__ Returning start_returning(const Params& p) {
+    Returning returning = {0, load_work(p, Group::first_work(p.senders))};
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) {
         const uint32_t slots = min(uint32_t(p.counts[source]), p.slots);
@@ -220,50 +194,36 @@ __device__ __forceinline__ Returning start_returning(const Params& p, const Watc
 }
 
 __device__ __forceinline__ void return_rows(const Params& p, const Watch& watch, const Returning& returning) {
-    Row asked = returning.first;
+    ReturnedPart part = returning.first;
 #pragma unroll 1
     for (uint32_t work = Group::first_work(p.senders); work < returning.end; work += Group::number_in(p.senders)) {
-        if (work != Group::first_work(p.senders)) asked = ask_for_work(p, watch, work);
+        if (work != Group::first_work(p.senders)) part = load_work(p, work);
         const uint32_t source = Others::rank(p.rank, work);
         const uint32_t slot = Others::round(work);
-        if (is_active(p, source) && slot < uint32_t(p.counts[source])) return_row(p, watch, source, slot, asked);
+        if (is_active(p, source) && slot < uint32_t(p.counts[source])) return_row(p, watch, source, slot, part);
     }
 }
 
-constexpr uint32_t kSummed = 4;  // vectors of a part, which a thread adds at a time
-
-// Of the vectors from `first` on, each thread has every kGroupThreads-th.
-struct Part {
-    uint4 vectors[kSummed];
-};
-
-__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
-    Part part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kSummed; ++step) {
-        const uint32_t at = first + step * kGroupThreads + Group::thread();
-        if (at < kRowVectors) part.vectors[step] = row[at];
-    }
-    return part;
-}
+// What a thread adds at a time.
+using Part = RowPart<Group, uint4, kRowVectors, 4>;
 
 struct Sums {
-    Floats words[kSummed][4];
+    Floats words[Part::kAhead][4];
 };
 
 __device__ __forceinline__ void add(Sums& sums, const Part& part) {
 #pragma unroll
-    for (uint32_t step = 0; step < kSummed; ++step) {
-        add(sums.words[step][0], part.vectors[step].x);
-        add(sums.words[step][1], part.vectors[step].y);
-        add(sums.words[step][2], part.vectors[step].z);
-        add(sums.words[step][3], part.vectors[step].w);
+    for (uint32_t step = 0; step < Part::kAhead; ++step) {
+        add(sums.words[step][0], part.units[step].x);
+        add(sums.words[step][1], part.units[step].y);
+        add(sums.words[step][2], part.units[step].z);
+        add(sums.words[step][3], part.units[step].w);
     }
 }
 
 __device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const Sums& sums) {
 #pragma unroll
-    for (uint32_t step = 0; step < kSummed; ++step) {
+    for (uint32_t step = 0; step < Part::kAhead; ++step) {
         const uint32_t at = first + step * kGroupThreads + Group::thread();
         if (at >= kRowVectors) continue;
         store_vector(out, at, sums.words[step]);
@@ -279,7 +239,7 @@ __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, 
         const uint32_t rank = first_rank(rest);
         if (rank == p.rank || !is_active(p, rank) || index % kGroupThreads != Group::thread()) continue;
         const uint32_t slot = uint32_t(slots[index]);
-        const uint32_t* tag = tag_at(p, watch, p.rank, rank, slot);
+        const uint32_t* tag = returned_tag_at(p, watch, p.rank, rank, slot);
         const Awaited what{kPartial, rank, int32_t(slot)};
         wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(tag); });
     }
@@ -291,12 +251,12 @@ __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, u
                                           uint8_t* out) {
     const bool has_own = (ranks >> p.rank & 1) != 0;
     const int32_t own_slot = has_own ? slot_with(ranks, p.rank, slots) : 0;
-    const uint4* own_row = reinterpret_cast<const uint4*>(y_at(p, p.rank, uint32_t(own_slot)));
-    Part own = has_own ? load_part(own_row, 0) : Part{};
+    const uint4* own_row = y_at(p, p.rank, uint32_t(own_slot));
+    Part own = has_own ? Part::load(own_row, 0) : Part{};
     await_rows(p, watch, ranks, slots);
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kSummed * kGroupThreads) {
-        if (first != 0 && has_own) own = load_part(own_row, first);
+    for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
+        if (first != 0 && has_own) own = Part::load(own_row, first);
         Sums sums = {};
         Part next = {};
         uint32_t index = 0;
@@ -305,7 +265,8 @@ __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, u
             const uint32_t rank = first_rank(rest);
             if (!is_active(p, rank)) continue;
             const Part part = next;
-            next = rank == p.rank ? own : load_part(record_at(p, watch, p.rank, rank, uint32_t(slots[index])), first);
+            next =
+                rank == p.rank ? own : Part::load(returned_at(p, watch, p.rank, rank, uint32_t(slots[index])), first);
             add(sums, part);
         }
         add(sums, next);
@@ -330,7 +291,7 @@ moegen_a2a_combine_bf16_tobf16_r8_h7168_d8_ipc_w1x7(const __grid_constant__ Para
     if (tells && sound) tell_presence(p, watch);
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     Returning returning = {};
-    if (is_one_of(p.senders)) returning = start_returning(p, watch);
+    if (is_one_of(p.senders)) returning = start_returning(p);
     if (!open_epoch(p, watch, sound)) return;
     if (is_one_of(p.senders)) return_rows(p, watch, returning);
     if (is_one_of(p.receivers)) add_tokens(p, watch, tokens);

@@ -5,6 +5,7 @@
 
 #include <moegen/launch.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -139,7 +140,7 @@ __device__ __forceinline__ Unit* row_at(const Params& p, uint32_t rank, uint32_t
 
 // A thread has one unit of a narrow row at most.
 template <class Unit, uint32_t kUnits>
-__device__ __forceinline__ Unit ask_narrow(const Params& p, uint32_t payload, uint32_t token) {
+__device__ __forceinline__ Unit load_narrow(const Params& p, uint32_t payload, uint32_t token) {
     return Group::thread() < kUnits ? unit_from<Unit, kUnits>(p, payload, token)[Group::thread()] : Unit{};
 }
 
@@ -149,37 +150,8 @@ __device__ __forceinline__ void send_narrow(const Params& p, uint32_t rank, uint
     if (Group::thread() < kUnits) row_at<Unit, kUnits>(p, rank, payload, slot)[Group::thread()] = unit;
 }
 
-// Of the units of a wide row from `first` on, each thread has every kGroupThreads-th.
 template <class Unit, uint32_t kUnits>
-struct Part {
-    static constexpr uint32_t kSteps = (kUnits + kGroupThreads - 1) / kGroupThreads;
-    static constexpr uint32_t kAhead = kSteps < 7 ? kSteps : 7;
-    Unit units[kAhead];
-};
-
-template <class Unit, uint32_t kUnits>
-__device__ __forceinline__ Part<Unit, kUnits> ask_part(const Params& p, uint32_t payload, uint32_t token,
-                                                       uint32_t first) {
-    const Unit* from = unit_from<Unit, kUnits>(p, payload, token);
-    Part<Unit, kUnits> part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < part.kAhead; ++step) {
-        const uint32_t at = first + step * kGroupThreads + Group::thread();
-        if (at < kUnits) part.units[step] = from[at];
-    }
-    return part;
-}
-
-template <class Unit, uint32_t kUnits>
-__device__ __forceinline__ void send_part(const Params& p, uint32_t rank, uint32_t payload, uint32_t slot,
-                                          uint32_t first, const Part<Unit, kUnits>& part) {
-    Unit* to = row_at<Unit, kUnits>(p, rank, payload, slot);
-#pragma unroll
-    for (uint32_t step = 0; step < part.kAhead; ++step) {
-        const uint32_t at = first + step * kGroupThreads + Group::thread();
-        if (at < kUnits) to[at] = part.units[step];
-    }
-}
+using Part = RowPart<Group, Unit, kUnits, 7>;
 
 // A token's payloads in a warp group's registers, or the first part of those that are long.
 struct Token {
@@ -190,9 +162,10 @@ struct Token {
 
 __device__ __forceinline__ Token ask_token(const Params& p, uint32_t token) {
     Token asked;
-    asked.payload_1 = ask_narrow<uint4, 2>(p, 1, token);
-    asked.payload_2 = ask_narrow<uint4, 2>(p, 2, token);
-    asked.payload_0 = ask_part<uint4, 896>(p, 0, token, 0);
+    asked.payload_1 = load_narrow<uint4, 2>(p, 1, token);
+    asked.payload_2 = load_narrow<uint4, 2>(p, 2, token);
+    asked.payload_0 =
+        Part<uint4, 896>::load(unit_from<uint4, 896>(p, 0, token), 0);
     return asked;
 }
 
@@ -201,7 +174,7 @@ __device__ __forceinline__ void send_token(const Params& p, const Token& asked, 
     for (uint64_t rest = ranks; rest != 0;) {
         const uint32_t rank = take_destination<kCrossesLinks>(p, rest);
         const uint32_t slot = slot_with(ranks, rank, slots);
-        send_part<uint4, 896>(p, rank, 0, slot, 0, asked.payload_0);
+        asked.payload_0.store(row_at<uint4, 896>(p, rank, 0, slot), 0);
         send_narrow<uint4, 2>(p, rank, 1, slot, asked.payload_1);
         send_narrow<uint4, 2>(p, rank, 2, slot, asked.payload_2);
     }

@@ -5,6 +5,7 @@
 
 #include <moegen/launch.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -16,7 +17,7 @@ constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
 constexpr uint32_t kWarps = 32;                     // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
-
+using Part = RowPart<Group, uint4, kRowVectors, 7>;
 struct Params {
     uint8_t* chunks;          // what has come from each rank
     uint64_t starts[8];       // where the chunk of each rank begins: bytes
@@ -43,7 +44,7 @@ struct Params {
 
 static_assert(sizeof(Params) == 208);
 
-constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
+constexpr uint32_t kSlotVectors = 896;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
     uint32_t object;
@@ -61,8 +62,8 @@ __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
 }
 
 // Rows of a chunk are in the order of their source's tokens.
-__device__ __forceinline__ uint4* record_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
-    return reinterpret_cast<uint4*>(chunk_at(p, rank) + p.records_offset) + uint64_t(row) * kRecordVectors;
+__device__ __forceinline__ uint4* slot_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
+    return row_of<kSlotVectors>(chunk_at(p, rank) + p.records_offset, row);
 }
 
 // Whether a rank's chunk is of this call of this object, and of the same call word. Else that is reported, and the
@@ -77,32 +78,6 @@ __device__ __forceinline__ bool belongs_here(const Params& p, uint32_t rank) {
     if (header.word == call_word(p)) return true;
     write_other_call(p.failure, p.rank, rank, call_word(p), header.word);
     return false;
-}
-
-constexpr uint32_t kAhead = 7;  // vectors of a part that each lane has
-constexpr uint32_t kPartVectors = kAhead * kWarpSize;
-
-// Of the vectors from `first` on, each lane has every 32nd.
-struct Part {
-    uint4 vectors[kAhead];
-};
-
-__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
-    Part part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) part.vectors[step] = row[at];
-    }
-    return part;
-}
-
-__device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Part& part) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) row[at] = part.vectors[step];
-    }
 }
 
 using Experts = Partition<256, kRanks>;
@@ -275,14 +250,14 @@ __device__ __forceinline__ void place_row(const Params& p, const Arrival& arriva
     __shared__ Targets lists[kWarps];
     Targets& targets = lists[warp_id()];
     const uint32_t number = list_targets(p, arrival, targets);
-    const uint4* from = record_in_chunk(p, arrival.source, arrival.index);
+    const uint4* from = slot_in_chunk(p, arrival.source, arrival.index);
     uint4* out = reinterpret_cast<uint4*>(p.out);
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
-        const Part part = load_part(from, first);
+    for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
+        const Part part = Part::load(from, first);
 #pragma unroll 1
         for (uint32_t target = 0; target < number; ++target) {
-            store_part(out + uint64_t(targets.slots[target]) * kRowVectors, first, part);
+            part.store(out + uint64_t(targets.slots[target]) * kRowVectors, first);
         }
     }
     __syncwarp();  // the next row's list overwrites this one

@@ -6,6 +6,7 @@
 #include <moegen/launch.cuh>
 #include <moegen/numeric.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -17,7 +18,7 @@ constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
 constexpr uint32_t kWarps = 16;                     // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
-
+using Part = RowPart<Group, uint4, kRowVectors, 4>;
 struct Params {
     uint8_t* chunks;              // what has come back from each rank
     uint64_t starts[8];           // where the chunk of each rank begins: bytes
@@ -47,7 +48,7 @@ struct Params {
 
 static_assert(sizeof(Params) == 224);
 
-constexpr uint32_t kRecordVectors = 898;  // of a row and what travels with it
+constexpr uint32_t kSlotVectors = 898;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
     uint32_t object;
@@ -64,8 +65,8 @@ __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
 }
 
 // Rows of a chunk are in the order of their source's tokens.
-__device__ __forceinline__ uint4* record_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
-    return reinterpret_cast<uint4*>(chunk_at(p, rank) + p.records_offset) + uint64_t(row) * kRecordVectors;
+__device__ __forceinline__ uint4* slot_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
+    return row_of<kSlotVectors>(chunk_at(p, rank) + p.records_offset, row);
 }
 
 // Whether a rank's chunk is of this call of this object, and of the same call word. Else that is reported, and the
@@ -89,8 +90,8 @@ __device__ __forceinline__ uint32_t row_with(const Params& p, uint32_t rank, uin
     return min(uint32_t(slot_with(ranks, rank, p.sent_rows + uint64_t(token) * kDestinations)), p.max_tokens - 1);
 }
 
-__device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t token) {
-    return record_in_chunk(p, rank, row_with(p, rank, token));
+__device__ __forceinline__ const uint4* incoming_slot(const Params& p, uint32_t rank, uint32_t token) {
+    return slot_in_chunk(p, rank, row_with(p, rank, token));
 }
 
 // Which of all rows that came here a token is that stays.
@@ -108,32 +109,6 @@ __device__ __forceinline__ uint64_t ranks_of_this_call(const Params& p) {
 #pragma unroll 1
     for (uint32_t rank = 0; rank < kRanks; ++rank) ranks |= uint64_t(belong[rank]) << rank;
     return ranks;
-}
-
-constexpr uint32_t kAhead = 4;  // vectors of a part that each lane has
-constexpr uint32_t kPartVectors = kAhead * kWarpSize;
-
-// Of the vectors from `first` on, each lane has every 32nd.
-struct Part {
-    uint4 vectors[kAhead];
-};
-
-__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
-    Part part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) part.vectors[step] = row[at];
-    }
-    return part;
-}
-
-__device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Part& part) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) row[at] = part.vectors[step];
-    }
 }
 
 // Eight numbers of a row, as the fp32 in which they are summed.
@@ -157,15 +132,6 @@ __device__ __forceinline__ uint4 rounded(const Sums& sums) {
 
 constexpr uint32_t kMaxTerms = kRanks - 1 + kTopk + 2;  // of the other ranks, of this one's experts, and biases
 
-// Weights that are summed like the rows travel behind them: K words.
-__device__ __forceinline__ float* weights_behind(uint4* record) {
-    return reinterpret_cast<float*>(record + kRowVectors);
-}
-
-__device__ __forceinline__ const uint4* y_at(const Params& p, uint32_t row) {
-    return reinterpret_cast<const uint4*>(p.y) + uint64_t(row) * kRowVectors;
-}
-
 // The rows that add up to one sum, in the order in which they are added.
 struct Terms {
     const uint4* rows[kMaxTerms];
@@ -179,32 +145,32 @@ struct Place {
 };
 
 __device__ __forceinline__ Place after(Place place, uint32_t number) {
-    return place.term + 1 < number ? Place{place.term + 1, place.first} : Place{0, place.first + kPartVectors};
+    return place.term + 1 < number ? Place{place.term + 1, place.first} : Place{0, place.first + Part::kLength};
 }
 
 __device__ __forceinline__ Part load_term(const Terms& terms, Place place) {
-    return place.first < kRowVectors ? load_part(terms.rows[place.term], place.first) : Part{};
+    return place.first < kRowVectors ? Part::load(terms.rows[place.term], place.first) : Part{};
 }
 
 // Adds a part to the sum of its place; behind the last term rounds once, stores, and begins with zero again.
 __device__ __forceinline__ void add_term(const Terms& terms, uint32_t number, Place place, const Part& part,
-                                         Sums (&sums)[kAhead], uint4* to) {
+                                         Sums (&sums)[Part::kAhead], uint4* to) {
     if (place.first >= kRowVectors) return;
     const float weight = terms.weights[place.term];
 #pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) add(sums[step], part.vectors[step], weight);
+    for (uint32_t step = 0; step < Part::kAhead; ++step) add(sums[step], part.units[step], weight);
     if (place.term + 1 != number) return;
     Part sum;
 #pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        sum.vectors[step] = rounded(sums[step]);
+    for (uint32_t step = 0; step < Part::kAhead; ++step) {
+        sum.units[step] = rounded(sums[step]);
         sums[step] = {};
     }
-    store_part(to, place.first, sum);
+    sum.store(to, place.first);
 }
 
 __device__ __forceinline__ void store_zeros(uint4* to) {
-    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) store_part(to, first, Part{});
+    for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) Part{}.store(to, first);
 }
 
 constexpr uint32_t kPartsAhead = 3;  // that a warp has on their way
@@ -213,7 +179,7 @@ constexpr uint32_t kPartsAhead = 3;  // that a warp has on their way
 // which would wait for it.
 __device__ __forceinline__ void store_sum(const Terms& terms, uint32_t number, uint4* to) {
     if (number == 0) return store_zeros(to);
-    Sums sums[kAhead] = {};
+    Sums sums[Part::kAhead] = {};
     Part parts[kPartsAhead];
     Place asked{0, 0};
 #pragma unroll
@@ -245,7 +211,7 @@ __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t ro
     const uint32_t all = __ballot_sync(kFullWarp, is_term);
     if (is_term) {
         const uint32_t index = number + lanes_below(lane_id(), all);
-        terms.rows[index] = y_at(p, uint32_t(slot));
+        terms.rows[index] = row_of<kRowVectors>(p.y, uint32_t(slot));
         terms.weights[index] = p.row_weights == nullptr ? 1.0f : p.row_weights[at];
     }
     return number + __popc(all);
@@ -258,7 +224,7 @@ __device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uin
     for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
         const uint32_t rank = first_rank(rest);
         sum += rank == p.rank ? p.y_weights[uint64_t(own_row) * kTopk + lane_id()]
-                              : weights_behind(record_at(p, rank, token))[lane_id()];
+                              : behind_row<float, kRowVectors>(incoming_slot(p, rank, token))[lane_id()];
     }
     p.out_weights[uint64_t(token) * kTopk + lane_id()] = sum;
 }
@@ -280,7 +246,7 @@ __device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, 
     for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
         const uint32_t rank = first_rank(rest);
         if (rank != p.rank) {
-            number = list_row(terms, number, record_at(p, rank, token));
+            number = list_row(terms, number, incoming_slot(p, rank, token));
             continue;
         }
         number = list_selections(p, own_row, terms, number);

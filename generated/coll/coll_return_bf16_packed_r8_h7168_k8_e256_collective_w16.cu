@@ -6,6 +6,7 @@
 #include <moegen/launch.cuh>
 #include <moegen/numeric.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -17,7 +18,7 @@ constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
 constexpr uint32_t kWarps = 16;                     // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
-
+using Part = RowPart<Group, uint4, kRowVectors, 4>;
 struct Params {
     uint8_t* chunks;            // what goes to each rank
     uint64_t starts[8];         // where the chunk of each rank begins: bytes
@@ -38,7 +39,7 @@ struct Params {
 
 static_assert(sizeof(Params) == 160);
 
-constexpr uint32_t kRecordVectors = 898;  // of a row and what travels with it
+constexpr uint32_t kSlotVectors = 898;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
     uint32_t object;
@@ -55,8 +56,8 @@ __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
 }
 
 // Rows of a chunk are in the order of their source's tokens.
-__device__ __forceinline__ uint4* record_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
-    return reinterpret_cast<uint4*>(chunk_at(p, rank) + p.records_offset) + uint64_t(row) * kRecordVectors;
+__device__ __forceinline__ uint4* slot_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
+    return row_of<kSlotVectors>(chunk_at(p, rank) + p.records_offset, row);
 }
 
 // One block's.
@@ -64,32 +65,6 @@ __device__ __forceinline__ void write_headers(const Params& p, uint32_t call) {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
         *header_at(p, rank) = Header{p.object, call, call_word(p), {}};
-    }
-}
-
-constexpr uint32_t kAhead = 4;  // vectors of a part that each lane has
-constexpr uint32_t kPartVectors = kAhead * kWarpSize;
-
-// Of the vectors from `first` on, each lane has every 32nd.
-struct Part {
-    uint4 vectors[kAhead];
-};
-
-__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
-    Part part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) part.vectors[step] = row[at];
-    }
-    return part;
-}
-
-__device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Part& part) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) row[at] = part.vectors[step];
     }
 }
 
@@ -114,15 +89,6 @@ __device__ __forceinline__ uint4 rounded(const Sums& sums) {
 
 constexpr uint32_t kMaxTerms = kTopk + 2;  // of this rank's experts; GCC takes two more for possible
 
-// Weights that are summed like the rows travel behind them: K words.
-__device__ __forceinline__ float* weights_behind(uint4* record) {
-    return reinterpret_cast<float*>(record + kRowVectors);
-}
-
-__device__ __forceinline__ const uint4* y_at(const Params& p, uint32_t row) {
-    return reinterpret_cast<const uint4*>(p.y) + uint64_t(row) * kRowVectors;
-}
-
 // The rows that add up to one sum, in the order in which they are added.
 struct Terms {
     const uint4* rows[kMaxTerms];
@@ -136,32 +102,32 @@ struct Place {
 };
 
 __device__ __forceinline__ Place after(Place place, uint32_t number) {
-    return place.term + 1 < number ? Place{place.term + 1, place.first} : Place{0, place.first + kPartVectors};
+    return place.term + 1 < number ? Place{place.term + 1, place.first} : Place{0, place.first + Part::kLength};
 }
 
 __device__ __forceinline__ Part load_term(const Terms& terms, Place place) {
-    return place.first < kRowVectors ? load_part(terms.rows[place.term], place.first) : Part{};
+    return place.first < kRowVectors ? Part::load(terms.rows[place.term], place.first) : Part{};
 }
 
 // Adds a part to the sum of its place; behind the last term rounds once, stores, and begins with zero again.
 __device__ __forceinline__ void add_term(const Terms& terms, uint32_t number, Place place, const Part& part,
-                                         Sums (&sums)[kAhead], uint4* to) {
+                                         Sums (&sums)[Part::kAhead], uint4* to) {
     if (place.first >= kRowVectors) return;
     const float weight = terms.weights[place.term];
 #pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) add(sums[step], part.vectors[step], weight);
+    for (uint32_t step = 0; step < Part::kAhead; ++step) add(sums[step], part.units[step], weight);
     if (place.term + 1 != number) return;
     Part sum;
 #pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        sum.vectors[step] = rounded(sums[step]);
+    for (uint32_t step = 0; step < Part::kAhead; ++step) {
+        sum.units[step] = rounded(sums[step]);
         sums[step] = {};
     }
-    store_part(to, place.first, sum);
+    sum.store(to, place.first);
 }
 
 __device__ __forceinline__ void store_zeros(uint4* to) {
-    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) store_part(to, first, Part{});
+    for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) Part{}.store(to, first);
 }
 
 constexpr uint32_t kPartsAhead = 3;  // that a warp has on their way
@@ -170,7 +136,7 @@ constexpr uint32_t kPartsAhead = 3;  // that a warp has on their way
 // which would wait for it.
 __device__ __forceinline__ void store_sum(const Terms& terms, uint32_t number, uint4* to) {
     if (number == 0) return store_zeros(to);
-    Sums sums[kAhead] = {};
+    Sums sums[Part::kAhead] = {};
     Part parts[kPartsAhead];
     Place asked{0, 0};
 #pragma unroll
@@ -202,21 +168,21 @@ __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t ro
     const uint32_t all = __ballot_sync(kFullWarp, is_term);
     if (is_term) {
         const uint32_t index = number + lanes_below(lane_id(), all);
-        terms.rows[index] = y_at(p, uint32_t(slot));
+        terms.rows[index] = row_of<kRowVectors>(p.y, uint32_t(slot));
         terms.weights[index] = p.row_weights == nullptr ? 1.0f : p.row_weights[at];
     }
     return number + __popc(all);
 }
 
 __device__ __forceinline__ void send_partial(const Params& p, uint32_t row, uint32_t owner) {
-    uint4* record = record_in_chunk(p, owner, min(row - uint32_t(p.first_rows[owner]), p.max_tokens - 1));
+    uint4* to = slot_in_chunk(p, owner, min(row - uint32_t(p.first_rows[owner]), p.max_tokens - 1));
     __shared__ Terms lists[kWarps];
     Terms& terms = lists[warp_id()];
     const uint32_t number = list_selections(p, row, terms, 0);
     __syncwarp();
-    store_sum(terms, number, record);
+    store_sum(terms, number, to);
     if (p.y_weights != nullptr && lane_id() < kTopk) {
-        weights_behind(record)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
+        behind_row<float, kRowVectors>(to)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
     }
     __syncwarp();  // the next row's terms overwrite these
 }

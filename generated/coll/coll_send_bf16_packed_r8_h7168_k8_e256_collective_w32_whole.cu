@@ -5,6 +5,7 @@
 
 #include <moegen/launch.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -16,7 +17,7 @@ constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
 constexpr uint32_t kWarps = 32;                     // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
-
+using Part = RowPart<Group, uint4, kRowVectors, 7>;
 struct Params {
     uint8_t* chunks;            // what goes to each rank
     uint64_t starts[8];         // where the chunk of each rank begins: bytes
@@ -41,7 +42,7 @@ struct Params {
 
 static_assert(sizeof(Params) == 192);
 
-constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
+constexpr uint32_t kSlotVectors = 896;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
     uint32_t object;
@@ -59,8 +60,8 @@ __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
 }
 
 // Rows of a chunk are in the order of their source's tokens.
-__device__ __forceinline__ uint4* record_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
-    return reinterpret_cast<uint4*>(chunk_at(p, rank) + p.records_offset) + uint64_t(row) * kRecordVectors;
+__device__ __forceinline__ uint4* slot_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
+    return row_of<kSlotVectors>(chunk_at(p, rank) + p.records_offset, row);
 }
 
 // One block's.
@@ -78,48 +79,18 @@ __device__ __forceinline__ uint32_t row_with(const Params& p, uint32_t rank, uin
     return min(uint32_t(slot_with(ranks, rank, p.sent_rows + uint64_t(token) * kDestinations)), p.max_tokens - 1);
 }
 
-__device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t token) {
-    return record_in_chunk(p, rank, row_with(p, rank, token));
-}
-
-constexpr uint32_t kAhead = 7;  // vectors of a part that each lane has
-constexpr uint32_t kPartVectors = kAhead * kWarpSize;
-
-// Of the vectors from `first` on, each lane has every 32nd.
-struct Part {
-    uint4 vectors[kAhead];
-};
-
-__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
-    Part part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) part.vectors[step] = row[at];
-    }
-    return part;
-}
-
-__device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Part& part) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) row[at] = part.vectors[step];
-    }
-}
-
-__device__ __forceinline__ const uint4* token_at(const Params& p, uint32_t token) {
-    return reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
+__device__ __forceinline__ uint4* outgoing_slot(const Params& p, uint32_t rank, uint32_t token) {
+    return slot_in_chunk(p, rank, row_with(p, rank, token));
 }
 
 __device__ __forceinline__ void send_row(const Params& p, uint32_t token, uint64_t ranks) {
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
-        const Part part = load_part(token_at(p, token), first);
+    for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
+        const Part part = Part::load(token_at(p, token), first);
 #pragma unroll 1
         for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
-            uint4* record = record_at(p, first_rank(rest), token);
-            store_part(record, first, part);
+            uint4* slot = outgoing_slot(p, first_rank(rest), token);
+            part.store(slot, first);
         }
     }
 }

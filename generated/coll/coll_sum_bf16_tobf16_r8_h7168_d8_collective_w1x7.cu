@@ -6,6 +6,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/work.cuh>
 
 using namespace moegen;
@@ -66,40 +67,26 @@ __device__ __forceinline__ void store_vector(uint8_t* row, uint32_t vector, cons
 static_assert(kDestinations <= kRanks);
 constexpr uint32_t kRowVectors = 896;  // 16-byte vectors of a row
 
-constexpr uint32_t kSummed = 2;  // vectors of a part, which a thread adds at a time
-
-// Of the vectors from `first` on, each thread has every kGroupThreads-th.
-struct Part {
-    uint4 vectors[kSummed];
-};
-
-__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
-    Part part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kSummed; ++step) {
-        const uint32_t at = first + step * kGroupThreads + Group::thread();
-        if (at < kRowVectors) part.vectors[step] = row[at];
-    }
-    return part;
-}
+// What a thread adds at a time.
+using Part = RowPart<Group, uint4, kRowVectors, 2>;
 
 struct Sums {
-    Floats words[kSummed][4];
+    Floats words[Part::kAhead][4];
 };
 
 __device__ __forceinline__ void add(Sums& sums, const Part& part) {
 #pragma unroll
-    for (uint32_t step = 0; step < kSummed; ++step) {
-        add(sums.words[step][0], part.vectors[step].x);
-        add(sums.words[step][1], part.vectors[step].y);
-        add(sums.words[step][2], part.vectors[step].z);
-        add(sums.words[step][3], part.vectors[step].w);
+    for (uint32_t step = 0; step < Part::kAhead; ++step) {
+        add(sums.words[step][0], part.units[step].x);
+        add(sums.words[step][1], part.units[step].y);
+        add(sums.words[step][2], part.units[step].z);
+        add(sums.words[step][3], part.units[step].w);
     }
 }
 
 __device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const Sums& sums) {
 #pragma unroll
-    for (uint32_t step = 0; step < kSummed; ++step) {
+    for (uint32_t step = 0; step < Part::kAhead; ++step) {
         const uint32_t at = first + step * kGroupThreads + Group::thread();
         if (at >= kRowVectors) continue;
         store_vector(out, at, sums.words[step]);
@@ -108,7 +95,7 @@ __device__ __forceinline__ void store_sums(uint8_t* out, uint32_t first, const S
 
 // A row that `rank` has made of this rank's token.
 __device__ __forceinline__ const uint4* row_at(const Params& p, uint32_t rank, uint32_t slot) {
-    return reinterpret_cast<const uint4*>(p.rows) + (uint64_t(p.first_rows[rank]) + slot) * kRowVectors;
+    return row_of<kRowVectors>(p.rows, uint64_t(p.first_rows[rank]) + slot);
 }
 
 constexpr uint32_t kRowsAhead = 8;  // of which a thread asks for a part at once
@@ -125,7 +112,7 @@ __device__ __forceinline__ Sums sums_of(const Params& p, uint64_t ranks, const i
             const uint32_t rank = first_rank(rest);
             const uint32_t slot = uint32_t(*slots++);
             drop_first(rest);
-            parts[row] = load_part(row_at(p, rank, slot), first);
+            parts[row] = Part::load(row_at(p, rank, slot), first);
         }
 #pragma unroll
         for (uint32_t row = 0; row < kRowsAhead; ++row) add(sums, parts[row]);
@@ -135,7 +122,7 @@ __device__ __forceinline__ Sums sums_of(const Params& p, uint64_t ranks, const i
 
 __device__ __forceinline__ void add_token(const Params& p, uint64_t ranks, const int32_t* slots, uint8_t* out) {
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kSummed * kGroupThreads) {
+    for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
         store_sums(out, first, sums_of(p, ranks, slots, first));
     }
 }

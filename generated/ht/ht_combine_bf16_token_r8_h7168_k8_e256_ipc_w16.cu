@@ -6,6 +6,7 @@
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -18,7 +19,7 @@ constexpr uint32_t kRowVectors = kHidden * 2 / 16;  // 16-byte vectors of a row
 constexpr uint32_t kWarps = 16;                     // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
-
+using Part = RowPart<Group, uint4, kRowVectors, 4>;
 enum Phase : uint32_t { kPeerReady = 0, kPartial = 5 };
 
 struct Params {
@@ -119,58 +120,36 @@ __device__ __forceinline__ void close_epoch(const Params& p, const Watch& watch)
     p.control->epoch = epoch_after(watch.epoch);
 }
 
-constexpr uint32_t kRecordVectors = 898;  // of a row and what travels with it
+constexpr uint32_t kSlotVectors = 898;  // of a row and what travels with it
 
-// Staging is [source][max_tokens]: the place of (source, token), which the source knows at once.
-__device__ __forceinline__ uint64_t place_of(const Params& p, uint32_t source, uint32_t token) {
-    return uint64_t(source) * p.max_tokens + token;
+// A row's slot is that of its token: its source knows it at once.
+__device__ __forceinline__ uint4* outgoing_slot(const Params& p, uint32_t rank, uint32_t token) {
+    return slot_at<kSlotVectors>(p, rank, Slot{p.rank, p.max_tokens, token});
 }
 
-__device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset) + place_of(p, source, token) * kRecordVectors;
+__device__ __forceinline__ uint4* incoming_slot(const Params& p, uint32_t source, uint32_t token) {
+    return slot_at<kSlotVectors>(p, p.rank, Slot{source, p.max_tokens, token});
 }
 
-// A tag is the call word and the epoch of the row there.
-__device__ __forceinline__ uint64_t* tag_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_of(p, source, token);
+// A tag is the call word and the epoch of the row in its slot.
+__device__ __forceinline__ uint64_t* outgoing_tag(const Params& p, uint32_t rank, uint32_t token) {
+    return tag_at<uint64_t>(p, rank, Slot{p.rank, p.max_tokens, token});
+}
+
+__device__ __forceinline__ uint64_t* incoming_tag(const Params& p, uint32_t source, uint32_t token) {
+    return tag_at<uint64_t>(p, p.rank, Slot{source, p.max_tokens, token});
 }
 
 // A warp's wait for the row of (source, token) here.
 __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch, Awaited what) {
     bool arrived = true;
     if (lane_id() == 0) {
-        const uint64_t* tag = tag_at(p, p.rank, what.peer, uint32_t(what.index));
+        const uint64_t* tag = incoming_tag(p, what.peer, uint32_t(what.index));
         arrived = wait_for(watch, what, tag_of(p, watch), [=] { return load_acquire_sys(tag); });
     }
     const bool verdict = __all_sync(kFullWarp, arrived) != 0;
     __syncwarp();  // lane 0 has acquired the row, and a vote orders nothing
     return verdict;
-}
-
-constexpr uint32_t kAhead = 4;  // vectors of a part that each lane has
-constexpr uint32_t kPartVectors = kAhead * kWarpSize;
-
-// Of the vectors from `first` on, each lane has every 32nd.
-struct Part {
-    uint4 vectors[kAhead];
-};
-
-__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
-    Part part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) part.vectors[step] = row[at];
-    }
-    return part;
-}
-
-__device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Part& part) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) row[at] = part.vectors[step];
-    }
 }
 
 // Eight numbers of a row, as the fp32 in which they are summed.
@@ -194,15 +173,6 @@ __device__ __forceinline__ uint4 rounded(const Sums& sums) {
 
 constexpr uint32_t kMaxTerms = kRanks + 2;  // of the ranks, and biases
 
-// Weights that are summed like the rows travel behind them: K words.
-__device__ __forceinline__ float* weights_behind(uint4* record) {
-    return reinterpret_cast<float*>(record + kRowVectors);
-}
-
-__device__ __forceinline__ const uint4* y_at(const Params& p, uint32_t row) {
-    return reinterpret_cast<const uint4*>(p.y) + uint64_t(row) * kRowVectors;
-}
-
 // The rows that add up to one sum, in the order in which they are added.
 struct Terms {
     const uint4* rows[kMaxTerms];
@@ -216,32 +186,32 @@ struct Place {
 };
 
 __device__ __forceinline__ Place after(Place place, uint32_t number) {
-    return place.term + 1 < number ? Place{place.term + 1, place.first} : Place{0, place.first + kPartVectors};
+    return place.term + 1 < number ? Place{place.term + 1, place.first} : Place{0, place.first + Part::kLength};
 }
 
 __device__ __forceinline__ Part load_term(const Terms& terms, Place place) {
-    return place.first < kRowVectors ? load_part(terms.rows[place.term], place.first) : Part{};
+    return place.first < kRowVectors ? Part::load(terms.rows[place.term], place.first) : Part{};
 }
 
 // Adds a part to the sum of its place; behind the last term rounds once, stores, and begins with zero again.
 __device__ __forceinline__ void add_term(const Terms& terms, uint32_t number, Place place, const Part& part,
-                                         Sums (&sums)[kAhead], uint4* to) {
+                                         Sums (&sums)[Part::kAhead], uint4* to) {
     if (place.first >= kRowVectors) return;
     const float weight = terms.weights[place.term];
 #pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) add(sums[step], part.vectors[step], weight);
+    for (uint32_t step = 0; step < Part::kAhead; ++step) add(sums[step], part.units[step], weight);
     if (place.term + 1 != number) return;
     Part sum;
 #pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        sum.vectors[step] = rounded(sums[step]);
+    for (uint32_t step = 0; step < Part::kAhead; ++step) {
+        sum.units[step] = rounded(sums[step]);
         sums[step] = {};
     }
-    store_part(to, place.first, sum);
+    sum.store(to, place.first);
 }
 
 __device__ __forceinline__ void store_zeros(uint4* to) {
-    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) store_part(to, first, Part{});
+    for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) Part{}.store(to, first);
 }
 
 constexpr uint32_t kPartsAhead = 3;  // that a warp has on their way
@@ -250,7 +220,7 @@ constexpr uint32_t kPartsAhead = 3;  // that a warp has on their way
 // which would wait for it.
 __device__ __forceinline__ void store_sum(const Terms& terms, uint32_t number, uint4* to) {
     if (number == 0) return store_zeros(to);
-    Sums sums[kAhead] = {};
+    Sums sums[Part::kAhead] = {};
     Part parts[kPartsAhead];
     Place asked{0, 0};
 #pragma unroll
@@ -272,28 +242,28 @@ __device__ __forceinline__ void store_sum(const Terms& terms, uint32_t number, u
 
 __device__ __forceinline__ void copy_row(const uint4* from, uint4* to) {
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += 2 * kPartVectors) {
-        const Part one = load_part(from, first);
-        const Part two = load_part(from, first + kPartVectors);
-        store_part(to, first, one);
-        store_part(to, first + kPartVectors, two);
+    for (uint32_t first = 0; first < kRowVectors; first += 2 * Part::kLength) {
+        const Part one = Part::load(from, first);
+        const Part two = Part::load(from, first + Part::kLength);
+        one.store(to, first);
+        two.store(to, first + Part::kLength);
     }
 }
 
 __device__ __forceinline__ void send_partial(const Params& p, const Watch& watch, uint32_t row, uint32_t owner) {
     const uint32_t token = min(uint32_t(p.row_tokens[row]), p.max_tokens - 1);
-    uint4* record = record_at(p, owner, p.rank, token);
+    uint4* to = outgoing_slot(p, owner, token);
     const bool exists = row < p.rows;  // one that dispatch had no room for is no part of `y`, and adds nothing
     if (exists) {
-        copy_row(y_at(p, row), record);
+        copy_row(row_of<kRowVectors>(p.y, row), to);
     } else {
-        store_zeros(record);
+        store_zeros(to);
     }
     if (p.y_weights != nullptr && lane_id() < kTopk) {
-        weights_behind(record)[lane_id()] = exists ? p.y_weights[uint64_t(row) * kTopk + lane_id()] : 0.0f;
+        behind_row<float, kRowVectors>(to)[lane_id()] = exists ? p.y_weights[uint64_t(row) * kTopk + lane_id()] : 0.0f;
     }
     __syncwarp();
-    if (lane_id() == 0) store_release_sys(tag_at(p, owner, p.rank, token), tag_of(p, watch));
+    if (lane_id() == 0) store_release_sys(outgoing_tag(p, owner, token), tag_of(p, watch));
 }
 
 // Rows go back in this order.
@@ -316,7 +286,7 @@ __device__ __forceinline__ bool wait_for_partials(const Params& p, const Watch& 
 #pragma unroll 1
     for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) {
         if ((ranks >> rank & 1) == 0) continue;
-        const uint64_t* tag = tag_at(p, p.rank, rank, token);
+        const uint64_t* tag = incoming_tag(p, rank, token);
         const Awaited what{kPartial, rank, int32_t(token)};
         arrived &= wait_for(watch, what, tag_of(p, watch), [=] { return load_acquire_sys(tag); });
     }
@@ -332,7 +302,7 @@ __device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uin
     for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
         const uint32_t rank = first_rank(rest);
         sum += rank == p.rank ? p.y_weights[uint64_t(own_row) * kTopk + lane_id()]
-                              : weights_behind(record_at(p, p.rank, rank, token))[lane_id()];
+                              : behind_row<float, kRowVectors>(incoming_slot(p, rank, token))[lane_id()];
     }
     p.out_weights[uint64_t(token) * kTopk + lane_id()] = sum;
 }
@@ -354,10 +324,10 @@ __device__ __forceinline__ uint32_t list_terms(const Params& p, uint32_t token, 
     for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
         const uint32_t rank = first_rank(rest);
         if (rank != p.rank) {
-            number = list_row(terms, number, record_at(p, p.rank, rank, token));
+            number = list_row(terms, number, incoming_slot(p, rank, token));
             continue;
         }
-        number = list_row(terms, number, y_at(p, own_row));
+        number = list_row(terms, number, row_of<kRowVectors>(p.y, own_row));
     }
     const uint64_t at = uint64_t(token) * kRowVectors;
     if (p.bias != nullptr) number = list_row(terms, number, reinterpret_cast<const uint4*>(p.bias) + at);

@@ -5,6 +5,7 @@
 
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -15,7 +16,6 @@ constexpr uint32_t kTopk = 8;
 constexpr uint32_t kWarps = 32;  // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
-
 enum Phase : uint32_t { kPeerReady = 0, kPlanned = 1, kCounts = 2, kEntry = 3 };
 
 struct Params {
@@ -132,13 +132,12 @@ constexpr uint32_t kEntryPieces = 6;  // of a row: its token, a selection and a 
 constexpr uint32_t kEntryWords = kEntryPieces * kPieceWords;
 
 __device__ __forceinline__ uint4* counts_at(const Params& p, uint32_t rank, uint32_t source) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.counts_offset) + source * kCountPieces;
+    return peer_memory<uint4>(p, rank, p.counts_offset) + source * kCountPieces;
 }
 
 // Rows of a source are numbered in the order of its tokens.
 __device__ __forceinline__ uint4* entry_at(const Params& p, uint32_t rank, uint32_t source, uint32_t row) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.entries_offset) +
-           (uint64_t(source) * p.max_tokens + row) * kEntryPieces;
+    return peer_memory<uint4>(p, rank, p.entries_offset) + number_of(Slot{source, p.max_tokens, row}) * kEntryPieces;
 }
 
 constexpr uint32_t kChunk = 64;                            // tokens that a block plans at a time, a bit for each

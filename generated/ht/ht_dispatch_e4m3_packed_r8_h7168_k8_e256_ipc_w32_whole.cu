@@ -5,6 +5,7 @@
 
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
 
@@ -17,7 +18,7 @@ constexpr uint32_t kRowVectors = kHidden * 1 / 16;  // 16-byte vectors of a row
 constexpr uint32_t kWarps = 32;                     // of a block; each moves a row at a time
 constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
-
+using Part = RowPart<Group, uint4, kRowVectors, 7>;
 enum Phase : uint32_t { kPeerReady = 0, kPlanned = 1, kCounts = 2, kEntry = 3, kRow = 4 };
 
 struct Params {
@@ -139,59 +140,37 @@ __device__ __forceinline__ void close_epoch(const Params& p, const Watch& watch)
     p.control->epoch = epoch_after(watch.epoch);
 }
 
-constexpr uint32_t kRecordVectors = 462;  // of a row and what travels with it
+constexpr uint32_t kSlotVectors = 462;  // of a row and what travels with it
 
-// Staging is [source][max_tokens]: the place of (source, token), which the source knows at once.
-__device__ __forceinline__ uint64_t place_of(const Params& p, uint32_t source, uint32_t token) {
-    return uint64_t(source) * p.max_tokens + token;
+// A row's slot is that of its token: its source knows it at once.
+__device__ __forceinline__ uint4* outgoing_slot(const Params& p, uint32_t rank, uint32_t token) {
+    return slot_at<kSlotVectors>(p, rank, Slot{p.rank, p.max_tokens, token});
 }
 
-__device__ __forceinline__ uint4* record_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset) + place_of(p, source, token) * kRecordVectors;
+__device__ __forceinline__ uint4* incoming_slot(const Params& p, uint32_t source, uint32_t token) {
+    return slot_at<kSlotVectors>(p, p.rank, Slot{source, p.max_tokens, token});
 }
 
-// A tag is the call word and the epoch of the row there.
-__device__ __forceinline__ uint64_t* tag_at(const Params& p, uint32_t rank, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_of(p, source, token);
+// A tag is the call word and the epoch of the row in its slot.
+__device__ __forceinline__ uint64_t* outgoing_tag(const Params& p, uint32_t rank, uint32_t token) {
+    return tag_at<uint64_t>(p, rank, Slot{p.rank, p.max_tokens, token});
+}
+
+__device__ __forceinline__ uint64_t* incoming_tag(const Params& p, uint32_t source, uint32_t token) {
+    return tag_at<uint64_t>(p, p.rank, Slot{source, p.max_tokens, token});
 }
 
 // A warp's wait for the row of (source, token) here.
 __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch, Awaited what) {
     bool arrived = true;
     if (lane_id() == 0) {
-        const uint64_t* tag = tag_at(p, p.rank, what.peer, uint32_t(what.index));
+        const uint64_t* tag = incoming_tag(p, what.peer, uint32_t(what.index));
         // Counts came first, whose call word was compared.
         arrived = wait_for(watch, what, watch.epoch, [=] { return uint32_t(load_acquire_sys(tag)); });
     }
     const bool verdict = __all_sync(kFullWarp, arrived) != 0;
     __syncwarp();  // lane 0 has acquired the row, and a vote orders nothing
     return verdict;
-}
-
-constexpr uint32_t kAhead = 7;  // vectors of a part that each lane has
-constexpr uint32_t kPartVectors = kAhead * kWarpSize;
-
-// Of the vectors from `first` on, each lane has every 32nd.
-struct Part {
-    uint4 vectors[kAhead];
-};
-
-__device__ __forceinline__ Part load_part(const uint4* row, uint32_t first) {
-    Part part = {};
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) part.vectors[step] = row[at];
-    }
-    return part;
-}
-
-__device__ __forceinline__ void store_part(uint4* row, uint32_t first, const Part& part) {
-#pragma unroll
-    for (uint32_t step = 0; step < kAhead; ++step) {
-        const uint32_t at = first + step * kWarpSize + lane_id();
-        if (at < kRowVectors) row[at] = part.vectors[step];
-    }
 }
 
 using Experts = Partition<256, kRanks>;
@@ -206,13 +185,12 @@ constexpr uint32_t kEntryPieces = 6;  // of a row: its token, a selection and a 
 constexpr uint32_t kEntryWords = kEntryPieces * kPieceWords;
 
 __device__ __forceinline__ uint4* counts_at(const Params& p, uint32_t rank, uint32_t source) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.counts_offset) + source * kCountPieces;
+    return peer_memory<uint4>(p, rank, p.counts_offset) + source * kCountPieces;
 }
 
 // Rows of a source are numbered in the order of its tokens.
 __device__ __forceinline__ uint4* entry_at(const Params& p, uint32_t rank, uint32_t source, uint32_t row) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.entries_offset) +
-           (uint64_t(source) * p.max_tokens + row) * kEntryPieces;
+    return peer_memory<uint4>(p, rank, p.entries_offset) + number_of(Slot{source, p.max_tokens, row}) * kEntryPieces;
 }
 
 constexpr uint32_t kChunk = 64;                            // tokens that a block plans at a time, a bit for each
@@ -420,19 +398,15 @@ __device__ __forceinline__ void plan_rows(const Params& p, const Watch& watch, u
     if (mine == 0 && threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
 }
 
-__device__ __forceinline__ const uint4* token_at(const Params& p, uint32_t token) {
-    return reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
-}
-
 // The row's tags, released after all of it, announce it.
 __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, uint32_t token, uint64_t ranks) {
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
-        const Part part = load_part(token_at(p, token), first);
+    for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
+        const Part part = Part::load(token_at(p, token), first);
 #pragma unroll 1
         for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
-            uint4* record = record_at(p, first_rank(rest), p.rank, token);
-            store_part(record, first, part);
+            uint4* slot = outgoing_slot(p, first_rank(rest), token);
+            part.store(slot, first);
         }
     }
     const uint32_t* scales = p.x_scales + uint64_t(token) * kScaleWords;
@@ -441,14 +415,14 @@ __device__ __forceinline__ void send_row(const Params& p, const Watch& watch, ui
         const uint32_t scale = scales[word];
 #pragma unroll 1
         for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
-            uint4* record = record_at(p, first_rank(rest), p.rank, token);
-            reinterpret_cast<uint32_t*>(record + kRowVectors)[word] = scale;
+            uint4* slot = outgoing_slot(p, first_rank(rest), token);
+            behind_row<uint32_t, kRowVectors>(slot)[word] = scale;
         }
     }
     __syncwarp();
 #pragma unroll 1
     for (uint32_t rank = lane_id(); rank < kRanks; rank += kWarpSize) {
-        if ((ranks >> rank & 1) != 0) store_release_sys(tag_at(p, rank, p.rank, token), tag_of(p, watch));
+        if ((ranks >> rank & 1) != 0) store_release_sys(outgoing_tag(p, rank, token), tag_of(p, watch));
     }
 }
 
@@ -657,7 +631,7 @@ __device__ __forceinline__ void place_row(const Params& p, const Watch& watch, c
     __shared__ Targets lists[kWarps];
     Targets& targets = lists[warp_id()];
     const uint32_t number = list_targets(p, arrival, targets);
-    const uint4* from = record_at(p, p.rank, arrival.source, arrival.token);
+    const uint4* from = incoming_slot(p, arrival.source, arrival.token);
     if (!kOwnRowsAreStaged && arrival.source == p.rank) {
         from = token_at(p, arrival.token);
     } else if (!wait_for_row(p, watch, Awaited{kRow, arrival.source, int32_t(arrival.token)})) {
@@ -665,15 +639,15 @@ __device__ __forceinline__ void place_row(const Params& p, const Watch& watch, c
     }
     uint4* out = reinterpret_cast<uint4*>(p.out);
 #pragma unroll 1
-    for (uint32_t first = 0; first < kRowVectors; first += kPartVectors) {
-        const Part part = load_part(from, first);
+    for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {
+        const Part part = Part::load(from, first);
 #pragma unroll 1
         for (uint32_t target = 0; target < number; ++target) {
-            store_part(out + uint64_t(targets.slots[target]) * kRowVectors, first, part);
+            part.store(out + uint64_t(targets.slots[target]) * kRowVectors, first);
         }
     }
     const uint32_t* scales = arrival.source == p.rank ? p.x_scales + uint64_t(arrival.token) * kScaleWords
-                                                      : reinterpret_cast<const uint32_t*>(from + kRowVectors);
+                                                      : behind_row<uint32_t, kRowVectors>(from);
 #pragma unroll 1
     for (uint32_t word = lane_id(); word < kScaleWords; word += kWarpSize) {
         const uint32_t scale = scales[word];

@@ -5,6 +5,7 @@
 
 #include <moegen/numeric.cuh>
 #include <moegen/ptx.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/work.cuh>
@@ -57,15 +58,12 @@ static_assert(sizeof(Params) == 232);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
-constexpr uint32_t kRecordPieces = kRowPieces;
+constexpr uint32_t kSlotVectors = kRowPieces;
 
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = 2;
 
 using Watch = PlainWatch;
-// The half of the receive buffers that this epoch uses.
-__device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
-
 // Where `from` publishes its call word to `rank`.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
@@ -138,25 +136,23 @@ __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, 
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 14336);                           // as the buffers are laid out
+static_assert(kSlotVectors * kPieceBytes == 14336);                            // as the buffers are laid out
 
 // A row in a warp group's registers: each thread has one vector per step, or none.
 struct Row {
     uint4 vectors[kSteps];
 };
 
-// Receive buffers are [half][source][capacity].
-__device__ __forceinline__ uint64_t place_in_buffer(const Params& p, const Watch& watch, uint32_t source,
-                                                    uint32_t row) {
-    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.capacity + row;
+// The slot for a source's row: receive buffers are [half][source][capacity].
+__device__ __forceinline__ Slot slot_of(const Params& p, const Watch& watch, uint32_t source, uint32_t row) {
+    return Slot{source_in_half<kRanks>(watch.epoch, source), p.capacity, row};
 }
 
-// The record of (source, row) in the symmetric memory of `rank`.
-__device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
+__device__ __forceinline__ uint4* staged_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
                                             uint32_t row) {
-    constexpr uint64_t kRecordBytes = kRecordPieces * kPieceBytes;
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset +
-                                    place_in_buffer(p, watch, source, row) * kRecordBytes);
+    constexpr uint64_t kSlotBytes = kSlotVectors * kPieceBytes;
+    uint8_t* slots = peer_memory<uint8_t>(p, rank, p.rows_offset);
+    return reinterpret_cast<uint4*>(slots + number_of(slot_of(p, watch, source, row)) * kSlotBytes);
 }
 
 __device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kGroupThreads + Group::thread(); }
@@ -190,13 +186,8 @@ __device__ __forceinline__ Row ask_for_row(const uint4* from) {
 
 __device__ __forceinline__ bool complete_row(const uint4*, const Watch&, Awaited, Row&) { return true; }
 
-__device__ __forceinline__ uint64_t* tag_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
-                                            uint32_t row) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_in_buffer(p, watch, source, row);
-}
-
 __device__ __forceinline__ bool wait_for_tag(const Params& p, const Watch& watch, Awaited what) {
-    const uint64_t* tag = tag_at(p, watch, p.rank, what.peer, uint32_t(what.index));
+    const uint64_t* tag = tag_at<uint64_t>(p, p.rank, slot_of(p, watch, what.peer, uint32_t(what.index)));
     return wait_for(watch, what, mark_of(watch), [=] { return uint32_t(load_acquire_sys(tag)); });
 }
 
@@ -248,8 +239,7 @@ constexpr uint32_t kWeightPieces = (kTopk + kWeightPieceWords - 1) / kWeightPiec
 
 __device__ __forceinline__ uint4* weights_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
                                              uint32_t token) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.weights_offset) +
-           place_in_buffer(p, watch, source, token) * kWeightPieces;
+    return peer_memory<uint4>(p, rank, p.weights_offset) + number_of(slot_of(p, watch, source, token)) * kWeightPieces;
 }
 
 // They go out before any row is waited for: the ranks that sum need them first. The sending blocks do it, which wait
@@ -358,14 +348,14 @@ __device__ __forceinline__ void partial_sums(const Terms& terms, Row first, Sums
 }
 
 // Sends what this rank adds up for one token, rounded once.
-__device__ __forceinline__ void send_partial(const Terms& terms, const Row& first, uint4* record,
+__device__ __forceinline__ void send_partial(const Terms& terms, const Row& first, uint4* slot,
                                              [[maybe_unused]] uint32_t mark) {
     Sums sums[kSteps] = {};
     partial_sums(terms, first, sums);
     Row row;
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) row.vectors[step] = rounded(sums[step]);
-    send_pieces(as_pieces(row, mark), record);
+    send_pieces(as_pieces(row, mark), slot);
 }
 
 // Announces the row that a warp group has sent last, if there is one. That waits until the link has taken it.
@@ -429,8 +419,8 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
             continue;
         }
         const Row first = ask_for_term(listed, 0);
-        sent = tag_at(p, watch, row.source, p.rank, row.token);
-        send_partial(listed, first, record_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
+        sent = tag_at<uint64_t>(p, row.source, slot_of(p, watch, p.rank, row.token));
+        send_partial(listed, first, staged_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
         Group::sync();
     }
     announce(sent, mark_of(watch));
@@ -464,7 +454,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
             of[ahead] = rest == 0 ? kRanks : first_rank(rest);
             drop_first(rest);
             if (of[ahead] == p.rank) continue;
-            if (of[ahead] < kRanks) rows[ahead] = ask_for_row(record_at(p, watch, p.rank, of[ahead], token));
+            if (of[ahead] < kRanks) rows[ahead] = ask_for_row(staged_at(p, watch, p.rank, of[ahead], token));
         }
 #pragma unroll
         for (uint32_t ahead = 0; ahead < kPartialsAhead; ++ahead) {
@@ -476,7 +466,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
                 continue;
             }
             const Awaited what = {kPartial, rank, int32_t(token)};
-            complete_row(record_at(p, watch, p.rank, rank, token), watch, what, rows[ahead]);
+            complete_row(staged_at(p, watch, p.rank, rank, token), watch, what, rows[ahead]);
             add(sums, rows[ahead], 1.0f);
         }
     }

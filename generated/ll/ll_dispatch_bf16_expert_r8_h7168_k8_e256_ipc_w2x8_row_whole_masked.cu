@@ -4,6 +4,7 @@
 //     warp_groups=WarpGroups(groups=2, warps=8), wire='row', phase='whole', peers='masked')
 
 #include <moegen/ptx.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/masked_signal.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/work.cuh>
@@ -74,15 +75,12 @@ static_assert(sizeof(Params) == 344);
 constexpr uint32_t kScalePieces = 0;
 constexpr uint32_t kWeightPieces = (kTopk + kPieceWords - 1) / kPieceWords;  // of a token's weights, ahead of those
 constexpr uint32_t kHeadPieces = kWeightPieces + kScalePieces;
-constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
+constexpr uint32_t kSlotVectors = kHeadPieces + kRowPieces;
 
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
 using Watch = WatchOf<Params>;
-// The half of the receive buffers that this epoch uses.
-__device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
-
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.active, &p, global_timer_ns(), p.rank, p.control->epoch};
 }
@@ -144,25 +142,23 @@ __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, 
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 14368);                           // as the buffers are laid out
+static_assert(kSlotVectors * kPieceBytes == 14368);                            // as the buffers are laid out
 
 // A row in a warp group's registers: each thread has one vector per step, or none.
 struct Row {
     uint4 vectors[kSteps];
 };
 
-// Receive buffers are [half][source][capacity].
-__device__ __forceinline__ uint64_t place_in_buffer(const Params& p, const Watch& watch, uint32_t source,
-                                                    uint32_t row) {
-    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.capacity + row;
+// The slot for a source's row: receive buffers are [half][source][capacity].
+__device__ __forceinline__ Slot slot_of(const Params& p, const Watch& watch, uint32_t source, uint32_t row) {
+    return Slot{source_in_half<kRanks>(watch.epoch, source), p.capacity, row};
 }
 
-// The record of (source, row) in the symmetric memory of `rank`.
-__device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
+__device__ __forceinline__ uint4* staged_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
                                             uint32_t row) {
-    constexpr uint64_t kRecordBytes = kRecordPieces * kPieceBytes;
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset +
-                                    place_in_buffer(p, watch, source, row) * kRecordBytes);
+    constexpr uint64_t kSlotBytes = kSlotVectors * kPieceBytes;
+    uint8_t* slots = peer_memory<uint8_t>(p, rank, p.rows_offset);
+    return reinterpret_cast<uint4*>(slots + number_of(slot_of(p, watch, source, row)) * kSlotBytes);
 }
 
 __device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kGroupThreads + Group::thread(); }
@@ -196,13 +192,8 @@ __device__ __forceinline__ Row ask_for_row(const uint4* from) {
 
 __device__ __forceinline__ bool complete_row(const uint4*, const Watch&, Awaited, Row&) { return true; }
 
-__device__ __forceinline__ uint64_t* tag_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
-                                            uint32_t row) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_in_buffer(p, watch, source, row);
-}
-
 __device__ __forceinline__ bool wait_for_tag(const Params& p, const Watch& watch, Awaited what) {
-    const uint64_t* tag = tag_at(p, watch, p.rank, what.peer, uint32_t(what.index));
+    const uint64_t* tag = tag_at<uint64_t>(p, p.rank, slot_of(p, watch, what.peer, uint32_t(what.index)));
     return wait_for(watch, what, watch.epoch, [=] { return uint32_t(load_acquire_sys(tag)); });
 }
 
@@ -235,8 +226,8 @@ __device__ __forceinline__ uint64_t pieces_of_source(const Params& p) {
 
 // The routes of a source's tokens in the symmetric memory of `rank`.
 __device__ __forceinline__ uint4* routes_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.routes_offset) +
-           (half_of(watch.epoch) * kRanks + source) * pieces_of_source(p);
+    return peer_memory<uint4>(p, rank, p.routes_offset) +
+           source_in_half<kRanks>(watch.epoch, source) * pieces_of_source(p);
 }
 
 // Tells every rank what a token selects, this one first: stores behind those that wait for the link wait too.
@@ -514,7 +505,7 @@ struct Token {
 __device__ __forceinline__ Token load_token(const Params& p, uint32_t index, uint32_t tokens) {
     Token token = {};
     if (index >= tokens) return token;
-    const uint4* from = reinterpret_cast<const uint4*>(p.x + index * p.x_stride);
+    const uint4* from = token_at(p, index);
     token.weight = 1.0f;
     if (p.topk_weights != nullptr && Group::thread() < kTopk) {
         token.weight = p.topk_weights[uint64_t(index) * kTopk + Group::thread()];
@@ -568,12 +559,12 @@ __device__ __forceinline__ void send_token(const Params& p, const Watch& watch, 
     for (uint32_t step = 1 + unit.share; step <= kDestinations; step += p.shares) {
         const uint32_t rank = rank_after<kRanks>(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
-        uint4* record = record_at(p, watch, rank, p.rank, unit.token);
+        uint4* slot = staged_at(p, watch, rank, p.rank, unit.token);
 #pragma unroll 1
         for (uint32_t at = kGroupThreads - 1 - Group::thread(); at < kHeadPieces; at += kGroupThreads) {
-            send_piece(record + at, as_piece(head.words + at * kPieceWords, watch.epoch));
+            send_piece(slot + at, as_piece(head.words + at * kPieceWords, watch.epoch));
         }
-        send_pieces(pieces, record + kHeadPieces);
+        send_pieces(pieces, slot + kHeadPieces);
     }
     if (Group::thread() == 0 && unit.share == 0) p.token_ranks[unit.token] = ranks;
     Group::sync();
@@ -582,7 +573,7 @@ __device__ __forceinline__ void send_token(const Params& p, const Watch& watch, 
          step += p.shares * kGroupThreads) {
         const uint32_t rank = rank_after<kRanks>(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
-        store_release_sys(tag_at(p, watch, rank, p.rank, unit.token), uint64_t(watch.epoch));
+        store_release_sys(tag_at<uint64_t>(p, rank, slot_of(p, watch, p.rank, unit.token)), uint64_t(watch.epoch));
     }
 }
 
@@ -690,12 +681,12 @@ __device__ __forceinline__ void place_head(const Params& p, Origin origin, const
 }
 
 // Whether all of this thread's pieces have come.
-__device__ __forceinline__ bool receive_head(const Watch& watch, Awaited what, const uint4* record, Head& head) {
+__device__ __forceinline__ bool receive_head(const Watch& watch, Awaited what, const uint4* slot, Head& head) {
     bool came = true;
 #pragma unroll 1
     for (uint32_t at = kGroupThreads - 1 - Group::thread(); at < kHeadPieces; at += kGroupThreads) {
         uint4 piece = {};
-        came &= receive_piece(record + at, watch, what, piece);
+        came &= receive_piece(slot + at, watch, what, piece);
         const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
         for (uint32_t word = 0; word < kPieceWords; ++word) head.words[at * kPieceWords + word] = words[word];
@@ -708,11 +699,11 @@ __device__ __forceinline__ bool receive_head(const Watch& watch, Awaited what, c
 __device__ __forceinline__ bool receive_row(const Params& p, const Watch& watch, Origin origin, Incoming& incoming,
                                             Row& row) {
     const Awaited what = {kRow, origin.source, int32_t(origin.token)};
-    const uint4* record = record_at(p, watch, p.rank, origin.source, origin.token);
-    const uint4* from = record + kHeadPieces;
+    const uint4* slot = staged_at(p, watch, p.rank, origin.source, origin.token);
+    const uint4* from = slot + kHeadPieces;
     if (!Group::all(Group::thread() != 0 || wait_for_tag(p, watch, what))) return false;
     row = ask_for_row(from);
-    const bool head = receive_head(watch, what, record, incoming.head);
+    const bool head = receive_head(watch, what, slot, incoming.head);
     const bool payload = complete_row(from, watch, what, row);
     return Group::all(head && payload);
 }

@@ -25,6 +25,8 @@ __device__ __forceinline__ uint32_t rank_after(uint32_t rank, uint32_t steps) {
 // A block has kGroups warp groups of kThreads threads; a warp group moves one row at a time.
 template <uint32_t kGroups, uint32_t kThreads>
 struct WarpGroup {
+    static constexpr uint32_t kSize = kThreads;
+
     static __device__ __forceinline__ uint32_t index() { return threadIdx.x / kThreads; }
     static __device__ __forceinline__ uint32_t thread() { return threadIdx.x % kThreads; }
 

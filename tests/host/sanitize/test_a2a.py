@@ -62,8 +62,8 @@ FLAGS = {
 """How a block announces its rows."""
 
 TAGS = {
-    "tag_barrier": barrier_before(r"store_release_sys\(tag_at\(", r"Group::sync"),
-    "tag_store": relaxed_store(r"tag_at\("),
+    "tag_barrier": barrier_before(r"store_release_sys\(returned_tag_at\(", r"Group::sync"),
+    "tag_store": relaxed_store(r"returned_tag_at\("),
     "tag_load": relaxed_load("tag"),
     "tag_vote": Edit(KERNEL, r"(wait_for\(watch, what[^}]*\}\);\s*\}\s*)Group::sync\(\);", r"\1"),
 }
@@ -108,7 +108,7 @@ NO_CALLS = {"call_wait": no_wait("word")}
 NO_ROWS = {"counts_wait": no_wait_for_whole("kCounts", "counts_at", "first"), "flag_wait": no_wait("flag")}
 NO_PARTIALS = {
     "tag_wait": no_wait("tag"),
-    "halves": Edit(KERNEL, r"half_of\(watch\.epoch\) \* p\.half_bytes", "(0 & watch.epoch) * p.half_bytes"),
+    "halves": Edit(KERNEL, r"parity_of\(watch\.epoch\) \* p\.half_bytes", "(0 & watch.epoch) * p.half_bytes"),
 }
 """Not orders, but what they are good for: waits, and that staging has two halves."""
 

@@ -19,7 +19,7 @@ blocks that have one role and blocks that have both; at most 576 fibers."""
 
 TOKEN, PACKED, QUANTISED = RIGHT
 
-TAG = r"tag_at\("
+TAG = r"outgoing_tag\("
 
 
 def finishing(order: str) -> Edit:
