@@ -3,6 +3,7 @@
 // HighThroughputDispatch(dtype='bf16', layout='token', num_ranks=8, hidden=7168, num_topk=8, num_experts=256,
 //     path='ipc', num_warps=32, phase='rows')
 
+#include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/rows.cuh>

@@ -4,6 +4,7 @@
 //     warp_groups=WarpGroups(groups=1, warps=16), wire='inline', phase='whole', peers='masked', weights='atdispatch')
 
 #include <moegen/numeric.cuh>
+#include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/rows.cuh>
 #include <moegen/masked_signal.cuh>
@@ -227,7 +228,7 @@ __device__ __forceinline__ uint4 to_vector(uint4 piece) {
 }
 
 __device__ __forceinline__ bool receive_piece(const uint4* from, const Watch& watch, Awaited what, uint4& piece) {
-    return wait_for_whole(watch, what, from, piece, mark_of(watch));
+    return await_flagged(watch, what, from, piece, mark_of(watch));
 }
 
 // Asks for all pieces of a thread.

@@ -4,6 +4,7 @@
 //     warp_groups=WarpGroups(groups=1, warps=8), wire='row', phase='whole', weights='atcombine')
 
 #include <moegen/numeric.cuh>
+#include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
@@ -234,36 +235,32 @@ __device__ __forceinline__ void add(Sums (&sums)[kSteps], const Row& row, float 
     for (uint32_t step = 0; step < kSteps; ++step) add(sums[step], row.vectors[step], weight);
 }
 
-constexpr uint32_t kWeightPieceWords = 3;
-constexpr uint32_t kWeightPieces = (kTopk + kWeightPieceWords - 1) / kWeightPieceWords;
+constexpr uint32_t kWeightPackets = packets_for(kTopk);
 
-__device__ __forceinline__ uint4* weights_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
-                                             uint32_t token) {
-    return peer_memory<uint4>(p, rank, p.weights_offset) + number_of(slot_of(p, watch, source, token)) * kWeightPieces;
+__device__ __forceinline__ Packet* weights_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
+                                              uint32_t token) {
+    return peer_memory<Packet>(p, rank, p.weights_offset) +
+           number_of(slot_of(p, watch, source, token)) * kWeightPackets;
 }
 
 // They go out before any row is waited for: the ranks that sum need them first. The sending blocks do it, which wait
 // for the peers' weights: a launch of one block would otherwise wait before its own are out.
 __device__ __forceinline__ void send_weights(const Params& p, const Watch& watch, uint32_t tokens) {
-    const uint64_t pieces = uint64_t(tokens) * kWeightPieces;
+    const uint64_t packets = uint64_t(tokens) * kWeightPackets;
     const uint64_t all_threads = uint64_t(p.senders.blocks) * kBlockThreads;
     const uint64_t first = uint64_t(blockIdx.x - p.senders.first) * kBlockThreads + threadIdx.x;
 #pragma unroll 1
-    for (uint64_t index = first; index < pieces; index += all_threads) {
-        const uint32_t token = uint32_t(index / kWeightPieces);
-        const uint32_t piece = uint32_t(index % kWeightPieces);
-        uint32_t words[kWeightPieceWords];
-#pragma unroll
-        for (uint32_t word = 0; word < kWeightPieceWords; ++word) {
-            const uint32_t k = piece * kWeightPieceWords + word;
-            words[word] = k < kTopk ? __float_as_uint(p.topk_weights[uint64_t(token) * kTopk + k]) : 0;
-        }
-        const uint4 whole = make_uint4(words[0], words[1], words[2], watch.epoch);
+    for (uint64_t index = first; index < packets; index += all_threads) {
+        const uint32_t token = uint32_t(index / kWeightPackets);
+        const uint32_t number = uint32_t(index % kWeightPackets);
+        const Packet packet = packet_of(number, watch.epoch, [&](uint32_t k) {
+            return k < kTopk ? __float_as_uint(p.topk_weights[uint64_t(token) * kTopk + k]) : 0;
+        });
         const uint64_t others = p.token_ranks[token] & ~(uint64_t(1) << p.rank);
 #pragma unroll 1
         for (uint64_t rest = others; rest != 0; drop_first(rest)) {
             const uint32_t rank = first_rank(rest);
-            store_whole_relaxed_sys(weights_at(p, watch, rank, p.rank, token) + piece, whole);
+            send_packet(weights_at(p, watch, rank, p.rank, token) + number, packet);
         }
     }
 }
@@ -275,11 +272,10 @@ __device__ __forceinline__ bool weight_of(const Params& p, const Watch& watch, u
         weight = p.topk_weights[uint64_t(token) * kTopk + k];
         return true;
     }
-    const uint4* from = weights_at(p, watch, p.rank, source, token) + k / kWeightPieceWords;
-    uint4 whole;
-    const bool arrived = wait_for_whole(watch, Awaited{kWeights, source, int32_t(token)}, from, whole);
-    const uint32_t word = k % kWeightPieceWords;
-    weight = __uint_as_float(word == 0 ? whole.x : word == 1 ? whole.y : whole.z);
+    const Packet* from = weights_at(p, watch, p.rank, source, token) + k / kPacketWords;
+    Packet packet;
+    const bool arrived = await_packet(watch, Awaited{kWeights, source, int32_t(token)}, from, packet);
+    weight = __uint_as_float(word_of(packet, k % kPacketWords));
     return arrived;
 }
 

@@ -4,6 +4,7 @@
 //     warp_groups=WarpGroups(groups=1, warps=4), wire='row', phase='whole')
 
 #include <moegen/numeric.cuh>
+#include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
@@ -203,28 +204,28 @@ __device__ __forceinline__ void send_pieces(const Row& pieces, uint4* to) {
 using Experts = Partition<256, kRanks>;
 
 // A token's ids, as they travel: kAgain marks one that an earlier selection of the token names too, -1 is none.
-constexpr uint32_t kIdsOfPiece = 6;  // 16 bits each; the epoch fills the 16 bytes
-constexpr uint32_t kRoutePieces = (kTopk + kIdsOfPiece - 1) / kIdsOfPiece;
-static_assert(kRoutePieces == 2);  // as the buffers are laid out
+constexpr uint32_t kIdsOfPacket = 2 * kPacketWords;  // 16 bits each
+constexpr uint32_t kRoutePackets = (kTopk + kIdsOfPacket - 1) / kIdsOfPacket;
+static_assert(kRoutePackets == 2);  // as the buffers are laid out
 constexpr int32_t kAgain = 1 << 14;
 
-// Ahead of the tokens' routes, a piece says how many there are.
-__device__ __forceinline__ uint64_t pieces_of_source(const Params& p) {
-    return 1 + uint64_t(p.capacity) * kRoutePieces;
+// Ahead of the tokens' routes, a packet says how many there are.
+__device__ __forceinline__ uint64_t packets_of_source(const Params& p) {
+    return 1 + uint64_t(p.capacity) * kRoutePackets;
 }
 
 // The routes of a source's tokens in the symmetric memory of `rank`.
-__device__ __forceinline__ uint4* routes_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
-    return peer_memory<uint4>(p, rank, p.routes_offset) +
-           source_in_half<kRanks>(watch.epoch, source) * pieces_of_source(p);
+__device__ __forceinline__ Packet* routes_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
+    return peer_memory<Packet>(p, rank, p.routes_offset) +
+           source_in_half<kRanks>(watch.epoch, source) * packets_of_source(p);
 }
 
 // Tells every rank what a token selects, this one first: stores behind those that wait for the link wait too.
 __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, uint32_t token,
                                            const Ids<kTopk>& given) {
-    uint32_t words[kRoutePieces * 3];
+    uint32_t words[kRoutePackets * kPacketWords];
 #pragma unroll
-    for (uint32_t word = 0; word < kRoutePieces * 3; ++word) words[word] = ~0u;
+    for (uint32_t word = 0; word < kRoutePackets * kPacketWords; ++word) words[word] = ~0u;
     bool known = true;
 #pragma unroll
     for (uint32_t k = 0; k < kTopk; ++k) {
@@ -238,11 +239,11 @@ __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, 
     if (!known) report_unknown_id(p, token);
 #pragma unroll 1
     for (uint32_t step = 0; step < kRanks; ++step) {
-        uint4* to = routes_at(p, watch, rank_after<kRanks>(p.rank, step), p.rank) + 1 + uint64_t(token) * kRoutePieces;
+        Packet* to =
+            routes_at(p, watch, rank_after<kRanks>(p.rank, step), p.rank) + 1 + uint64_t(token) * kRoutePackets;
 #pragma unroll
-        for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
-            store_whole_relaxed_sys(
-                to + piece, make_uint4(words[3 * piece], words[3 * piece + 1], words[3 * piece + 2], watch.epoch));
+        for (uint32_t number = 0; number < kRoutePackets; ++number) {
+            send_packet(to + number, packet_of(number, watch.epoch, [&](uint32_t word) { return words[word]; }));
         }
     }
 }
@@ -261,7 +262,7 @@ __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch,
     if (blockIdx.x == 0) {
 #pragma unroll 1
         for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-            store_whole_relaxed_sys(routes_at(p, watch, peer, p.rank), make_uint4(tokens, 0, 0, watch.epoch));
+            send_packet(routes_at(p, watch, peer, p.rank), Packet{{tokens, 0, 0}, watch.epoch});
         }
     }
 #pragma unroll 1
@@ -286,10 +287,10 @@ __device__ __forceinline__ uint32_t tokens_of_source(const Params& p, uint32_t s
 __device__ __forceinline__ void receive_sources(const Params& p, const Watch& watch, uint32_t (&first)[kRanks + 1]) {
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
-        uint4 piece;
-        const uint4* from = routes_at(p, watch, p.rank, source);
-        const bool arrived = wait_for_whole(watch, Awaited{kRoutes, source, -1}, from, piece);
-        first[source + 1] = arrived ? tokens_of_source(p, source, piece.x) : 0;
+        Packet packet;
+        const Packet* from = routes_at(p, watch, p.rank, source);
+        const bool arrived = await_packet(watch, Awaited{kRoutes, source, -1}, from, packet);
+        first[source + 1] = arrived ? tokens_of_source(p, source, packet.words[0]) : 0;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -316,30 +317,29 @@ __device__ __forceinline__ void clear(Tally& sum) {
 
 // What a token selects here: experts of this rank, kAgain added where an earlier selection is the same; else -1.
 struct Selections {
-    int16_t experts[kRoutePieces * kIdsOfPiece];
+    int16_t experts[kRoutePackets * kIdsOfPacket];
 };
 
-// What a route's pieces say, one that has not come yet waited for.
-__device__ __forceinline__ Selections selections_of(uint4 (&pieces)[kRoutePieces], const uint4* from,
+// What a route's packets say, one that has not come yet waited for.
+__device__ __forceinline__ Selections selections_of(Packet (&packets)[kRoutePackets], const Packet* from,
                                                     const Watch& watch, Awaited what) {
     Selections here;
 #pragma unroll
-    for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
-        uint4& whole = pieces[piece];
-        const bool arrived = whole.w == watch.epoch || wait_for_whole(watch, what, from + piece, whole);
-        const uint32_t words[3] = {whole.x, whole.y, whole.z};
+    for (uint32_t number = 0; number < kRoutePackets; ++number) {
+        Packet& packet = packets[number];
+        const bool arrived = packet.flag == watch.epoch || await_packet(watch, what, from + number, packet);
 #pragma unroll
-        for (uint32_t at = 0; at < kIdsOfPiece; ++at) {
-            const uint32_t id = arrived ? words[at / 2] >> at % 2 * 16 & 0xffff : 0xffff;
+        for (uint32_t at = 0; at < kIdsOfPacket; ++at) {
+            const uint32_t id = arrived ? packet.words[at / 2] >> at % 2 * 16 & 0xffff : 0xffff;
             const uint32_t local = (id & ~uint32_t(kAgain)) - Experts::first_of(watch.rank);
             const bool selected = id != 0xffff && local < Experts::number_of(watch.rank);
-            here.experts[piece * kIdsOfPiece + at] = selected ? int16_t(local | (id & kAgain)) : int16_t(-1);
+            here.experts[number * kIdsOfPacket + at] = selected ? int16_t(local | (id & kAgain)) : int16_t(-1);
         }
     }
     return here;
 }
 
-constexpr uint32_t kRoutesAhead = 4;  // that a thread asks for at once
+constexpr uint32_t kRoutesAhead = 4;  // that a thread loads at once
 
 // The tokens that are counted: those from `begin` on, up to `end`.
 struct Counted {
@@ -349,16 +349,16 @@ struct Counted {
 
 // A warp group adds the tokens to the sum: to one of each source, `sums`, if `kept` is null; else to a single one, and
 // keeps what token `end` selects. Out of line, because it is called from several places. `routes` are those of source
-// 0, `stride` pieces before those of the next.
-__device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, Watch watch,
+// 0, `stride` packets before those of the next.
+__device__ __noinline__ void count_routes(const Packet* routes, uint64_t stride, Watch watch,
                                           const uint32_t (&first)[kRanks + 1], Counted tokens, Tally* sums,
                                           Selections* kept) {
     const uint32_t last = tokens.end + (kept != nullptr ? 1 : 0);
 #pragma unroll 1
     for (uint32_t begin = tokens.begin + Group::thread(); begin < last; begin += kRoutesAhead * kGroupThreads) {
-        const uint4* from[kRoutesAhead];
+        const Packet* from[kRoutesAhead];
         uint32_t sources[kRoutesAhead];
-        uint4 pieces[kRoutesAhead][kRoutePieces];
+        Packet packets[kRoutesAhead][kRoutePackets];
         uint32_t source = 0;
 #pragma unroll
         for (uint32_t ahead = 0; ahead < kRoutesAhead; ++ahead) {
@@ -366,10 +366,10 @@ __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, 
             if (index >= last) break;
             while (index >= first[source + 1]) ++source;
             sources[ahead] = source;
-            from[ahead] = routes + source * stride + 1 + uint64_t(index - first[source]) * kRoutePieces;
+            from[ahead] = routes + source * stride + 1 + uint64_t(index - first[source]) * kRoutePackets;
 #pragma unroll
-            for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
-                pieces[ahead][piece] = load_whole_relaxed_sys(from[ahead] + piece);
+            for (uint32_t number = 0; number < kRoutePackets; ++number) {
+                packets[ahead][number] = load_packet(from[ahead] + number);
             }
         }
 #pragma unroll
@@ -377,7 +377,7 @@ __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, 
             const uint32_t index = begin + ahead * kGroupThreads;
             if (index >= last) break;
             const Awaited what = {kRoutes, sources[ahead], int32_t(index - first[sources[ahead]])};
-            const Selections selections = selections_of(pieces[ahead], from[ahead], watch, what);
+            const Selections selections = selections_of(packets[ahead], from[ahead], watch, what);
             if (index == tokens.end) {
                 *kept = selections;
                 break;
@@ -405,7 +405,7 @@ __device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) clear(sums[source]);
     Group::sync();
-    count_routes(routes_at(p, watch, p.rank, 0), pieces_of_source(p), watch, first, Counted{0, first[kRanks]}, sums,
+    count_routes(routes_at(p, watch, p.rank, 0), packets_of_source(p), watch, first, Counted{0, first[kRanks]}, sums,
                  nullptr);
 #pragma unroll 1
     for (uint32_t local = Group::thread(); local < Experts::number_of(p.rank); local += kGroupThreads) {
@@ -739,7 +739,7 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
     receive_sources(p, watch, first);
     Tally& before = tallies[Group::index()];
     Incoming& incoming = all_incoming[Group::index()];
-    const uint4* routes = routes_at(p, watch, p.rank, 0);
+    const Packet* routes = routes_at(p, watch, p.rank, 0);
     const uint32_t tokens = first[kRanks];
     const uint32_t groups = Group::number_in(p.receivers);
     uint32_t counted = ~0u;  // tokens that are in the sums
@@ -753,7 +753,8 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
             Group::sync();
             counted = 0;
         }
-        count_routes(routes, pieces_of_source(p), watch, first, Counted{counted, index}, &before, &incoming.selections);
+        count_routes(routes, packets_of_source(p), watch, first, Counted{counted, index}, &before,
+                     &incoming.selections);
         counted = index;
         receive_token(p, watch, before, origin_of(p, first, index, before.rows), incoming);
     }
