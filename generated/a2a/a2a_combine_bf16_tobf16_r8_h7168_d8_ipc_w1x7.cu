@@ -59,9 +59,6 @@ __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
 
-// Double buffering of staging.
-__device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
-
 // Where `from` publishes to `rank` that it begins a combine: call word and epoch.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
@@ -114,48 +111,48 @@ constexpr uint32_t kRowVectors = kHidden / (4 * Element::kPerWord);  // 16-byte 
 using Part = RowPart<Group, uint4, kRowVectors, 4>;
 using Result = PlainResult<Bf16, kHidden>;
 
+// A row of `y`: what the experts here made of a source's row.
 __device__ __forceinline__ const uint4* y_at(const Params& p, uint32_t source, uint32_t slot) {
-    return reinterpret_cast<const uint4*>(p.y + (uint64_t(source) * p.slots + slot) * (kRowVectors * 16));
+    return reinterpret_cast<const uint4*>(p.y + number_of(Slot{source, p.slots, slot}) * (kRowVectors * 16));
 }
 
-// The record of (rank, slot) in the symmetric memory of `owner`.
-__device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch, uint32_t owner, uint32_t rank,
-                                            uint32_t slot) {
-    uint8_t* half = p.peers[owner] + p.rows_offset + half_of(watch.epoch) * p.half_bytes;
-    const uint64_t record = uint64_t(rank) * p.max_tokens + slot;
-    return reinterpret_cast<uint4*>(half) + record * kRowVectors;
+// A row that `rank` sends back, in the symmetric memory of its token's owner.
+__device__ __forceinline__ uint4* returned_at(const Params& p, const Watch& watch, uint32_t owner, uint32_t rank,
+                                              uint32_t slot) {
+    uint8_t* half = peer_memory<uint8_t>(p, owner, p.rows_offset) + parity_of(watch.epoch) * p.half_bytes;
+    return reinterpret_cast<uint4*>(half) + number_of(Slot{rank, p.max_tokens, slot}) * kRowVectors;
 }
 
-__device__ __forceinline__ uint32_t* tag_at(const Params& p, const Watch& watch, uint32_t owner, uint32_t rank,
-                                            uint32_t slot) {
-    return reinterpret_cast<uint32_t*>(p.peers[owner] + p.tags_offset) +
-           uint64_t(half_of(watch.epoch) * kRanks + rank) * p.max_tokens + slot;
+__device__ __forceinline__ uint32_t* returned_tag_at(const Params& p, const Watch& watch, uint32_t owner, uint32_t rank,
+                                                     uint32_t slot) {
+    return tag_at<uint32_t>(p, owner, Slot{source_in_half<kRanks>(watch.epoch, rank), p.max_tokens, slot});
 }
 
-using Returned = RowPart<Group, uint4, kRowVectors, 4>;
+// What a thread has under way at once.
+using ReturnedPart = RowPart<Group, uint4, kRowVectors, 4>;
 
 // The row's tag, released behind all of it, announces it.
 __device__ __forceinline__ void return_row(const Params& p, const Watch& watch, uint32_t source, uint32_t slot,
-                                           const Returned& begin) {
-    uint4* record = record_at(p, watch, source, p.rank, slot);
-    begin.store(record, 0);
+                                           const ReturnedPart& part) {
+    uint4* to = returned_at(p, watch, source, p.rank, slot);
+    part.store(to, 0);
     Group::sync();
-    if (Group::thread() == 0) store_release_sys(tag_at(p, watch, source, p.rank, slot), watch.epoch);
+    if (Group::thread() == 0) store_release_sys(returned_tag_at(p, watch, source, p.rank, slot), watch.epoch);
 }
 
 // Rows go back in this order, slot by slot.
 using Others = RoundRobin<kRanks, 1>;
 
-// The row of a work index, whether or not there is one: it is loaded before that is known.
-__device__ __forceinline__ Returned load_work(const Params& p, uint32_t work) {
+// Loads the first part of a work index's row, whether or not there is one: before that is known.
+__device__ __forceinline__ ReturnedPart load_work(const Params& p, uint32_t work) {
     const uint32_t slot = Others::round(work);
-    return slot < p.slots ? Returned::load(y_at(p, Others::rank(p.rank, work), slot), 0) : Returned{};
+    return slot < p.slots ? ReturnedPart::load(y_at(p, Others::rank(p.rank, work), slot), 0) : ReturnedPart{};
 }
 
 // What a sending block loads before its first barrier.
 struct Returning {
     uint32_t end;  // of the work
-    Returned first;
+    ReturnedPart first;
 };
 
 __device__ __forceinline__ Returning start_returning(const Params& p) {
@@ -169,13 +166,13 @@ __device__ __forceinline__ Returning start_returning(const Params& p) {
 }
 
 __device__ __forceinline__ void return_rows(const Params& p, const Watch& watch, const Returning& returning) {
-    Returned begin = returning.first;
+    ReturnedPart part = returning.first;
 #pragma unroll 1
     for (uint32_t work = Group::first_work(p.senders); work < returning.end; work += Group::number_in(p.senders)) {
-        if (work != Group::first_work(p.senders)) begin = load_work(p, work);
+        if (work != Group::first_work(p.senders)) part = load_work(p, work);
         const uint32_t source = Others::rank(p.rank, work);
         const uint32_t slot = Others::round(work);
-        if (is_active(p, source) && slot < uint32_t(p.counts[source])) return_row(p, watch, source, slot, begin);
+        if (is_active(p, source) && slot < uint32_t(p.counts[source])) return_row(p, watch, source, slot, part);
     }
 }
 
@@ -189,7 +186,7 @@ __device__ __forceinline__ void await_returned_rows(const Params& p, const Watch
         const uint32_t rank = first_rank(rest);
         if (rank == p.rank || !is_active(p, rank) || index % kGroupThreads != Group::thread()) continue;
         const uint32_t slot = uint32_t(slots[index]);
-        const uint32_t* tag = tag_at(p, watch, p.rank, rank, slot);
+        const uint32_t* tag = returned_tag_at(p, watch, p.rank, rank, slot);
         const Awaited what{kPartial, rank, int32_t(slot)};
         wait_for(watch, what, watch.epoch, [=] { return load_acquire_sys(tag); });
     }
@@ -215,7 +212,8 @@ __device__ __forceinline__ void reduce_token_sent(const Params& p, const Watch& 
             const uint32_t rank = first_rank(rest);
             if (!is_active(p, rank)) continue;
             const Part part = next;
-            next = rank == p.rank ? own : Part::load(record_at(p, watch, p.rank, rank, uint32_t(slots[index])), first);
+            next =
+                rank == p.rank ? own : Part::load(returned_at(p, watch, p.rank, rank, uint32_t(slots[index])), first);
             add(sums, part.units);
         }
         add(sums, next.units);

@@ -3,6 +3,7 @@
 // OneSidedDispatch(payloads=RowBytes(widths=(14336, 32, 32)), num_ranks=8, num_topk=8, num_experts=256, path='ipc',
 //     warp_groups=WarpGroups(groups=1, warps=7))
 
+#include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/rows.cuh>
@@ -204,12 +205,12 @@ __device__ __forceinline__ const Unit* unit_from(const Params& p, uint32_t paylo
 // A row of this rank in a payload's plane with another.
 template <class Unit, uint32_t kUnits>
 __device__ __forceinline__ Unit* row_at(const Params& p, uint32_t rank, uint32_t payload, uint32_t slot) {
-    return reinterpret_cast<Unit*>(p.peers[rank] + p.planes[payload]) + (uint64_t(p.rank) * p.slots + slot) * kUnits;
+    return peer_memory<Unit>(p, rank, p.planes[payload]) + number_of(Slot{p.rank, p.slots, slot}) * kUnits;
 }
 
 // A thread has one unit of a narrow row at most.
 template <class Unit, uint32_t kUnits>
-__device__ __forceinline__ Unit ask_narrow(const Params& p, uint32_t payload, uint32_t token) {
+__device__ __forceinline__ Unit load_narrow(const Params& p, uint32_t payload, uint32_t token) {
     return Group::thread() < kUnits ? unit_from<Unit, kUnits>(p, payload, token)[Group::thread()] : Unit{};
 }
 
@@ -231,8 +232,8 @@ struct Token {
 
 __device__ __forceinline__ Token ask_token(const Params& p, uint32_t token) {
     Token asked;
-    asked.payload_1 = ask_narrow<uint4, 2>(p, 1, token);
-    asked.payload_2 = ask_narrow<uint4, 2>(p, 2, token);
+    asked.payload_1 = load_narrow<uint4, 2>(p, 1, token);
+    asked.payload_2 = load_narrow<uint4, 2>(p, 2, token);
     asked.payload_0 =
         Part<uint4, 896>::load(unit_from<uint4, 896>(p, 0, token), 0);
     return asked;
@@ -263,19 +264,18 @@ __device__ __forceinline__ void tell_rows_are_sent(const Params& p, const Watch&
     }
 }
 
-// First packet of a source, 16 bytes at a fixed place: its rows for this rank; the number of sending blocks in the
-// lowest bits of the call word; the call word's upper half; the epoch.
+// First packet of a source: its rows for this rank; the number of sending blocks in the lowest bits of the call word;
+// the call word's upper half.
 constexpr uint32_t kBlocksMask = (1u << 9) - 1;
 
-__device__ __forceinline__ uint4* counts_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.counts_offset) + (watch.epoch & 1) * kRanks + source;
+__device__ __forceinline__ Packet* row_count_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
+    return peer_memory<Packet>(p, rank, p.counts_offset) + parity_of(watch.epoch) * kRanks + source;
 }
 
-constexpr uint32_t kStatsPieces = 342;  // that there is room for
+constexpr uint32_t kStatsPackets = 342;  // that there is room for
 
-__device__ __forceinline__ uint4* stats_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.stats_offset) +
-           ((watch.epoch & 1) * kRanks + source) * kStatsPieces;
+__device__ __forceinline__ Packet* stats_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
+    return peer_memory<Packet>(p, rank, p.stats_offset) + source_in_half<kRanks>(watch.epoch, source) * kStatsPackets;
 }
 
 // What comes from each source.
@@ -284,75 +284,76 @@ struct Arrivals {
     uint32_t blocks[kRanks];
 };
 
-// Tells every rank how many rows go there.
-__device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch, uint32_t tokens, const Counts& all) {
+// Every rank hears how many rows go there.
+__device__ __forceinline__ void send_row_counts(const Params& p, const Watch& watch, uint32_t tokens,
+                                                const Counts& all) {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
         if (!is_active(p, rank)) continue;
         const uint32_t blocks = uint32_t(p.call) | blocks_with_a_share(p.senders, tokens);
-        const uint4 piece = make_uint4(sum_of_warps(all, rank), blocks, uint32_t(p.call >> 32), watch.epoch);
-        store_whole_relaxed_sys(counts_at(p, watch, rank, p.rank), piece);
+        const Packet packet{{sum_of_warps(all, rank), blocks, uint32_t(p.call >> 32)}, watch.epoch};
+        send_packet(row_count_at(p, watch, rank, p.rank), packet);
     }
 }
 
 // A rank that takes no part sends nothing. Rows of a rank whose call word differs lie at other places, perhaps over
 // those of other ranks: the whole call fails.
-__device__ __forceinline__ void await_counts(const Params& p, const Watch& watch, Arrivals& arrivals) {
+__device__ __forceinline__ void await_row_counts(const Params& p, const Watch& watch, Arrivals& arrivals) {
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
-        uint4 first = {};
+        Packet first = {};
         if (!is_active(p, source) ||
-            !wait_for_whole(watch, Awaited{kCounts, source, -1}, counts_at(p, watch, p.rank, source), first)) {
+            !await_packet(watch, Awaited{kCounts, source, -1}, row_count_at(p, watch, p.rank, source), first)) {
             first = {};
         } else {
-            const uint64_t call = uint64_t(first.z) << 32 | (first.y & ~kBlocksMask);
+            const uint64_t call = uint64_t(first.words[2]) << 32 | (first.words[1] & ~kBlocksMask);
             if (call != p.call) {
                 report_other_call(p, source, p.call, call);
                 first = {};
             }
         }
-        arrivals.rows[source] = min(first.x, p.slots);
-        arrivals.blocks[source] = min(first.y & kBlocksMask, uint32_t(256));
+        arrivals.rows[source] = min(first.words[0], p.slots);
+        arrivals.blocks[source] = min(first.words[1] & kBlocksMask, uint32_t(256));
         p.counts[source] = int32_t(arrivals.rows[source]);
     }
     __syncthreads();
 }
 
-__device__ __forceinline__ uint32_t stats_pieces(const Params& p) { return (p.stats_words + 2) / 3; }
-
-// This rank's statistics to every rank, three words in each piece.
-__device__ __forceinline__ void tell_stats(const Params& p, const Watch& watch) {
-    const uint32_t pieces = stats_pieces(p);
+// This rank's statistics to every rank.
+__device__ __forceinline__ void send_stats(const Params& p, const Watch& watch) {
+    const uint32_t packets = packets_for(p.stats_words);
 #pragma unroll 1
-    for (uint32_t at = threadIdx.x; at < kRanks * pieces; at += kBlockThreads) {
-        const uint32_t rank = at / pieces;
-        const uint32_t word = at % pieces * 3;
+    for (uint32_t at = threadIdx.x; at < kRanks * packets; at += kBlockThreads) {
+        const uint32_t rank = at / packets;
+        const uint32_t first = at % packets * kPacketWords;
         if (!is_active(p, rank)) continue;
-        uint32_t words[3];
+        Packet packet{{}, watch.epoch};
 #pragma unroll
-        for (uint32_t i = 0; i < 3; ++i) words[i] = word + i < p.stats_words ? uint32_t(p.stats[word + i]) : 0;
-        store_whole_relaxed_sys(stats_at(p, watch, rank, p.rank) + at % pieces,
-                                make_uint4(words[0], words[1], words[2], watch.epoch));
+        for (uint32_t word = 0; word < kPacketWords; ++word) {
+            packet.words[word] = first + word < p.stats_words ? uint32_t(p.stats[first + word]) : 0;
+        }
+        send_packet(stats_at(p, watch, rank, p.rank) + at % packets, packet);
     }
 }
 
 // What the others have sent of theirs, into `gathered`.
 __device__ __forceinline__ void gather_stats(const Params& p, const Watch& watch) {
-    const uint32_t pieces = stats_pieces(p);
+    const uint32_t packets = packets_for(p.stats_words);
 #pragma unroll 1
-    for (uint32_t at = threadIdx.x; at < kRanks * pieces; at += kBlockThreads) {
-        const uint32_t source = at / pieces;
-        const uint32_t word = at % pieces * 3;
-        uint4 piece = {};
-        if (is_active(p, source) && !wait_for_whole(watch, Awaited{kStats, source, -1},
-                                                    stats_at(p, watch, p.rank, source) + at % pieces, piece)) {
-            piece = {};
+    for (uint32_t at = threadIdx.x; at < kRanks * packets; at += kBlockThreads) {
+        const uint32_t source = at / packets;
+        const uint32_t first = at % packets * kPacketWords;
+        Packet packet = {};
+        if (is_active(p, source) && !await_packet(watch, Awaited{kStats, source, -1},
+                                                  stats_at(p, watch, p.rank, source) + at % packets, packet)) {
+            packet = {};
         }
-        const uint32_t words[3] = {piece.x, piece.y, piece.z};
-        int32_t* to = p.gathered + uint64_t(source) * p.stats_words + word;
+        uint32_t words[kPacketWords];
+        unpack(packet, words);
+        int32_t* to = p.gathered + uint64_t(source) * p.stats_words + first;
 #pragma unroll
-        for (uint32_t i = 0; i < 3; ++i) {
-            if (word + i < p.stats_words) to[i] = int32_t(words[i]);
+        for (uint32_t word = 0; word < kPacketWords; ++word) {
+            if (first + word < p.stats_words) to[word] = int32_t(words[word]);
         }
     }
 }
@@ -386,7 +387,7 @@ __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, 
 
 __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch) {
     __shared__ Arrivals arrivals;
-    await_counts(p, watch, arrivals);
+    await_row_counts(p, watch, arrivals);
     if (p.unused_ids != nullptr) fill_unused_ids(p, arrivals);
     await_rows(p, watch, arrivals);
     if (p.stats_words != 0) gather_stats(p, watch);
@@ -456,8 +457,8 @@ moegen_a2a_dispatch_p14336x32x32_r8_k8_e256_ipc_w1x7(const __grid_constant__ Par
     const bool ready = !asks || all_are_present(p, epoch_before(watch.epoch));
     if (!open_epoch(p, watch, sound)) return;
     if (is_one_of(p.receivers)) {
-        tell_counts(p, watch, tokens, all);
-        if (p.stats_words != 0) tell_stats(p, watch);
+        send_row_counts(p, watch, tokens, all);
+        if (p.stats_words != 0) send_stats(p, watch);
         if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
     }
     if (is_one_of(p.senders)) send_share(p, start, before, watch, ready);

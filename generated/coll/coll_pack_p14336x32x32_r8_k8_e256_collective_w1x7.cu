@@ -140,7 +140,7 @@ __device__ __forceinline__ Unit* row_at(const Params& p, uint32_t rank, uint32_t
 
 // A thread has one unit of a narrow row at most.
 template <class Unit, uint32_t kUnits>
-__device__ __forceinline__ Unit ask_narrow(const Params& p, uint32_t payload, uint32_t token) {
+__device__ __forceinline__ Unit load_narrow(const Params& p, uint32_t payload, uint32_t token) {
     return Group::thread() < kUnits ? unit_from<Unit, kUnits>(p, payload, token)[Group::thread()] : Unit{};
 }
 
@@ -162,8 +162,8 @@ struct Token {
 
 __device__ __forceinline__ Token ask_token(const Params& p, uint32_t token) {
     Token asked;
-    asked.payload_1 = ask_narrow<uint4, 2>(p, 1, token);
-    asked.payload_2 = ask_narrow<uint4, 2>(p, 2, token);
+    asked.payload_1 = load_narrow<uint4, 2>(p, 1, token);
+    asked.payload_2 = load_narrow<uint4, 2>(p, 2, token);
     asked.payload_0 =
         Part<uint4, 896>::load(unit_from<uint4, 896>(p, 0, token), 0);
     return asked;

@@ -44,7 +44,7 @@ struct Params {
 
 static_assert(sizeof(Params) == 208);
 
-constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
+constexpr uint32_t kSlotVectors = 896;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
     uint32_t object;
@@ -62,8 +62,8 @@ __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
 }
 
 // Rows of a chunk are in the order of their source's tokens.
-__device__ __forceinline__ uint4* record_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
-    return reinterpret_cast<uint4*>(chunk_at(p, rank) + p.records_offset) + uint64_t(row) * kRecordVectors;
+__device__ __forceinline__ uint4* slot_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
+    return row_of<kSlotVectors>(chunk_at(p, rank) + p.records_offset, row);
 }
 
 // Whether a rank's chunk is of this call of this object, and of the same call word. Else that is reported, and the
@@ -88,12 +88,12 @@ constexpr uint32_t kFirstSourceWord = 1 + Experts::kLocal;
 constexpr uint32_t kSourceWords = 9;  // the source's tokens, its rows for each rank
 constexpr uint32_t kEntryBytes = 80;  // of a row's token, selections and weights
 
-__device__ __forceinline__ uint32_t* counts_at(const Params& p, uint32_t rank) {
+__device__ __forceinline__ uint32_t* counts_in_chunk(const Params& p, uint32_t rank) {
     return reinterpret_cast<uint32_t*>(header_at(p, rank) + 1);
 }
 
 // Rows of a source are numbered in the order of its tokens.
-__device__ __forceinline__ uint32_t* entry_at(const Params& p, uint32_t rank, uint32_t row) {
+__device__ __forceinline__ uint32_t* entry_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
     return reinterpret_cast<uint32_t*>(chunk_at(p, rank) + kHeaderBytes + uint64_t(row) * kEntryBytes);
 }
 
@@ -114,7 +114,7 @@ __device__ __forceinline__ void read_counts(const Params& p, Arrivals& arrivals)
     for (uint32_t index = threadIdx.x; index < kRanks * kCountWords; index += kBlockThreads) {
         const uint32_t source = index / kCountWords;
         const uint32_t at = index % kCountWords;
-        const uint32_t told = arrivals.belong[source] ? counts_at(p, source)[at] : 0;
+        const uint32_t told = arrivals.belong[source] ? counts_in_chunk(p, source)[at] : 0;
         const uint32_t count = min(told, p.max_tokens);
         if (at == 0) arrivals.first_row[source + 1] = count;
         if (at > 0 && at <= Experts::kLocal) arrivals.slots[source][at - 1] = count;
@@ -203,7 +203,7 @@ struct Arrival {
 // Reads where a row goes and leaves it for combine.
 __device__ __forceinline__ Arrival read_entry(const Params& p, const Arrivals& arrivals, uint32_t source,
                                               uint32_t index) {
-    const uint32_t* entry = entry_at(p, source, index);
+    const uint32_t* entry = entry_in_chunk(p, source, index);
     const uint32_t row = arrivals.first_row[source] + index;
     Arrival arrival{source, index, row, entry[0], -1, 0};
     if (lane_id() < kTopk) {
@@ -250,7 +250,7 @@ __device__ __forceinline__ void place_row(const Params& p, const Arrival& arriva
     __shared__ Targets lists[kWarps];
     Targets& targets = lists[warp_id()];
     const uint32_t number = list_targets(p, arrival, targets);
-    const uint4* from = record_in_chunk(p, arrival.source, arrival.index);
+    const uint4* from = slot_in_chunk(p, arrival.source, arrival.index);
     uint4* out = reinterpret_cast<uint4*>(p.out);
 #pragma unroll 1
     for (uint32_t first = 0; first < kRowVectors; first += Part::kLength) {

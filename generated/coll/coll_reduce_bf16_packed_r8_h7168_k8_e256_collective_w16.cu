@@ -48,7 +48,7 @@ struct Params {
 
 static_assert(sizeof(Params) == 224);
 
-constexpr uint32_t kRecordVectors = 898;  // of a row and what travels with it
+constexpr uint32_t kSlotVectors = 898;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
     uint32_t object;
@@ -65,8 +65,8 @@ __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
 }
 
 // Rows of a chunk are in the order of their source's tokens.
-__device__ __forceinline__ uint4* record_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
-    return reinterpret_cast<uint4*>(chunk_at(p, rank) + p.records_offset) + uint64_t(row) * kRecordVectors;
+__device__ __forceinline__ uint4* slot_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
+    return row_of<kSlotVectors>(chunk_at(p, rank) + p.records_offset, row);
 }
 
 // Whether a rank's chunk is of this call of this object, and of the same call word. Else that is reported, and the
@@ -90,8 +90,8 @@ __device__ __forceinline__ uint32_t row_with(const Params& p, uint32_t rank, uin
     return min(uint32_t(p.sent_rows[place]), p.max_tokens - 1);
 }
 
-__device__ __forceinline__ uint4* incoming_slot(const Params& p, uint32_t rank, uint32_t token) {
-    return record_in_chunk(p, rank, row_with(p, rank, token));
+__device__ __forceinline__ const uint4* incoming_slot(const Params& p, uint32_t rank, uint32_t token) {
+    return slot_in_chunk(p, rank, row_with(p, rank, token));
 }
 
 // Which of all rows that came here a token is that stays.
@@ -113,15 +113,6 @@ __device__ __forceinline__ uint64_t ranks_of_this_call(const Params& p) {
 
 using Terms = TermList<kRanks - 1 + kTopk + 2>;  // of the other ranks, of this one's experts, and biases
 
-// Weights that are summed like the rows travel behind them: K words.
-__device__ __forceinline__ float* weights_behind(uint4* record) {
-    return reinterpret_cast<float*>(record + kRowVectors);
-}
-
-__device__ __forceinline__ const uint4* y_at(const Params& p, uint32_t row) {
-    return reinterpret_cast<const uint4*>(p.y) + uint64_t(row) * kRowVectors;
-}
-
 // Lists the rows of `y` that make up a partial sum, behind `number` others; how many there are then. With weights each
 // selection is a term; without, each row is, once. Those that dispatch had no room for are no part of `y`.
 __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t row, Terms& terms, uint32_t number) {
@@ -134,7 +125,7 @@ __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t ro
     const uint32_t all = __ballot_sync(kFullWarp, is_term);
     if (is_term) {
         const uint32_t index = number + lanes_below(lane_id(), all);
-        terms.rows[index] = y_at(p, uint32_t(slot));
+        terms.rows[index] = row_of<kRowVectors>(p.y, uint32_t(slot));
         terms.weights[index] = p.row_weights == nullptr ? 1.0f : p.row_weights[at];
     }
     return number + __popc(all);
@@ -176,7 +167,7 @@ __device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uin
     for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
         const uint32_t rank = first_rank(rest);
         sum += rank == p.rank ? p.y_weights[uint64_t(own_row) * kTopk + lane_id()]
-                              : weights_behind(incoming_slot(p, rank, token))[lane_id()];
+                              : behind_row<float, kRowVectors>(incoming_slot(p, rank, token))[lane_id()];
     }
     p.out_weights[uint64_t(token) * kTopk + lane_id()] = sum;
 }

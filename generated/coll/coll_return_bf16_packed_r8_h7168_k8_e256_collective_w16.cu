@@ -39,7 +39,7 @@ struct Params {
 
 static_assert(sizeof(Params) == 160);
 
-constexpr uint32_t kRecordVectors = 898;  // of a row and what travels with it
+constexpr uint32_t kSlotVectors = 898;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
     uint32_t object;
@@ -56,8 +56,8 @@ __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
 }
 
 // Rows of a chunk are in the order of their source's tokens.
-__device__ __forceinline__ uint4* record_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
-    return reinterpret_cast<uint4*>(chunk_at(p, rank) + p.records_offset) + uint64_t(row) * kRecordVectors;
+__device__ __forceinline__ uint4* slot_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
+    return row_of<kSlotVectors>(chunk_at(p, rank) + p.records_offset, row);
 }
 
 // One block's.
@@ -69,15 +69,6 @@ __device__ __forceinline__ void write_headers(const Params& p, uint32_t call) {
 }
 
 using Terms = TermList<kTopk + 2>;  // of this rank's experts; GCC takes two more for possible
-
-// Weights that are summed like the rows travel behind them: K words.
-__device__ __forceinline__ float* weights_behind(uint4* record) {
-    return reinterpret_cast<float*>(record + kRowVectors);
-}
-
-__device__ __forceinline__ const uint4* y_at(const Params& p, uint32_t row) {
-    return reinterpret_cast<const uint4*>(p.y) + uint64_t(row) * kRowVectors;
-}
 
 // Lists the rows of `y` that make up a partial sum, behind `number` others; how many there are then. With weights each
 // selection is a term; without, each row is, once. Those that dispatch had no room for are no part of `y`.
@@ -91,7 +82,7 @@ __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t ro
     const uint32_t all = __ballot_sync(kFullWarp, is_term);
     if (is_term) {
         const uint32_t index = number + lanes_below(lane_id(), all);
-        terms.rows[index] = y_at(p, uint32_t(slot));
+        terms.rows[index] = row_of<kRowVectors>(p.y, uint32_t(slot));
         terms.weights[index] = p.row_weights == nullptr ? 1.0f : p.row_weights[at];
     }
     return number + __popc(all);
@@ -104,7 +95,7 @@ __device__ __forceinline__ void store_partial(const Params& p, uint32_t row, uin
     __syncwarp();
     store_sum<Bf16, Part>(terms, number, slot);
     if (p.y_weights != nullptr && lane_id() < kTopk) {
-        weights_behind(slot)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
+        behind_row<float, kRowVectors>(slot)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
     }
 }
 
@@ -118,7 +109,7 @@ __device__ __forceinline__ void pack_partials(const Params& p) {
         const uint32_t row = work < own_begin ? work : work + own_rows;
         uint32_t owner = 0;
         while (owner + 1 < kRanks && row >= uint32_t(p.first_rows[owner + 1])) ++owner;
-        store_partial(p, row, record_in_chunk(p, owner, min(row - uint32_t(p.first_rows[owner]), p.max_tokens - 1)));
+        store_partial(p, row, slot_in_chunk(p, owner, min(row - uint32_t(p.first_rows[owner]), p.max_tokens - 1)));
         __syncwarp();  // the next row's terms overwrite these
     }
 }

@@ -42,7 +42,7 @@ struct Params {
 
 static_assert(sizeof(Params) == 192);
 
-constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
+constexpr uint32_t kSlotVectors = 896;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
     uint32_t object;
@@ -60,8 +60,8 @@ __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
 }
 
 // Rows of a chunk are in the order of their source's tokens.
-__device__ __forceinline__ uint4* record_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
-    return reinterpret_cast<uint4*>(chunk_at(p, rank) + p.records_offset) + uint64_t(row) * kRecordVectors;
+__device__ __forceinline__ uint4* slot_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
+    return row_of<kSlotVectors>(chunk_at(p, rank) + p.records_offset, row);
 }
 
 // One block's.
@@ -80,11 +80,7 @@ __device__ __forceinline__ uint32_t row_with(const Params& p, uint32_t rank, uin
 }
 
 __device__ __forceinline__ uint4* outgoing_slot(const Params& p, uint32_t rank, uint32_t token) {
-    return record_in_chunk(p, rank, row_with(p, rank, token));
-}
-
-__device__ __forceinline__ const uint4* token_at(const Params& p, uint32_t token) {
-    return reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
+    return slot_in_chunk(p, rank, row_with(p, rank, token));
 }
 
 using SentPart = Part;
@@ -108,12 +104,12 @@ constexpr uint32_t kSourceWords = 9;  // the source's tokens, its rows for each 
 constexpr uint32_t kEntryWords = 17;  // of a row: its token, a selection and a weight for each k
 constexpr uint32_t kEntryBytes = 80;  // of a row's token, selections and weights
 
-__device__ __forceinline__ uint32_t* counts_at(const Params& p, uint32_t rank) {
+__device__ __forceinline__ uint32_t* counts_in_chunk(const Params& p, uint32_t rank) {
     return reinterpret_cast<uint32_t*>(header_at(p, rank) + 1);
 }
 
 // Rows of a source are numbered in the order of its tokens.
-__device__ __forceinline__ uint32_t* entry_at(const Params& p, uint32_t rank, uint32_t row) {
+__device__ __forceinline__ uint32_t* entry_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
     return reinterpret_cast<uint32_t*>(chunk_at(p, rank) + kHeaderBytes + uint64_t(row) * kEntryBytes);
 }
 
@@ -249,13 +245,13 @@ __device__ __forceinline__ void leave_rows(const Params& p, uint32_t first, uint
 }
 
 // A warp for each token and rank, a lane for each word.
-__device__ __forceinline__ void tell_entries(const Params& p, uint32_t first, const Chunk& chunk) {
+__device__ __forceinline__ void write_entries(const Params& p, uint32_t first, const Chunk& chunk) {
 #pragma unroll 1
     for (uint32_t pair = warp_id(); pair < kChunk * kRanks; pair += kWarps) {
         const uint32_t token = pair / kRanks;
         const uint32_t rank = pair % kRanks;
         if (!counts(chunk, rank, token)) continue;
-        uint32_t* entry = entry_at(p, rank, chunk.before[rank] + counted_before(chunk, rank, token));
+        uint32_t* entry = entry_in_chunk(p, rank, chunk.before[rank] + counted_before(chunk, rank, token));
 #pragma unroll 1
         for (uint32_t word = lane_id(); word < kEntryWords; word += kWarpSize) {
             entry[word] = entry_word(chunk, first, token, rank, word);
@@ -264,13 +260,13 @@ __device__ __forceinline__ void tell_entries(const Params& p, uint32_t first, co
 }
 
 // With the last chunk: every rank hears how many rows it gets, also if there are none.
-__device__ __forceinline__ void tell_counts(const Params& p, uint32_t tokens, uint32_t call, const Chunk& chunk) {
+__device__ __forceinline__ void write_counts(const Params& p, uint32_t tokens, uint32_t call, const Chunk& chunk) {
     write_headers(p, call);
 #pragma unroll 1
     for (uint32_t index = threadIdx.x; index < kRanks * kCountWords; index += kBlockThreads) {
         const uint32_t rank = index / kCountWords;
         const uint32_t word = index % kCountWords;
-        counts_at(p, rank)[word] = count_word(p, chunk, tokens, rank, word);
+        counts_in_chunk(p, rank)[word] = count_word(p, chunk, tokens, rank, word);
     }
 }
 
@@ -283,9 +279,9 @@ __device__ __forceinline__ void plan_and_send(const Params& p, uint32_t tokens, 
 #pragma unroll 1
     do {
         read_chunk(p, first, share.end, chunk);
-        if (share.end == tokens && share.end - first <= kChunk) tell_counts(p, tokens, call, chunk);
+        if (share.end == tokens && share.end - first <= kChunk) write_counts(p, tokens, call, chunk);
         leave_rows(p, first, share.end, chunk);
-        tell_entries(p, first, chunk);
+        write_entries(p, first, chunk);
         __syncthreads();  // the rows are known to all
 #pragma unroll 1
         for (uint32_t token = first + warp_id(); token < min(first + kChunk, share.end); token += kWarps) {

@@ -122,28 +122,24 @@ __device__ __forceinline__ void close_epoch(const Params& p, const Watch& watch)
     p.control->epoch = epoch_after(watch.epoch);
 }
 
-constexpr uint32_t kRecordVectors = 898;  // of a row and what travels with it
+constexpr uint32_t kSlotVectors = 898;  // of a row and what travels with it
 
-// Staging is [source][max_tokens]: the place of (source, token), which the source knows at once.
-__device__ __forceinline__ uint64_t place_of(const Params& p, uint32_t source, uint32_t token) {
-    return uint64_t(source) * p.max_tokens + token;
-}
-
+// A row's slot is that of its token: its source knows it at once.
 __device__ __forceinline__ uint4* outgoing_slot(const Params& p, uint32_t rank, uint32_t token) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset) + place_of(p, p.rank, token) * kRecordVectors;
+    return slot_at<kSlotVectors>(p, rank, Slot{p.rank, p.max_tokens, token});
 }
 
 __device__ __forceinline__ uint4* incoming_slot(const Params& p, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint4*>(p.peers[p.rank] + p.rows_offset) + place_of(p, source, token) * kRecordVectors;
+    return slot_at<kSlotVectors>(p, p.rank, Slot{source, p.max_tokens, token});
 }
 
-// A tag is the call word and the epoch of the row there.
+// A tag is the call word and the epoch of the row in its slot.
 __device__ __forceinline__ uint64_t* outgoing_tag(const Params& p, uint32_t rank, uint32_t token) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_of(p, p.rank, token);
+    return tag_at<uint64_t>(p, rank, Slot{p.rank, p.max_tokens, token});
 }
 
 __device__ __forceinline__ uint64_t* incoming_tag(const Params& p, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint64_t*>(p.peers[p.rank] + p.tags_offset) + place_of(p, source, token);
+    return tag_at<uint64_t>(p, p.rank, Slot{source, p.max_tokens, token});
 }
 
 // A warp's wait for the row of (source, token) here.
@@ -160,15 +156,6 @@ __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch
 
 using Terms = TermList<kRanks - 1 + kTopk + 2>;  // of the other ranks, of this one's experts, and biases
 
-// Weights that are summed like the rows travel behind them: K words.
-__device__ __forceinline__ float* weights_behind(uint4* record) {
-    return reinterpret_cast<float*>(record + kRowVectors);
-}
-
-__device__ __forceinline__ const uint4* y_at(const Params& p, uint32_t row) {
-    return reinterpret_cast<const uint4*>(p.y) + uint64_t(row) * kRowVectors;
-}
-
 // Lists the rows of `y` that make up a partial sum, behind `number` others; how many there are then. With weights each
 // selection is a term; without, each row is, once. Those that dispatch had no room for are no part of `y`.
 __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t row, Terms& terms, uint32_t number) {
@@ -181,7 +168,7 @@ __device__ __forceinline__ uint32_t list_selections(const Params& p, uint32_t ro
     const uint32_t all = __ballot_sync(kFullWarp, is_term);
     if (is_term) {
         const uint32_t index = number + lanes_below(lane_id(), all);
-        terms.rows[index] = y_at(p, uint32_t(slot));
+        terms.rows[index] = row_of<kRowVectors>(p.y, uint32_t(slot));
         terms.weights[index] = p.row_weights == nullptr ? 1.0f : p.row_weights[at];
     }
     return number + __popc(all);
@@ -194,7 +181,7 @@ __device__ __forceinline__ void store_partial(const Params& p, uint32_t row, uin
     __syncwarp();
     store_sum<Bf16, Part>(terms, number, slot);
     if (p.y_weights != nullptr && lane_id() < kTopk) {
-        weights_behind(slot)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
+        behind_row<float, kRowVectors>(slot)[lane_id()] = p.y_weights[uint64_t(row) * kTopk + lane_id()];
     }
 }
 
@@ -256,7 +243,7 @@ __device__ __forceinline__ void sum_weights(const Params& p, uint32_t token, uin
     for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
         const uint32_t rank = first_rank(rest);
         sum += rank == p.rank ? p.y_weights[uint64_t(own_row) * kTopk + lane_id()]
-                              : weights_behind(incoming_slot(p, rank, token))[lane_id()];
+                              : behind_row<float, kRowVectors>(incoming_slot(p, rank, token))[lane_id()];
     }
     p.out_weights[uint64_t(token) * kTopk + lane_id()] = sum;
 }

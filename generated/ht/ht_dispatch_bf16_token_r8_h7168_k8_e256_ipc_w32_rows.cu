@@ -3,6 +3,7 @@
 // HighThroughputDispatch(dtype='bf16', layout='token', num_ranks=8, hidden=7168, num_topk=8, num_experts=256,
 //     path='ipc', num_warps=32, phase='rows')
 
+#include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/rows.cuh>
@@ -121,28 +122,24 @@ __device__ __forceinline__ void close_epoch(const Params& p, const Watch& watch)
     p.control->epoch = epoch_after(watch.epoch);
 }
 
-constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
+constexpr uint32_t kSlotVectors = 896;  // of a row and what travels with it
 
-// Staging is [source][max_tokens]: the place of (source, token), which the source knows at once.
-__device__ __forceinline__ uint64_t place_of(const Params& p, uint32_t source, uint32_t token) {
-    return uint64_t(source) * p.max_tokens + token;
-}
-
+// A row's slot is that of its token: its source knows it at once.
 __device__ __forceinline__ uint4* outgoing_slot(const Params& p, uint32_t rank, uint32_t token) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset) + place_of(p, p.rank, token) * kRecordVectors;
+    return slot_at<kSlotVectors>(p, rank, Slot{p.rank, p.max_tokens, token});
 }
 
 __device__ __forceinline__ uint4* incoming_slot(const Params& p, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint4*>(p.peers[p.rank] + p.rows_offset) + place_of(p, source, token) * kRecordVectors;
+    return slot_at<kSlotVectors>(p, p.rank, Slot{source, p.max_tokens, token});
 }
 
-// A tag is the call word and the epoch of the row there.
+// A tag is the call word and the epoch of the row in its slot.
 __device__ __forceinline__ uint64_t* outgoing_tag(const Params& p, uint32_t rank, uint32_t token) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_of(p, p.rank, token);
+    return tag_at<uint64_t>(p, rank, Slot{p.rank, p.max_tokens, token});
 }
 
 __device__ __forceinline__ uint64_t* incoming_tag(const Params& p, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint64_t*>(p.peers[p.rank] + p.tags_offset) + place_of(p, source, token);
+    return tag_at<uint64_t>(p, p.rank, Slot{source, p.max_tokens, token});
 }
 
 // A warp's wait for the row of (source, token) here.
@@ -155,10 +152,6 @@ __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch
     const bool verdict = __all_sync(kFullWarp, arrived) != 0;
     __syncwarp();  // lane 0 has acquired the row, and a vote orders nothing
     return verdict;
-}
-
-__device__ __forceinline__ const uint4* token_at(const Params& p, uint32_t token) {
-    return reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
 }
 
 using SentPart = Part;

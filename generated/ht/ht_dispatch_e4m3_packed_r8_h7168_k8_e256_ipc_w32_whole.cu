@@ -3,6 +3,7 @@
 // HighThroughputDispatch(dtype='e4m3', layout='packed', num_ranks=8, hidden=7168, num_topk=8, num_experts=256,
 //     path='ipc', num_warps=32, phase='whole')
 
+#include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/rows.cuh>
@@ -140,28 +141,24 @@ __device__ __forceinline__ void close_epoch(const Params& p, const Watch& watch)
     p.control->epoch = epoch_after(watch.epoch);
 }
 
-constexpr uint32_t kRecordVectors = 462;  // of a row and what travels with it
+constexpr uint32_t kSlotVectors = 462;  // of a row and what travels with it
 
-// Staging is [source][max_tokens]: the place of (source, token), which the source knows at once.
-__device__ __forceinline__ uint64_t place_of(const Params& p, uint32_t source, uint32_t token) {
-    return uint64_t(source) * p.max_tokens + token;
-}
-
+// A row's slot is that of its token: its source knows it at once.
 __device__ __forceinline__ uint4* outgoing_slot(const Params& p, uint32_t rank, uint32_t token) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset) + place_of(p, p.rank, token) * kRecordVectors;
+    return slot_at<kSlotVectors>(p, rank, Slot{p.rank, p.max_tokens, token});
 }
 
 __device__ __forceinline__ uint4* incoming_slot(const Params& p, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint4*>(p.peers[p.rank] + p.rows_offset) + place_of(p, source, token) * kRecordVectors;
+    return slot_at<kSlotVectors>(p, p.rank, Slot{source, p.max_tokens, token});
 }
 
-// A tag is the call word and the epoch of the row there.
+// A tag is the call word and the epoch of the row in its slot.
 __device__ __forceinline__ uint64_t* outgoing_tag(const Params& p, uint32_t rank, uint32_t token) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_of(p, p.rank, token);
+    return tag_at<uint64_t>(p, rank, Slot{p.rank, p.max_tokens, token});
 }
 
 __device__ __forceinline__ uint64_t* incoming_tag(const Params& p, uint32_t source, uint32_t token) {
-    return reinterpret_cast<uint64_t*>(p.peers[p.rank] + p.tags_offset) + place_of(p, source, token);
+    return tag_at<uint64_t>(p, p.rank, Slot{source, p.max_tokens, token});
 }
 
 // A warp's wait for the row of (source, token) here.
@@ -179,23 +176,21 @@ __device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch
 
 using Experts = Partition<256, kRanks>;
 
-constexpr uint32_t kPieceWords = 3;
-constexpr uint32_t kCountPieces = 15;  // see count_word
+constexpr uint32_t kCountPackets = 15;  // see count_word
 constexpr uint32_t kFirstSourceWord = 1 + Experts::kLocal;
 constexpr uint32_t kSourceWords = 9;                             // the source's tokens, its rows for each rank
 constexpr uint32_t kCallWord = kFirstSourceWord + kSourceWords;  // the last one
-static_assert(kCallWord / kPieceWords == kCountPieces - 1);
-constexpr uint32_t kEntryPieces = 6;  // of a row: its token, a selection and a weight for each k
-constexpr uint32_t kEntryWords = kEntryPieces * kPieceWords;
+static_assert(kCallWord / kPacketWords == kCountPackets - 1);
+constexpr uint32_t kEntryPackets = 6;  // of a row: its token, a selection and a weight for each k
+constexpr uint32_t kEntryWords = kEntryPackets * kPacketWords;
 
-__device__ __forceinline__ uint4* counts_at(const Params& p, uint32_t rank, uint32_t source) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.counts_offset) + source * kCountPieces;
+__device__ __forceinline__ Packet* counts_at(const Params& p, uint32_t rank, uint32_t source) {
+    return peer_memory<Packet>(p, rank, p.counts_offset) + source * kCountPackets;
 }
 
 // Rows of a source are numbered in the order of its tokens.
-__device__ __forceinline__ uint4* entry_at(const Params& p, uint32_t rank, uint32_t source, uint32_t row) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.entries_offset) +
-           (uint64_t(source) * p.max_tokens + row) * kEntryPieces;
+__device__ __forceinline__ Packet* entry_at(const Params& p, uint32_t rank, uint32_t source, uint32_t row) {
+    return peer_memory<Packet>(p, rank, p.entries_offset) + number_of(Slot{source, p.max_tokens, row}) * kEntryPackets;
 }
 
 constexpr uint32_t kChunk = 64;                            // tokens that a block plans at a time, a bit for each
@@ -295,7 +290,7 @@ __device__ __forceinline__ bool add_counts(const Params& p, const Watch& watch, 
     return true;
 }
 
-// A word of what `rank` is told of a token: see kEntryPieces.
+// A word of what `rank` is told of a token: see kEntryPackets.
 __device__ __forceinline__ uint32_t entry_word(const Chunk& chunk, uint32_t first, uint32_t token, uint32_t rank,
                                                uint32_t word) {
     if (word == 0) return first + token;
@@ -308,23 +303,20 @@ __device__ __forceinline__ uint32_t entry_word(const Chunk& chunk, uint32_t firs
     return word > 2 * kTopk ? 0 : __float_as_uint(chunk.weights[token][word - 1 - kTopk]);
 }
 
-// A warp for each token and rank, a lane for each piece.
-__device__ __forceinline__ void tell_entries(const Params& p, const Watch& watch, uint32_t first, const Chunk& chunk) {
+// A warp for each token and rank, a lane for each packet.
+__device__ __forceinline__ void send_entries(const Params& p, const Watch& watch, uint32_t first, const Chunk& chunk) {
 #pragma unroll 1
     for (uint32_t pair = warp_id(); pair < kChunk * kRanks; pair += kWarps) {
         const uint32_t token = pair / kRanks;
         const uint32_t rank = rank_after<kRanks>(p.rank, pair % kRanks);
         if (!counts(chunk, rank, token)) continue;
         const uint32_t row = chunk.before[rank] + counted_before(chunk, rank, token);
-        uint4* to = entry_at(p, rank, p.rank, row);
+        Packet* to = entry_at(p, rank, p.rank, row);
 #pragma unroll 1
-        for (uint32_t piece = lane_id(); piece < kEntryPieces; piece += kWarpSize) {
-            uint32_t words[kPieceWords];
-#pragma unroll
-            for (uint32_t word = 0; word < kPieceWords; ++word) {
-                words[word] = entry_word(chunk, first, token, rank, piece * kPieceWords + word);
-            }
-            store_whole_relaxed_sys(to + piece, make_uint4(words[0], words[1], words[2], watch.epoch));
+        for (uint32_t number = lane_id(); number < kEntryPackets; number += kWarpSize) {
+            const Packet packet = packet_of(number, watch.epoch,
+                                            [&](uint32_t word) { return entry_word(chunk, first, token, rank, word); });
+            send_packet(to + number, packet);
         }
     }
 }
@@ -357,19 +349,15 @@ __device__ __forceinline__ uint32_t count_word(const Params& p, const Chunk& chu
 
 // After the last chunk: every rank hears how many rows it gets, also if there are none. Behind the counts goes the call
 // word, for ranks that wait for no counts.
-__device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch, uint32_t tokens, const Chunk& chunk) {
+__device__ __forceinline__ void send_counts(const Params& p, const Watch& watch, uint32_t tokens, const Chunk& chunk) {
 #pragma unroll 1
-    for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
-        const uint32_t rank = rank_after<kRanks>(p.rank, index / kCountPieces);
-        const uint32_t piece = index % kCountPieces;
-        uint32_t words[kPieceWords];
-#pragma unroll
-        for (uint32_t word = 0; word < kPieceWords; ++word) {
-            const uint32_t at = piece * kPieceWords + word;
-            words[word] = at == kCallWord ? call_word(p) : count_word(p, chunk, tokens, rank, at);
-        }
-        store_whole_relaxed_sys(counts_at(p, rank, p.rank) + piece,
-                                make_uint4(words[0], words[1], words[2], watch.epoch));
+    for (uint32_t index = threadIdx.x; index < kRanks * kCountPackets; index += kBlockThreads) {
+        const uint32_t rank = rank_after<kRanks>(p.rank, index / kCountPackets);
+        const uint32_t number = index % kCountPackets;
+        const Packet packet = packet_of(number, watch.epoch, [&](uint32_t word) {
+            return word == kCallWord ? call_word(p) : count_word(p, chunk, tokens, rank, word);
+        });
+        send_packet(counts_at(p, rank, p.rank) + number, packet);
     }
     publish_call(p, watch.epoch);
 }
@@ -396,15 +384,11 @@ __device__ __forceinline__ void plan_rows(const Params& p, const Watch& watch, u
         read = number;
         if (!add_counts(p, watch, added, number, chunk)) return;
         added = number;
-        if (number == chunks - 1) tell_counts(p, watch, tokens, chunk);
+        if (number == chunks - 1) send_counts(p, watch, tokens, chunk);
         leave_ranks(p, number * kChunk, tokens, chunk);
-        tell_entries(p, watch, number * kChunk, chunk);
+        send_entries(p, watch, number * kChunk, chunk);
     }
     if (mine == 0 && threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
-}
-
-__device__ __forceinline__ const uint4* token_at(const Params& p, uint32_t token) {
-    return reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
 }
 
 using SentPart = Part;
@@ -424,7 +408,7 @@ __device__ __forceinline__ void send_row(const Params& p, uint32_t token, uint64
 #pragma unroll 1
         for (uint64_t rest = ranks; rest != 0; drop_first(rest)) {
             uint4* slot = outgoing_slot(p, first_rank(rest), token);
-            reinterpret_cast<uint32_t*>(slot + kRowVectors)[word] = scale;
+            behind_row<uint32_t, kRowVectors>(slot)[word] = scale;
         }
     }
 }
@@ -460,38 +444,36 @@ __device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t s
     return arrivals.first_row[source + 1] - arrivals.first_row[source];
 }
 
-// One thread polls for each source; the other pieces are here then, or come at once. It also compares
-// the call word; a source whose word differs has no rows. All receiving blocks wait for the
-// same words: if every thread of theirs polled, what is waited for could hardly be written.
+// One thread polls for each source; the other packets are here then, or come at once. It also compares the call word; a
+// source whose word differs has no rows. All receiving blocks wait for the same words: if every thread of theirs
+// polled, what is waited for could hardly be written.
 __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch, Arrivals& arrivals) {
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
-        uint4 last;
+        Packet last;
         const Awaited what{kCounts, source, -1};
-        const bool came = wait_for_whole(watch, what, counts_at(p, p.rank, source) + kCountPieces - 1, last);
-        const uint32_t words[kPieceWords] = {last.x, last.y, last.z};
-        const uint32_t call = words[kCallWord % kPieceWords];
+        const bool came = await_packet(watch, what, counts_at(p, p.rank, source) + kCountPackets - 1, last);
+        const uint32_t call = last.words[kCallWord % kPacketWords];
         arrivals.belong[source] = came && call == call_word(p);
         if (came && call != call_word(p)) report_other_call(p, source, call_word(p), call);
     }
     __syncthreads();
 #pragma unroll 1
-    for (uint32_t index = threadIdx.x; index < kRanks * kCountPieces; index += kBlockThreads) {
-        const uint32_t source = index / kCountPieces;
-        const uint32_t piece = index % kCountPieces;
-        uint4 whole = {};
-        const bool came = arrivals.belong[source] && wait_for_whole(watch, Awaited{kCounts, source, -1},
-                                                                    counts_at(p, p.rank, source) + piece, whole);
-        const uint32_t words[kPieceWords] = {whole.x, whole.y, whole.z};
+    for (uint32_t index = threadIdx.x; index < kRanks * kCountPackets; index += kBlockThreads) {
+        const uint32_t source = index / kCountPackets;
+        const uint32_t number = index % kCountPackets;
+        Packet packet = {};
+        const bool came = arrivals.belong[source] && await_packet(watch, Awaited{kCounts, source, -1},
+                                                                  counts_at(p, p.rank, source) + number, packet);
 #pragma unroll
-        for (uint32_t word = 0; word < kPieceWords; ++word) {
-            const uint32_t at = piece * kPieceWords + word;
-            const uint32_t count = came ? min(words[word], p.max_tokens) : 0;
+        for (uint32_t word = 0; word < kPacketWords; ++word) {
+            const uint32_t at = number * kPacketWords + word;
+            const uint32_t count = came ? min(packet.words[word], p.max_tokens) : 0;
             if (at == 0) arrivals.first_row[source + 1] = count;
             if (at > 0 && at <= Experts::kLocal) arrivals.slots[source][at - 1] = count;
             const uint32_t of_source = at - kFirstSourceWord;
             if (of_source < kSourceWords && blockIdx.x == p.receivers.first) {
-                p.source_counts[source * kSourceWords + of_source] = came ? int32_t(words[word]) : 0;
+                p.source_counts[source * kSourceWords + of_source] = came ? int32_t(packet.words[word]) : 0;
             }
         }
     }
@@ -571,30 +553,28 @@ struct Arrival {
     float weight;
 };
 
-static_assert(kEntryPieces <= kWarpSize);  // a lane has one piece of an entry
+static_assert(kEntryPackets <= kWarpSize);  // a lane has one packet of an entry
 
-// Asks for an entry long before it is used; a row that does not exist has none.
-__device__ __forceinline__ uint4 ask_for_entry(const Params& p, const Arrivals& arrivals, uint32_t source,
-                                               uint32_t index) {
-    if (lane_id() >= kEntryPieces || index >= rows_of(arrivals, source)) return uint4{};
-    return load_whole_relaxed_sys(entry_at(p, p.rank, source, index) + lane_id());
+// Loads what is there of an entry, long before it is used. A row that does not exist has none.
+__device__ __forceinline__ Packet prefetch_entry(const Params& p, const Arrivals& arrivals, uint32_t source,
+                                                 uint32_t index) {
+    if (lane_id() >= kEntryPackets || index >= rows_of(arrivals, source)) return Packet{};
+    return load_packet(entry_at(p, p.rank, source, index) + lane_id());
 }
 
 // Reads where a row goes and leaves it for combine; false if that did not come.
 __device__ __forceinline__ bool await_entry(const Params& p, const Watch& watch, const Arrivals& arrivals,
-                                            uint32_t source, uint32_t index, uint4 piece, Arrival& arrival) {
+                                            uint32_t source, uint32_t index, Packet packet, Arrival& arrival) {
     __shared__ uint32_t entries[kWarps][kEntryWords];
     uint32_t* entry = entries[warp_id()];
     bool came = true;
-    const uint4* from = entry_at(p, p.rank, source, index) + lane_id();
+    const Packet* from = entry_at(p, p.rank, source, index) + lane_id();
     const Awaited what{kEntry, source, int32_t(index)};
-    if (lane_id() == kEntryPieces - 1 && piece.w != watch.epoch) came = wait_for_whole(watch, what, from, piece);
-    __syncwarp();  // one lane polls; the other pieces are here then, or come at once
-    if (lane_id() < kEntryPieces) {
-        if (piece.w != watch.epoch) came = came && wait_for_whole(watch, what, from, piece);
-        entry[lane_id() * kPieceWords] = piece.x;
-        entry[lane_id() * kPieceWords + 1] = piece.y;
-        entry[lane_id() * kPieceWords + 2] = piece.z;
+    if (lane_id() == kEntryPackets - 1 && packet.flag != watch.epoch) came = await_packet(watch, what, from, packet);
+    __syncwarp();  // one lane polls; the other packets are here then, or come at once
+    if (lane_id() < kEntryPackets) {
+        if (packet.flag != watch.epoch) came = came && await_packet(watch, what, from, packet);
+        unpack(packet, entry + lane_id() * kPacketWords);
     }
     if (__all_sync(kFullWarp, came) == 0) return false;
     __syncwarp();
@@ -661,7 +641,7 @@ __device__ __forceinline__ void place_row(const Params& p, const Watch& watch, c
         }
     }
     const uint32_t* scales = arrival.source == p.rank ? p.x_scales + uint64_t(arrival.token) * kScaleWords
-                                                      : reinterpret_cast<const uint32_t*>(from + kRowVectors);
+                                                      : behind_row<uint32_t, kRowVectors>(from);
 #pragma unroll 1
     for (uint32_t word = lane_id(); word < kScaleWords; word += kWarpSize) {
         const uint32_t scale = scales[word];
@@ -685,17 +665,17 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) most = max(most, rows_of(arrivals, source));
     uint32_t work = Group::first_work(p.receivers);
-    uint4 asked = ask_for_entry(p, arrivals, Sources::rank(p.rank, work), Sources::round(work));
+    Packet next = prefetch_entry(p, arrivals, Sources::rank(p.rank, work), Sources::round(work));
 #pragma unroll 1
     while (work < most * Sources::kNumber) {
         const uint32_t source = Sources::rank(p.rank, work);
         const uint32_t index = Sources::round(work);
         work += Group::number_in(p.receivers);
-        const uint4 piece = asked;
-        asked = ask_for_entry(p, arrivals, Sources::rank(p.rank, work), Sources::round(work));
+        const Packet packet = next;
+        next = prefetch_entry(p, arrivals, Sources::rank(p.rank, work), Sources::round(work));
         if (index >= rows_of(arrivals, source)) continue;
         Arrival arrival;
-        if (!await_entry(p, watch, arrivals, source, index, piece, arrival)) continue;
+        if (!await_entry(p, watch, arrivals, source, index, packet, arrival)) continue;
         place_row(p, watch, arrival);
     }
 }

@@ -3,8 +3,10 @@
 // LowLatencyCombine(dtype='bf16', layout='expert', num_ranks=8, hidden=7168, num_topk=8, num_experts=256, path='ipc',
 //     warp_groups=WarpGroups(groups=1, warps=16), wire='inline', phase='whole', peers='masked', weights='atdispatch')
 
+#include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/reduce.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/masked_signal.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/work.cuh>
@@ -62,15 +64,12 @@ static_assert(sizeof(Params) == 272);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
-constexpr uint32_t kRecordPieces = kRowPieces;
+constexpr uint32_t kSlotVectors = kRowPieces;
 
 // Small blocks share an SM, so that there is one for each row.
 constexpr uint32_t kResident = 1;
 
 using Watch = WatchOf<Params>;
-// The half of the receive buffers that this epoch uses.
-__device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
-
 // Where `from` publishes its call word to `rank`.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
@@ -153,25 +152,23 @@ __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, 
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 19120);                           // as the buffers are laid out
+static_assert(kSlotVectors * kPieceBytes == 19120);                            // as the buffers are laid out
 
 // A row in a warp group's registers: each thread has one vector per step, or none.
 struct Row {
     uint4 vectors[kSteps];
 };
 
-// Receive buffers are [half][source][capacity].
-__device__ __forceinline__ uint64_t place_in_buffer(const Params& p, const Watch& watch, uint32_t source,
-                                                    uint32_t row) {
-    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.capacity + row;
+// The slot for a source's row: receive buffers are [half][source][capacity].
+__device__ __forceinline__ Slot slot_of(const Params& p, const Watch& watch, uint32_t source, uint32_t row) {
+    return Slot{source_in_half<kRanks>(watch.epoch, source), p.capacity, row};
 }
 
-// The record of (source, row) in the symmetric memory of `rank`.
-__device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
+__device__ __forceinline__ uint4* staged_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
                                             uint32_t row) {
-    constexpr uint64_t kRecordBytes = kRecordPieces * kPieceBytes;
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset +
-                                    place_in_buffer(p, watch, source, row) * kRecordBytes);
+    constexpr uint64_t kSlotBytes = kSlotVectors * kPieceBytes;
+    uint8_t* slots = peer_memory<uint8_t>(p, rank, p.rows_offset);
+    return reinterpret_cast<uint4*>(slots + number_of(slot_of(p, watch, source, row)) * kSlotBytes);
 }
 
 __device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kGroupThreads + Group::thread(); }
@@ -231,7 +228,7 @@ __device__ __forceinline__ uint4 to_vector(uint4 piece) {
 }
 
 __device__ __forceinline__ bool receive_piece(const uint4* from, const Watch& watch, Awaited what, uint4& piece) {
-    return wait_for_whole(watch, what, from, piece, mark_of(watch));
+    return await_flagged(watch, what, from, piece, mark_of(watch));
 }
 
 // Asks for all pieces of a thread.
@@ -407,7 +404,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
                 continue;
             }
             const Row first = load_term(listed, 0);
-            send_partial(listed, first, record_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
+            send_partial(listed, first, staged_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
             Group::sync();
         }
     }
@@ -439,7 +436,7 @@ __device__ __forceinline__ void stop_measuring(const Params& p, uint32_t rank, u
 // One partial sum; false, for all of the warp group, if a part of it did not come.
 __device__ __forceinline__ bool receive_partial(const Params& p, const Watch& watch, uint32_t token, uint32_t rank,
                                                 Row& row) {
-    const uint4* from = record_at(p, watch, p.rank, rank, token);
+    const uint4* from = staged_at(p, watch, p.rank, rank, token);
     const uint64_t since = Group::thread() == 0 ? start_measuring(p, watch, rank) : 0;
     row = ask_for_row(from);
     const bool came = Group::all(complete_row(from, watch, Awaited{kPartial, rank, int32_t(token)}, row));

@@ -3,8 +3,10 @@
 // LowLatencyCombine(dtype='bf16', layout='expert', num_ranks=8, hidden=7168, num_topk=8, num_experts=256, path='ipc',
 //     warp_groups=WarpGroups(groups=1, warps=8), wire='row', phase='whole', weights='atcombine')
 
+#include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/reduce.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/work.cuh>
@@ -57,15 +59,12 @@ static_assert(sizeof(Params) == 232);
 
 // Loops that most threads enter once at most are not unrolled: most of this text is run once per launch.
 
-constexpr uint32_t kRecordPieces = kRowPieces;
+constexpr uint32_t kSlotVectors = kRowPieces;
 
 // Small blocks share an SM, so that there is one for each row.
 constexpr uint32_t kResident = 2;
 
 using Watch = PlainWatch;
-// The half of the receive buffers that this epoch uses.
-__device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
-
 // Where `from` publishes its call word to `rank`.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
@@ -138,25 +137,23 @@ __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, 
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 14336);                           // as the buffers are laid out
+static_assert(kSlotVectors * kPieceBytes == 14336);                            // as the buffers are laid out
 
 // A row in a warp group's registers: each thread has one vector per step, or none.
 struct Row {
     uint4 vectors[kSteps];
 };
 
-// Receive buffers are [half][source][capacity].
-__device__ __forceinline__ uint64_t place_in_buffer(const Params& p, const Watch& watch, uint32_t source,
-                                                    uint32_t row) {
-    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.capacity + row;
+// The slot for a source's row: receive buffers are [half][source][capacity].
+__device__ __forceinline__ Slot slot_of(const Params& p, const Watch& watch, uint32_t source, uint32_t row) {
+    return Slot{source_in_half<kRanks>(watch.epoch, source), p.capacity, row};
 }
 
-// The record of (source, row) in the symmetric memory of `rank`.
-__device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
+__device__ __forceinline__ uint4* staged_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
                                             uint32_t row) {
-    constexpr uint64_t kRecordBytes = kRecordPieces * kPieceBytes;
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset +
-                                    place_in_buffer(p, watch, source, row) * kRecordBytes);
+    constexpr uint64_t kSlotBytes = kSlotVectors * kPieceBytes;
+    uint8_t* slots = peer_memory<uint8_t>(p, rank, p.rows_offset);
+    return reinterpret_cast<uint4*>(slots + number_of(slot_of(p, watch, source, row)) * kSlotBytes);
 }
 
 __device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kGroupThreads + Group::thread(); }
@@ -190,13 +187,8 @@ __device__ __forceinline__ Row ask_for_row(const uint4* from) {
 
 __device__ __forceinline__ bool complete_row(const uint4*, const Watch&, Awaited, Row&) { return true; }
 
-__device__ __forceinline__ uint64_t* tag_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
-                                            uint32_t row) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_in_buffer(p, watch, source, row);
-}
-
 __device__ __forceinline__ bool wait_for_tag(const Params& p, const Watch& watch, Awaited what) {
-    const uint64_t* tag = tag_at(p, watch, p.rank, what.peer, uint32_t(what.index));
+    const uint64_t* tag = tag_at<uint64_t>(p, p.rank, slot_of(p, watch, what.peer, uint32_t(what.index)));
     return wait_for(watch, what, mark_of(watch), [=] { return uint32_t(load_acquire_sys(tag)); });
 }
 
@@ -214,37 +206,32 @@ __device__ __forceinline__ void send_pieces(const Row& pieces, uint4* to) {
     }
 }
 
-constexpr uint32_t kWeightPieceWords = 3;
-constexpr uint32_t kWeightPieces = (kTopk + kWeightPieceWords - 1) / kWeightPieceWords;
+constexpr uint32_t kWeightPackets = packets_for(kTopk);
 
-__device__ __forceinline__ uint4* weights_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
-                                             uint32_t token) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.weights_offset) +
-           place_in_buffer(p, watch, source, token) * kWeightPieces;
+__device__ __forceinline__ Packet* weights_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
+                                              uint32_t token) {
+    return peer_memory<Packet>(p, rank, p.weights_offset) +
+           number_of(slot_of(p, watch, source, token)) * kWeightPackets;
 }
 
 // They go out before any row is waited for: the ranks that sum need them first. The sending blocks do it, which wait
 // for the peers' weights: a launch of one block would otherwise wait before its own are out.
 __device__ __forceinline__ void send_weights(const Params& p, const Watch& watch, uint32_t tokens) {
-    const uint64_t pieces = uint64_t(tokens) * kWeightPieces;
+    const uint64_t packets = uint64_t(tokens) * kWeightPackets;
     const uint64_t all_threads = uint64_t(p.senders.blocks) * kBlockThreads;
     const uint64_t first = uint64_t(blockIdx.x - p.senders.first) * kBlockThreads + threadIdx.x;
 #pragma unroll 1
-    for (uint64_t index = first; index < pieces; index += all_threads) {
-        const uint32_t token = uint32_t(index / kWeightPieces);
-        const uint32_t piece = uint32_t(index % kWeightPieces);
-        uint32_t words[kWeightPieceWords];
-#pragma unroll
-        for (uint32_t word = 0; word < kWeightPieceWords; ++word) {
-            const uint32_t k = piece * kWeightPieceWords + word;
-            words[word] = k < kTopk ? __float_as_uint(p.topk_weights[uint64_t(token) * kTopk + k]) : 0;
-        }
-        const uint4 whole = make_uint4(words[0], words[1], words[2], watch.epoch);
+    for (uint64_t index = first; index < packets; index += all_threads) {
+        const uint32_t token = uint32_t(index / kWeightPackets);
+        const uint32_t number = uint32_t(index % kWeightPackets);
+        const Packet packet = packet_of(number, watch.epoch, [&](uint32_t k) {
+            return k < kTopk ? __float_as_uint(p.topk_weights[uint64_t(token) * kTopk + k]) : 0;
+        });
         const uint64_t others = p.token_ranks[token] & ~(uint64_t(1) << p.rank);
 #pragma unroll 1
         for (uint64_t rest = others; rest != 0; drop_first(rest)) {
             const uint32_t rank = first_rank(rest);
-            store_whole_relaxed_sys(weights_at(p, watch, rank, p.rank, token) + piece, whole);
+            send_packet(weights_at(p, watch, rank, p.rank, token) + number, packet);
         }
     }
 }
@@ -256,11 +243,10 @@ __device__ __forceinline__ bool weight_of(const Params& p, const Watch& watch, u
         weight = p.topk_weights[uint64_t(token) * kTopk + k];
         return true;
     }
-    const uint4* from = weights_at(p, watch, p.rank, source, token) + k / kWeightPieceWords;
-    uint4 whole;
-    const bool arrived = wait_for_whole(watch, Awaited{kWeights, source, int32_t(token)}, from, whole);
-    const uint32_t word = k % kWeightPieceWords;
-    weight = __uint_as_float(word == 0 ? whole.x : word == 1 ? whole.y : whole.z);
+    const Packet* from = weights_at(p, watch, p.rank, source, token) + k / kPacketWords;
+    Packet packet;
+    const bool arrived = await_packet(watch, Awaited{kWeights, source, int32_t(token)}, from, packet);
+    weight = __uint_as_float(word_of(packet, k % kPacketWords));
     return arrived;
 }
 
@@ -397,8 +383,8 @@ __device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t work) 
                 continue;
             }
             const Row first = load_term(listed, 0);
-            sent = tag_at(p, watch, row.source, p.rank, row.token);
-            send_partial(listed, first, record_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
+            sent = tag_at<uint64_t>(p, row.source, slot_of(p, watch, p.rank, row.token));
+            send_partial(listed, first, staged_at(p, watch, row.source, p.rank, row.token), mark_of(watch));
             Group::sync();
         }
         announce(sent, mark_of(watch));
@@ -431,7 +417,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
             of[ahead] = rest == 0 ? kRanks : first_rank(rest);
             drop_first(rest);
             if (of[ahead] == p.rank) continue;
-            if (of[ahead] < kRanks) rows[ahead] = ask_for_row(record_at(p, watch, p.rank, of[ahead], token));
+            if (of[ahead] < kRanks) rows[ahead] = ask_for_row(staged_at(p, watch, p.rank, of[ahead], token));
         }
 #pragma unroll
         for (uint32_t ahead = 0; ahead < kPartialsInFlight; ++ahead) {
@@ -442,7 +428,7 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
                 continue;
             }
             const Awaited what = {kPartial, rank, int32_t(token)};
-            complete_row(record_at(p, watch, p.rank, rank, token), watch, what, rows[ahead]);
+            complete_row(staged_at(p, watch, p.rank, rank, token), watch, what, rows[ahead]);
             add(sums, rows[ahead].vectors, 1.0f);
         }
     }

@@ -4,7 +4,9 @@
 //     warp_groups=WarpGroups(groups=1, warps=4), wire='row', phase='whole')
 
 #include <moegen/quantize.cuh>
+#include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
+#include <moegen/rows.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/work.cuh>
@@ -72,15 +74,12 @@ constexpr uint32_t kScaleWords = 56;  // of a row; they travel ahead of it
 constexpr uint32_t kScalePieces = (kScaleWords + kPieceWords - 1) / kPieceWords;
 constexpr uint32_t kWeightPieces = (kTopk + kPieceWords - 1) / kPieceWords;  // of a token's weights, ahead of those
 constexpr uint32_t kHeadPieces = kWeightPieces + kScalePieces;
-constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
+constexpr uint32_t kSlotVectors = kHeadPieces + kRowPieces;
 
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
 using Watch = PlainWatch;
-// The half of the receive buffers that this epoch uses.
-__device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
-
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
@@ -133,25 +132,23 @@ __device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, 
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
-static_assert(kRecordPieces * kPieceBytes == 7424);                            // as the buffers are laid out
+static_assert(kSlotVectors * kPieceBytes == 7424);                             // as the buffers are laid out
 
 // A row in a warp group's registers: each thread has one vector per step, or none.
 struct Row {
     uint4 vectors[kSteps];
 };
 
-// Receive buffers are [half][source][capacity].
-__device__ __forceinline__ uint64_t place_in_buffer(const Params& p, const Watch& watch, uint32_t source,
-                                                    uint32_t row) {
-    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.capacity + row;
+// The slot for a source's row: receive buffers are [half][source][capacity].
+__device__ __forceinline__ Slot slot_of(const Params& p, const Watch& watch, uint32_t source, uint32_t row) {
+    return Slot{source_in_half<kRanks>(watch.epoch, source), p.capacity, row};
 }
 
-// The record of (source, row) in the symmetric memory of `rank`.
-__device__ __forceinline__ uint4* record_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
+__device__ __forceinline__ uint4* staged_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
                                             uint32_t row) {
-    constexpr uint64_t kRecordBytes = kRecordPieces * kPieceBytes;
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.rows_offset +
-                                    place_in_buffer(p, watch, source, row) * kRecordBytes);
+    constexpr uint64_t kSlotBytes = kSlotVectors * kPieceBytes;
+    uint8_t* slots = peer_memory<uint8_t>(p, rank, p.rows_offset);
+    return reinterpret_cast<uint4*>(slots + number_of(slot_of(p, watch, source, row)) * kSlotBytes);
 }
 
 __device__ __forceinline__ uint32_t piece_at(uint32_t step) { return step * kGroupThreads + Group::thread(); }
@@ -185,13 +182,8 @@ __device__ __forceinline__ Row ask_for_row(const uint4* from) {
 
 __device__ __forceinline__ bool complete_row(const uint4*, const Watch&, Awaited, Row&) { return true; }
 
-__device__ __forceinline__ uint64_t* tag_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source,
-                                            uint32_t row) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.tags_offset) + place_in_buffer(p, watch, source, row);
-}
-
 __device__ __forceinline__ bool wait_for_tag(const Params& p, const Watch& watch, Awaited what) {
-    const uint64_t* tag = tag_at(p, watch, p.rank, what.peer, uint32_t(what.index));
+    const uint64_t* tag = tag_at<uint64_t>(p, p.rank, slot_of(p, watch, what.peer, uint32_t(what.index)));
     return wait_for(watch, what, watch.epoch, [=] { return uint32_t(load_acquire_sys(tag)); });
 }
 
@@ -212,28 +204,28 @@ __device__ __forceinline__ void send_pieces(const Row& pieces, uint4* to) {
 using Experts = Partition<256, kRanks>;
 
 // A token's ids, as they travel: kAgain marks one that an earlier selection of the token names too, -1 is none.
-constexpr uint32_t kIdsOfPiece = 6;  // 16 bits each; the epoch fills the 16 bytes
-constexpr uint32_t kRoutePieces = (kTopk + kIdsOfPiece - 1) / kIdsOfPiece;
-static_assert(kRoutePieces == 2);  // as the buffers are laid out
+constexpr uint32_t kIdsOfPacket = 2 * kPacketWords;  // 16 bits each
+constexpr uint32_t kRoutePackets = (kTopk + kIdsOfPacket - 1) / kIdsOfPacket;
+static_assert(kRoutePackets == 2);  // as the buffers are laid out
 constexpr int32_t kAgain = 1 << 14;
 
-// Ahead of the tokens' routes, a piece says how many there are.
-__device__ __forceinline__ uint64_t pieces_of_source(const Params& p) {
-    return 1 + uint64_t(p.capacity) * kRoutePieces;
+// Ahead of the tokens' routes, a packet says how many there are.
+__device__ __forceinline__ uint64_t packets_of_source(const Params& p) {
+    return 1 + uint64_t(p.capacity) * kRoutePackets;
 }
 
 // The routes of a source's tokens in the symmetric memory of `rank`.
-__device__ __forceinline__ uint4* routes_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
-    return reinterpret_cast<uint4*>(p.peers[rank] + p.routes_offset) +
-           (half_of(watch.epoch) * kRanks + source) * pieces_of_source(p);
+__device__ __forceinline__ Packet* routes_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
+    return peer_memory<Packet>(p, rank, p.routes_offset) +
+           source_in_half<kRanks>(watch.epoch, source) * packets_of_source(p);
 }
 
 // Tells every rank what a token selects, this one first: stores behind those that wait for the link wait too.
 __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, uint32_t token,
                                            const Ids<kTopk>& given) {
-    uint32_t words[kRoutePieces * 3];
+    uint32_t words[kRoutePackets * kPacketWords];
 #pragma unroll
-    for (uint32_t word = 0; word < kRoutePieces * 3; ++word) words[word] = ~0u;
+    for (uint32_t word = 0; word < kRoutePackets * kPacketWords; ++word) words[word] = ~0u;
     bool known = true;
 #pragma unroll
     for (uint32_t k = 0; k < kTopk; ++k) {
@@ -247,11 +239,11 @@ __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, 
     if (!known) report_unknown_id(p, token);
 #pragma unroll 1
     for (uint32_t step = 0; step < kRanks; ++step) {
-        uint4* to = routes_at(p, watch, rank_after<kRanks>(p.rank, step), p.rank) + 1 + uint64_t(token) * kRoutePieces;
+        Packet* to =
+            routes_at(p, watch, rank_after<kRanks>(p.rank, step), p.rank) + 1 + uint64_t(token) * kRoutePackets;
 #pragma unroll
-        for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
-            store_whole_relaxed_sys(
-                to + piece, make_uint4(words[3 * piece], words[3 * piece + 1], words[3 * piece + 2], watch.epoch));
+        for (uint32_t number = 0; number < kRoutePackets; ++number) {
+            send_packet(to + number, packet_of(number, watch.epoch, [&](uint32_t word) { return words[word]; }));
         }
     }
 }
@@ -270,7 +262,7 @@ __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch,
     if (blockIdx.x == 0) {
 #pragma unroll 1
         for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-            store_whole_relaxed_sys(routes_at(p, watch, peer, p.rank), make_uint4(tokens, 0, 0, watch.epoch));
+            send_packet(routes_at(p, watch, peer, p.rank), Packet{{tokens, 0, 0}, watch.epoch});
         }
     }
 #pragma unroll 1
@@ -295,10 +287,10 @@ __device__ __forceinline__ uint32_t tokens_of_source(const Params& p, uint32_t s
 __device__ __forceinline__ void receive_sources(const Params& p, const Watch& watch, uint32_t (&first)[kRanks + 1]) {
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
-        uint4 piece;
-        const uint4* from = routes_at(p, watch, p.rank, source);
-        const bool arrived = wait_for_whole(watch, Awaited{kRoutes, source, -1}, from, piece);
-        first[source + 1] = arrived ? tokens_of_source(p, source, piece.x) : 0;
+        Packet packet;
+        const Packet* from = routes_at(p, watch, p.rank, source);
+        const bool arrived = await_packet(watch, Awaited{kRoutes, source, -1}, from, packet);
+        first[source + 1] = arrived ? tokens_of_source(p, source, packet.words[0]) : 0;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -325,30 +317,29 @@ __device__ __forceinline__ void clear(Tally& sum) {
 
 // What a token selects here: experts of this rank, kAgain added where an earlier selection is the same; else -1.
 struct Selections {
-    int16_t experts[kRoutePieces * kIdsOfPiece];
+    int16_t experts[kRoutePackets * kIdsOfPacket];
 };
 
-// What a route's pieces say, one that has not come yet waited for.
-__device__ __forceinline__ Selections selections_of(uint4 (&pieces)[kRoutePieces], const uint4* from,
+// What a route's packets say, one that has not come yet waited for.
+__device__ __forceinline__ Selections selections_of(Packet (&packets)[kRoutePackets], const Packet* from,
                                                     const Watch& watch, Awaited what) {
     Selections here;
 #pragma unroll
-    for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
-        uint4& whole = pieces[piece];
-        const bool arrived = whole.w == watch.epoch || wait_for_whole(watch, what, from + piece, whole);
-        const uint32_t words[3] = {whole.x, whole.y, whole.z};
+    for (uint32_t number = 0; number < kRoutePackets; ++number) {
+        Packet& packet = packets[number];
+        const bool arrived = packet.flag == watch.epoch || await_packet(watch, what, from + number, packet);
 #pragma unroll
-        for (uint32_t at = 0; at < kIdsOfPiece; ++at) {
-            const uint32_t id = arrived ? words[at / 2] >> at % 2 * 16 & 0xffff : 0xffff;
+        for (uint32_t at = 0; at < kIdsOfPacket; ++at) {
+            const uint32_t id = arrived ? packet.words[at / 2] >> at % 2 * 16 & 0xffff : 0xffff;
             const uint32_t local = (id & ~uint32_t(kAgain)) - Experts::first_of(watch.rank);
             const bool selected = id != 0xffff && local < Experts::number_of(watch.rank);
-            here.experts[piece * kIdsOfPiece + at] = selected ? int16_t(local | (id & kAgain)) : int16_t(-1);
+            here.experts[number * kIdsOfPacket + at] = selected ? int16_t(local | (id & kAgain)) : int16_t(-1);
         }
     }
     return here;
 }
 
-constexpr uint32_t kRoutesAhead = 4;  // that a thread asks for at once
+constexpr uint32_t kRoutesAhead = 4;  // that a thread loads at once
 
 // The tokens that are counted: those from `begin` on, up to `end`.
 struct Counted {
@@ -358,16 +349,16 @@ struct Counted {
 
 // A warp group adds the tokens to the sum: to one of each source, `sums`, if `kept` is null; else to a single one, and
 // keeps what token `end` selects. Out of line, because it is called from several places. `routes` are those of source
-// 0, `stride` pieces before those of the next.
-__device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, Watch watch,
+// 0, `stride` packets before those of the next.
+__device__ __noinline__ void count_routes(const Packet* routes, uint64_t stride, Watch watch,
                                           const uint32_t (&first)[kRanks + 1], Counted tokens, Tally* sums,
                                           Selections* kept) {
     const uint32_t last = tokens.end + (kept != nullptr ? 1 : 0);
 #pragma unroll 1
     for (uint32_t begin = tokens.begin + Group::thread(); begin < last; begin += kRoutesAhead * kGroupThreads) {
-        const uint4* from[kRoutesAhead];
+        const Packet* from[kRoutesAhead];
         uint32_t sources[kRoutesAhead];
-        uint4 pieces[kRoutesAhead][kRoutePieces];
+        Packet packets[kRoutesAhead][kRoutePackets];
         uint32_t source = 0;
 #pragma unroll
         for (uint32_t ahead = 0; ahead < kRoutesAhead; ++ahead) {
@@ -375,10 +366,10 @@ __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, 
             if (index >= last) break;
             while (index >= first[source + 1]) ++source;
             sources[ahead] = source;
-            from[ahead] = routes + source * stride + 1 + uint64_t(index - first[source]) * kRoutePieces;
+            from[ahead] = routes + source * stride + 1 + uint64_t(index - first[source]) * kRoutePackets;
 #pragma unroll
-            for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
-                pieces[ahead][piece] = load_whole_relaxed_sys(from[ahead] + piece);
+            for (uint32_t number = 0; number < kRoutePackets; ++number) {
+                packets[ahead][number] = load_packet(from[ahead] + number);
             }
         }
 #pragma unroll
@@ -386,7 +377,7 @@ __device__ __noinline__ void count_routes(const uint4* routes, uint64_t stride, 
             const uint32_t index = begin + ahead * kGroupThreads;
             if (index >= last) break;
             const Awaited what = {kRoutes, sources[ahead], int32_t(index - first[sources[ahead]])};
-            const Selections selections = selections_of(pieces[ahead], from[ahead], watch, what);
+            const Selections selections = selections_of(packets[ahead], from[ahead], watch, what);
             if (index == tokens.end) {
                 *kept = selections;
                 break;
@@ -414,7 +405,7 @@ __device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) clear(sums[source]);
     Group::sync();
-    count_routes(routes_at(p, watch, p.rank, 0), pieces_of_source(p), watch, first, Counted{0, first[kRanks]}, sums,
+    count_routes(routes_at(p, watch, p.rank, 0), packets_of_source(p), watch, first, Counted{0, first[kRanks]}, sums,
                  nullptr);
 #pragma unroll 1
     for (uint32_t local = Group::thread(); local < Experts::number_of(p.rank); local += kGroupThreads) {
@@ -457,7 +448,7 @@ struct Token {
 __device__ __forceinline__ Token load_token(const Params& p, uint32_t index, uint32_t tokens) {
     Token token = {};
     if (index >= tokens) return token;
-    const uint4* from = reinterpret_cast<const uint4*>(p.x + index * p.x_stride);
+    const uint4* from = token_at(p, index);
     token.weight = 1.0f;
     if (p.topk_weights != nullptr && Group::thread() < kTopk) {
         token.weight = p.topk_weights[uint64_t(index) * kTopk + Group::thread()];
@@ -522,12 +513,12 @@ __device__ __forceinline__ void send_token(const Params& p, const Watch& watch, 
     for (uint32_t step = 1 + unit.share; step <= kDestinations; step += p.shares) {
         const uint32_t rank = rank_after<kRanks>(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
-        uint4* record = record_at(p, watch, rank, p.rank, unit.token);
+        uint4* slot = staged_at(p, watch, rank, p.rank, unit.token);
 #pragma unroll 1
         for (uint32_t at = kGroupThreads - 1 - Group::thread(); at < kHeadPieces; at += kGroupThreads) {
-            send_piece(record + at, as_piece(head.words + at * kPieceWords, watch.epoch));
+            send_piece(slot + at, as_piece(head.words + at * kPieceWords, watch.epoch));
         }
-        send_pieces(pieces, record + kHeadPieces);
+        send_pieces(pieces, slot + kHeadPieces);
     }
     if (Group::thread() == 0 && unit.share == 0) p.token_ranks[unit.token] = ranks;
     Group::sync();
@@ -536,7 +527,7 @@ __device__ __forceinline__ void send_token(const Params& p, const Watch& watch, 
          step += p.shares * kGroupThreads) {
         const uint32_t rank = rank_after<kRanks>(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
-        store_release_sys(tag_at(p, watch, rank, p.rank, unit.token), uint64_t(watch.epoch));
+        store_release_sys(tag_at<uint64_t>(p, rank, slot_of(p, watch, p.rank, unit.token)), uint64_t(watch.epoch));
     }
 }
 
@@ -652,12 +643,12 @@ __device__ __forceinline__ void place_head(const Params& p, Origin origin, const
 }
 
 // Whether all of this thread's pieces have come.
-__device__ __forceinline__ bool receive_head(const Watch& watch, Awaited what, const uint4* record, Head& head) {
+__device__ __forceinline__ bool receive_head(const Watch& watch, Awaited what, const uint4* slot, Head& head) {
     bool came = true;
 #pragma unroll 1
     for (uint32_t at = kGroupThreads - 1 - Group::thread(); at < kHeadPieces; at += kGroupThreads) {
         uint4 piece = {};
-        came &= receive_piece(record + at, watch, what, piece);
+        came &= receive_piece(slot + at, watch, what, piece);
         const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
         for (uint32_t word = 0; word < kPieceWords; ++word) head.words[at * kPieceWords + word] = words[word];
@@ -668,13 +659,13 @@ __device__ __forceinline__ bool receive_head(const Watch& watch, Awaited what, c
 // Waits for another rank's row.
 __device__ __forceinline__ Row receive_row(const Params& p, const Watch& watch, Origin origin, Incoming& incoming) {
     const Awaited what = {kRow, origin.source, int32_t(origin.token)};
-    const uint4* record = record_at(p, watch, p.rank, origin.source, origin.token);
-    const uint4* from = record + kHeadPieces;
+    const uint4* slot = staged_at(p, watch, p.rank, origin.source, origin.token);
+    const uint4* from = slot + kHeadPieces;
     if (Group::thread() == 0) incoming.arrived = wait_for_tag(p, watch, what);
     Group::sync();
     if (!incoming.arrived && Group::thread() == 0) incoming.num_targets = 0;
     Row row = ask_for_row(from);
-    receive_head(watch, what, record, incoming.head);
+    receive_head(watch, what, slot, incoming.head);
     complete_row(from, watch, what, row);
     return row;
 }
@@ -706,7 +697,7 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
     receive_sources(p, watch, first);
     Tally& before = tallies[Group::index()];
     Incoming& incoming = all_incoming[Group::index()];
-    const uint4* routes = routes_at(p, watch, p.rank, 0);
+    const Packet* routes = routes_at(p, watch, p.rank, 0);
     const uint32_t tokens = first[kRanks];
     const uint32_t groups = Group::number_in(p.receivers);
     uint32_t counted = ~0u;  // tokens that are in the sums
@@ -720,7 +711,8 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
             Group::sync();
             counted = 0;
         }
-        count_routes(routes, pieces_of_source(p), watch, first, Counted{counted, index}, &before, &incoming.selections);
+        count_routes(routes, packets_of_source(p), watch, first, Counted{counted, index}, &before,
+                     &incoming.selections);
         counted = index;
         receive_token(p, watch, before, origin_of(p, first, index, before.rows), incoming);
     }

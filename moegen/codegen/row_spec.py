@@ -111,11 +111,6 @@ class RowSpec(Spec):
         return ceil_div(self.num_experts, self.num_ranks)
 
     @property
-    def vectors_ahead(self) -> int:
-        """16-byte vectors of a row that a lane has under way at once: fewer in short rows."""
-        return max(1, min(self.most_ahead, ceil_div(self.row_bytes // VECTOR_BYTES, WARP_SIZE)))
-
-    @property
     def packed(self) -> bool:
         return self.layout == "packed"
 

@@ -80,23 +80,6 @@ __device__ __forceinline__ bool wait_for(const Watch& watch, Awaited what, Word 
     return poll() == expected || keep_polling(poll, watch, what, expected);
 }
 
-// Waits for 16 bytes that carry `mark`; nothing else in them is valid if they do not come.
-template <class Watch>
-__device__ __forceinline__ bool wait_for_whole(const Watch& watch, Awaited what, const uint4* from, uint4& whole,
-                                               uint32_t mark) {
-    whole = load_whole_relaxed_sys(from);
-    if (whole.w == mark) return true;
-    if (!keep_polling([=] { return load_whole_relaxed_sys(from).w; }, watch, what, mark)) return false;
-    whole = load_whole_relaxed_sys(from);
-    return true;
-}
-
-// Most carry the launch's epoch.
-template <class Watch>
-__device__ __forceinline__ bool wait_for_whole(const Watch& watch, Awaited what, const uint4* from, uint4& whole) {
-    return wait_for_whole(watch, what, from, whole, watch.epoch);
-}
-
 // Called by one thread of each block once all of the block have read the epoch: the last block moves on to the next.
 __device__ __forceinline__ void leave_epoch_to_the_next_launch(Control* control, uint32_t epoch) {
     if (atomic_add_acq_rel_gpu(&control->blocks_entered, 1) != gridDim.x - 1) return;

@@ -1,10 +1,77 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows: how warp groups copy them.
+// Rows: where they lie in tensors and in the receive buffers of all ranks, and how warp groups copy them.
 #pragma once
 
 #include <moegen/work.cuh>
 
 namespace moegen {
+
+// What lies in the symmetric memory of a rank, `offset` bytes from its begin.
+template <class T, class Params>
+__device__ __forceinline__ T* peer_memory(const Params& p, uint32_t rank, const uint64_t& offset) {
+    return reinterpret_cast<T*>(p.peers[rank] + offset);
+}
+
+// ---- tensors ------------------------------------------------------------------------------------
+
+// A row of a tensor whose rows have kVectors 16-byte vectors.
+template <uint32_t kVectors>
+__device__ __forceinline__ const uint4* row_of(const uint8_t* tensor, uint64_t row) {
+    return reinterpret_cast<const uint4*>(tensor) + row * kVectors;
+}
+template <uint32_t kVectors>
+__device__ __forceinline__ uint4* row_of(uint8_t* tensor, uint64_t row) {
+    return reinterpret_cast<uint4*>(tensor) + row * kVectors;
+}
+
+// A token as the user gave it.
+template <class Params>
+__device__ __forceinline__ const uint4* token_at(const Params& p, uint64_t token) {
+    return reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
+}
+
+// ---- receive buffers ----------------------------------------------------------------------------
+
+// A receive buffer has a slot for each row that a source may send: slots are [source][capacity].
+struct Slot {
+    uint32_t source;
+    const uint32_t& capacity;  // a parameter of the kernel: it is read where it is needed, and not before
+    uint32_t row;
+};
+
+__device__ __forceinline__ uint64_t number_of(Slot slot) { return uint64_t(slot.source) * slot.capacity + slot.row; }
+
+// Double-buffered memory is [parity][source]: epochs that follow each other use different halves.
+__device__ __forceinline__ uint32_t parity_of(uint32_t epoch) { return epoch & 1; }
+
+template <uint32_t kRanks>
+__device__ __forceinline__ uint32_t source_in_half(uint32_t epoch, uint32_t source) {
+    return parity_of(epoch) * kRanks + source;
+}
+
+// A slot in the receive buffer of a rank: kVectors for a row and what travels with it.
+template <uint32_t kVectors, class Params>
+__device__ __forceinline__ uint4* slot_at(const Params& p, uint32_t rank, const Slot& slot) {
+    return peer_memory<uint4>(p, rank, p.rows_offset) + number_of(slot) * kVectors;
+}
+
+// What lies in a slot behind a row of kRowVectors.
+template <class T, uint32_t kRowVectors>
+__device__ __forceinline__ T* behind_row(uint4* slot) {
+    return reinterpret_cast<T*>(slot + kRowVectors);
+}
+template <class T, uint32_t kRowVectors>
+__device__ __forceinline__ const T* behind_row(const uint4* slot) {
+    return reinterpret_cast<const T*>(slot + kRowVectors);
+}
+
+// A slot's tag at a rank: the sender releases it behind the row, the receiver acquires it ahead of the row.
+template <class Tag, class Params>
+__device__ __forceinline__ Tag* tag_at(const Params& p, uint32_t rank, Slot slot) {
+    return peer_memory<Tag>(p, rank, p.tags_offset) + number_of(slot);
+}
+
+// ---- copies -------------------------------------------------------------------------------------
 
 // A part of a row in a warp group's registers. Of the row's kUnits units from `first` on, each thread has every
 // Group::kSize-th, and kMostAhead at most: it loads all of them before it uses one.

@@ -148,7 +148,7 @@ def test_fault_while_waiting_for_the_rows_of_a_block(device: str) -> None:
 
 
 def test_fault_while_waiting_for_statistics(device: str) -> None:
-    """Of seven numbers, in three pieces, the last is missing."""
+    """Of seven numbers, in three packets, the last is missing."""
     layer = start(device)
     tell_counts(layer, 0, 0, stats_words=7)
     place = of_absent(layer.ranks[0]._alive().at.stats, ceil_div(MAX_STATS, PIECE_WORDS) * PIECE_BYTES)

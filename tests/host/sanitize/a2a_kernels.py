@@ -45,7 +45,7 @@ LIMITS = (MAX_TOKENS, FEW_TOKENS, FEW_TOKENS + 3, FEW_TOKENS, FEW_TOKENS + 1)
 than a block plans at a time.
 """
 
-STATS_WORDS = 5  # no multiple of what a piece holds
+STATS_WORDS = 5  # no multiple of what a packet holds
 
 
 @dataclass(frozen=True)

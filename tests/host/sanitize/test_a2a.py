@@ -34,10 +34,10 @@ def no_wait(word: str) -> Edit:
     return Edit(KERNEL, rf"(return load_acquire_sys\({word}\));", r"\1, watch.epoch;")
 
 
-def no_wait_for_whole(phase: str, place: str, piece: str) -> Edit:
-    """The same for 16 bytes that carry their epoch."""
-    pattern = rf"!wait_for_whole\(watch, Awaited\{{{phase}, source, -1\}},\s*({place}\(.*?), {piece}\)"
-    return Edit(KERNEL, pattern, rf"(({piece} = load_whole_relaxed_sys(\1)), false)")
+def no_wait_for_packet(phase: str, place: str, packet: str) -> Edit:
+    """The same for a packet."""
+    pattern = rf"!await_packet\(watch, Awaited\{{{phase}, source, -1\}},\s*({place}\(.*?), {packet}\)"
+    return Edit(KERNEL, pattern, rf"(({packet} = load_packet(\1)), false)")
 
 
 PRESENCE = {
@@ -62,8 +62,8 @@ FLAGS = {
 """How a block announces its rows."""
 
 TAGS = {
-    "tag_barrier": barrier_before(r"store_release_sys\(tag_at\(", r"Group::sync"),
-    "tag_store": relaxed_store(r"tag_at\("),
+    "tag_barrier": barrier_before(r"store_release_sys\(returned_tag_at\(", r"Group::sync"),
+    "tag_store": relaxed_store(r"returned_tag_at\("),
     "tag_load": relaxed_load("tag"),
     "tag_vote": Edit(KERNEL, r"(wait_for\(watch, what[^}]*\}\);\s*\}\s*)Group::sync\(\);", r"\1"),
 }
@@ -105,10 +105,10 @@ kernels are for AddressSanitizer.
 
 NO_PRESENCE = {"presence_wait": Edit(KERNEL, r"int32_t\(seen - needed\) >= 0", "seen != needed")}
 NO_CALLS = {"call_wait": no_wait("word")}
-NO_ROWS = {"counts_wait": no_wait_for_whole("kCounts", "counts_at", "first"), "flag_wait": no_wait("flag")}
+NO_ROWS = {"counts_wait": no_wait_for_packet("kCounts", "row_count_at", "first"), "flag_wait": no_wait("flag")}
 NO_PARTIALS = {
     "tag_wait": no_wait("tag"),
-    "halves": Edit(KERNEL, r"half_of\(watch\.epoch\) \* p\.half_bytes", "(0 & watch.epoch) * p.half_bytes"),
+    "halves": Edit(KERNEL, r"parity_of\(watch\.epoch\) \* p\.half_bytes", "(0 & watch.epoch) * p.half_bytes"),
 }
 """Not orders, but what they are good for: waits, and that staging has two halves."""
 
@@ -149,9 +149,9 @@ EARLY = weakened(
     "stats_wait",
     Edit(
         KERNEL,
-        r"!wait_for_whole\(watch, Awaited\{kStats, source, -1\},\s*(stats_at\(.*?), piece\)(.*?)"
-        r"(await_counts\(p, watch, arrivals\);.*?)(if \(p\.stats_words != 0\) gather_stats\(p, watch\);)",
-        r"((piece = load_whole_relaxed_sys(\1)), false)\2\4\n    \3",
+        r"!await_packet\(watch, Awaited\{kStats, source, -1\},\s*(stats_at\(.*?), packet\)(.*?)"
+        r"(await_row_counts\(p, watch, arrivals\);.*?)(if \(p\.stats_words != 0\) gather_stats\(p, watch\);)",
+        r"((packet = load_packet(\1)), false)\2\4\n    \3",
     ),
 )
 """Statistics are told before rows, so that they are here when the rows are: they are read before those, too."""

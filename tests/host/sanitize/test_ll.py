@@ -43,7 +43,7 @@ ORDERS = {
 """What wire format `row` rests on, by name, and how to take it away. `inline` has no such order: its payload crosses in
 relaxed 16-byte atomics, which are no data race.
 """
-TAG = r"tag_at\("
+TAG = r"tag_at<uint64_t>\("
 OF_DISPATCH = {
     "tag_store": relaxed_store(TAG),
     "tag_barrier": barrier_before(rf"store_release_sys\({TAG}", r"Group::sync"),
