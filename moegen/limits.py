@@ -26,7 +26,7 @@ CHUNK_ALIGNMENT = 128
 """Bytes: of every chunk of an all-to-all."""
 
 FIRST_EPOCH = 2
-"""See `epoch_after` in `templates/device/signal.cuh`."""
+"""See `epoch_after` in `templates/device/epoch.cuh`."""
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -3,6 +3,7 @@
 // LowLatencyDispatch(dtype='fp8', layout='expert', num_ranks=8, hidden=7168, num_topk=8, num_experts=256, path='ipc', warp_groups=WarpGroups(groups=1, warps=4), wire='row', phase='send')
 
 #include <moegen/numeric.cuh>
+#include <moegen/epoch.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
@@ -76,9 +77,6 @@ constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
 using Watch = PlainWatch;
-// The half of the receive buffers that this epoch uses.
-__device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
-
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
@@ -134,7 +132,7 @@ struct Row {
 // Receive buffers are [half][source][capacity].
 __device__ __forceinline__ uint64_t place_in_buffer(const Params& p, const Watch& watch, uint32_t source,
                                                     uint32_t row) {
-    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.capacity + row;
+    return uint64_t(parity_of(watch.epoch) * kRanks + source) * p.capacity + row;
 }
 
 // The record of (source, row) in the symmetric memory of `rank`.
@@ -199,7 +197,7 @@ __device__ __forceinline__ uint64_t pieces_of_source(const Params& p) {
 // The routes of a source's tokens in the symmetric memory of `rank`.
 __device__ __forceinline__ uint4* routes_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
     return reinterpret_cast<uint4*>(p.peers[rank] + p.routes_offset) +
-           (half_of(watch.epoch) * kRanks + source) * pieces_of_source(p);
+           (parity_of(watch.epoch) * kRanks + source) * pieces_of_source(p);
 }
 
 __device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {

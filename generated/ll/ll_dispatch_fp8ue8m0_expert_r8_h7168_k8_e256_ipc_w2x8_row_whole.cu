@@ -3,6 +3,7 @@
 // LowLatencyDispatch(dtype='fp8ue8m0', layout='expert', num_ranks=8, hidden=7168, num_topk=8, num_experts=256, path='ipc', warp_groups=WarpGroups(groups=2, warps=8), wire='row', phase='whole')
 
 #include <moegen/numeric.cuh>
+#include <moegen/epoch.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
@@ -76,18 +77,13 @@ constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
 using Watch = PlainWatch;
-// The half of the receive buffers that this epoch uses.
-__device__ __forceinline__ uint32_t half_of(uint32_t epoch) { return epoch & 1; }
-
 __device__ __forceinline__ Watch start_watch(const Params& p) {
     return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
 }
 
-// The last block to get here moves on to the next epoch. A warp does this that has little else to do at the start.
-__device__ __forceinline__ void leave_epoch(const Params& p, const Watch& watch) {
-    constexpr uint32_t kThread = kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
-    __syncthreads();  // all of the block have read the epoch
-    if (threadIdx.x == kThread) leave_epoch_to_the_next_launch(p.control, watch.epoch);
+// Of a warp that has little else to do when a launch begins.
+__device__ __forceinline__ uint32_t leaving_thread() {
+    return kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
 }
 
 // What a receiver has read: the word of `from` in the symmetric memory of `rank`.
@@ -141,7 +137,7 @@ struct Row {
 // Receive buffers are [half][source][capacity].
 __device__ __forceinline__ uint64_t place_in_buffer(const Params& p, const Watch& watch, uint32_t source,
                                                     uint32_t row) {
-    return uint64_t(half_of(watch.epoch) * kRanks + source) * p.capacity + row;
+    return uint64_t(parity_of(watch.epoch) * kRanks + source) * p.capacity + row;
 }
 
 // The record of (source, row) in the symmetric memory of `rank`.
@@ -228,7 +224,7 @@ __device__ __forceinline__ uint64_t pieces_of_source(const Params& p) {
 // The routes of a source's tokens in the symmetric memory of `rank`.
 __device__ __forceinline__ uint4* routes_at(const Params& p, const Watch& watch, uint32_t rank, uint32_t source) {
     return reinterpret_cast<uint4*>(p.peers[rank] + p.routes_offset) +
-           (half_of(watch.epoch) * kRanks + source) * pieces_of_source(p);
+           (parity_of(watch.epoch) * kRanks + source) * pieces_of_source(p);
 }
 
 __device__ __forceinline__ uint32_t tokens_of_this_call(const Params& p) {
@@ -831,7 +827,7 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_dispatch_fp8ue8m0_expert_r8_h7168_k8_e256_ipc_w2x8_row_whole(const __grid_constant__ Params p) {
     await_launch_before();
     const Watch watch = start_watch(p);
-    leave_epoch(p, watch);
+    leave_epoch(p.control, watch.epoch, leaving_thread());
     if (blockIdx.x < p.tellers) tell_routes(p, watch, tokens_of_this_call(p));
     if (is_one_of(p.senders)) send_tokens(p, watch, tokens_of_this_call(p));
     if (is_one_of(p.receivers)) receive_tokens(p, watch);

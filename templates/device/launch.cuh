@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What all launches have in common: what they leave for each other and for the host, and how they wait.
+// What all launches have in common: what they tell the host, and how they wait.
 #pragma once
 
 #include <moegen/ptx.cuh>
@@ -11,12 +11,6 @@ struct Awaited {
     uint32_t phase;
     uint32_t peer;
     int32_t index;
-};
-
-// State of one (slot, op) of this rank, in its own device memory. No two launches that may overlap share one.
-struct Control {
-    uint32_t epoch;           // number of the running or next launch
-    uint32_t blocks_entered;  // blocks of this launch that have read the epoch
 };
 
 // Report of the first wait that fails, in pinned host memory. `valid` is written last.
@@ -64,11 +58,6 @@ __device__ __forceinline__ void write_other_call(Failure* failure, uint32_t rank
     store_release_sys(&failure->other_caller, peer + 1);
 }
 
-// Epochs run from 2 to 2**32 - 1 and begin again: 0, which fresh memory holds, is never current, and even and odd ones
-// take turns for ever, each with its own half of the receive buffers.
-__device__ __forceinline__ uint32_t epoch_after(uint32_t epoch) { return epoch == 0xffffffffu ? 2 : epoch + 1; }
-__device__ __forceinline__ uint32_t epoch_before(uint32_t epoch) { return epoch == 2 ? 0xffffffffu : epoch - 1; }
-
 // An expired wait is looked for every 64th poll: the timer and the abort word cost a memory access each.
 constexpr uint32_t kPollsPerCheck = 64;
 
@@ -95,13 +84,6 @@ __device__ __forceinline__ bool wait_for_whole(const Watch& watch, Awaited what,
 template <class Watch>
 __device__ __forceinline__ bool wait_for_whole(const Watch& watch, Awaited what, const uint4* from, uint4& whole) {
     return wait_for_whole(watch, what, from, whole, watch.epoch);
-}
-
-// Called by one thread of each block once all of the block have read the epoch: the last block moves on to the next.
-__device__ __forceinline__ void leave_epoch_to_the_next_launch(Control* control, uint32_t epoch) {
-    if (atomic_add_acq_rel_gpu(&control->blocks_entered, 1) != gridDim.x - 1) return;
-    control->blocks_entered = 0;
-    control->epoch = epoch_after(epoch);
 }
 
 }  // namespace moegen

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from host.sanitize.build import KERNEL, Edit
 
-LAUNCH = "moegen/launch.cuh"
+EPOCH = "moegen/epoch.cuh"
 SIGNAL = "moegen/signal.cuh"
 
 RELAXED = "[](auto* to, auto word) { host::store_word(to, word, __ATOMIC_RELAXED, {}); }"
@@ -27,10 +27,10 @@ def barrier_before(target: str, barrier: str = "__syncwarp") -> Edit:
     return Edit(KERNEL, rf"{barrier}\(\);(?=(?:(?!{barrier}).){{,320}}{target})", "")
 
 
-def entering(order: str) -> Edit:
-    """How a block tells, and the last one learns, that the blocks of a launch have read its epoch."""
-    pattern = r"atomic_add_acq_rel_gpu\((&control->blocks_entered), 1\)"
-    return Edit(LAUNCH, pattern, rf"__atomic_fetch_add(\1, 1, {order})")
+def leaving(order: str) -> Edit:
+    """How a block tells, and the last one learns, that the blocks of a launch have left its epoch."""
+    pattern = r"atomic_add_acq_rel_gpu\((&control->blocks_left), 1\)"
+    return Edit(EPOCH, pattern, rf"__atomic_fetch_add(\1, 1, {order})")
 
 
 REPORT = Edit(SIGNAL, r"store_release_sys(?=\(&failure->valid)", "store_relaxed_sys")

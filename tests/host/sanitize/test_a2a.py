@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from host.sanitize.a2a_kernels import Variant, headers, variant
 from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
-from host.sanitize.edits import REPORT, barrier_before, entering, relaxed_load, relaxed_store
+from host.sanitize.edits import EPOCH, REPORT, barrier_before, leaving, relaxed_load, relaxed_store
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, Sanitizer, built_once, race_in, run
 
 from moegen.codegen.spec import WarpGroups
@@ -82,13 +82,13 @@ PLANS = {
 }
 """How they plan."""
 
-ENTERING = {
-    "entering": entering("__ATOMIC_RELAXED"),
-    "entering_release": entering("__ATOMIC_ACQUIRE"),
-    "entering_acquire": entering("__ATOMIC_RELEASE"),
-    "entering_barrier": Edit(KERNEL, r"__syncthreads_and\(sound\) != 0", "sound"),
+LEAVING = {
+    "leaving": leaving("__ATOMIC_RELAXED"),
+    "leaving_release": leaving("__ATOMIC_ACQUIRE"),
+    "leaving_acquire": leaving("__ATOMIC_RELEASE"),
+    "leaving_barrier": Edit(EPOCH, r"__syncthreads_and\(sound\) != 0", "sound"),
 }
-"""How the last block to enter knows that all threads have read the epoch; and, in dispatch, how its threads learn what
+"""How the last block to leave knows that all threads have read the epoch; and, in dispatch, how its threads learn what
 each warp has counted.
 """
 
@@ -114,7 +114,7 @@ NO_PARTIALS = {
 
 PULLING = {
     **{f"pulled_{name}": edit for name, edit in {**CALLS, **NO_CALLS}.items()},
-    "pulled_entering_barrier": ENTERING["entering_barrier"],
+    "pulled_leaving_barrier": LEAVING["leaving_barrier"],
 }
 """How a block learns that others have made the rows that it reads; its barrier is that of the epoch."""
 
@@ -123,8 +123,8 @@ WEAKENED = [
     *without(APART, "combine", CALLS, TAGS),
 ]
 MORE = [
-    *without(APART, "dispatch", PLANS, ENTERING, NO_PRESENCE, NO_ROWS),
-    *without(APART, "combine", ENTERING, NO_CALLS, NO_PARTIALS),
+    *without(APART, "dispatch", PLANS, LEAVING, NO_PRESENCE, NO_ROWS),
+    *without(APART, "combine", LEAVING, NO_CALLS, NO_PARTIALS),
     *without(ONE_TEAM, "combine", {f"{name}_of_block": TAGS[name] for name in ("tag_barrier", "tag_vote")}),
     *without(PULLED, "combine", PULLING),
     *without(TOGETHER, "combine", {f"{name}_of_team": TAGS[name] for name in ("tag_barrier", "tag_vote")}),

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// Epochs: a number for each launch of an op, which everything that announces data carries.
+#pragma once
+
+#include <moegen/launch.cuh>
+
+namespace moegen {
+
+// State of one (slot, op) of this rank, in its own device memory. No two launches that may overlap share one.
+struct Control {
+    uint32_t epoch;        // number of the running or next launch
+    uint32_t blocks_left;  // blocks of this launch that have left the epoch
+};
+
+// Epochs run from 2 to 2**32 - 1 and begin again: 0, which fresh memory holds, is never current, and even and odd ones
+// take turns for ever.
+__device__ __forceinline__ uint32_t epoch_after(uint32_t epoch) { return epoch == 0xffffffffu ? 2 : epoch + 1; }
+__device__ __forceinline__ uint32_t epoch_before(uint32_t epoch) { return epoch == 2 ? 0xffffffffu : epoch - 1; }
+
+// Double buffering: which of two receive buffers an epoch uses.
+__device__ __forceinline__ uint32_t parity_of(uint32_t epoch) { return epoch & 1; }
+
+// ---- leaving an epoch -----------------------------------------------------------------------------
+
+// One thread of each block calls this; true for the last of them, who sees what all the others did before.
+__device__ __forceinline__ bool is_last_to_leave(Control* control) {
+    return atomic_add_acq_rel_gpu(&control->blocks_left, 1) == gridDim.x - 1;
+}
+
+// The next launch is that of the next epoch.
+__device__ __forceinline__ void advance_epoch(Control* control, uint32_t epoch) {
+    control->blocks_left = 0;
+    control->epoch = epoch_after(epoch);
+}
+
+// Leaves the epoch to the next launch: all threads of a block call this once they have read it, and `thread` leaves for
+// them.
+__device__ __forceinline__ void leave_epoch(Control* control, uint32_t epoch, uint32_t thread) {
+    __syncthreads();  // all of the block have read the epoch
+    if (threadIdx.x == thread && is_last_to_leave(control)) advance_epoch(control, epoch);
+}
+
+// The same; the barrier also tells whether all threads of the block have found things sound.
+__device__ __forceinline__ bool vote_and_leave_epoch(Control* control, uint32_t epoch, uint32_t thread, bool sound) {
+    const bool all_sound = __syncthreads_and(sound) != 0;
+    if (threadIdx.x == thread && is_last_to_leave(control)) advance_epoch(control, epoch);
+    return all_sound;
+}
+
+// All threads of a block call this when they have read all that they read: true in the last block of the launch.
+__device__ __forceinline__ bool is_last_block_to_leave(Control* control) {
+    __shared__ bool last;
+    __syncthreads();  // all of the block have read
+    if (threadIdx.x == 0) last = is_last_to_leave(control);
+    __syncthreads();
+    return last;
+}
+
+}  // namespace moegen
