@@ -49,10 +49,6 @@ static_assert(sizeof(Params) == 192);
 
 using Watch = PlainWatch;
 
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
-
 // Where `from` publishes to `rank` that it begins a combine: call word and epoch.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
@@ -212,7 +208,7 @@ __device__ __forceinline__ void add_tokens(const Params& p, uint32_t tokens) {
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_combine_bf16_tobf16_r4_h128_d4_ipc_w2x1_pulled(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
+    const Watch watch = Watch::start(p);
     const bool sound = load_relaxed_sys(p.aborted) == 0;
     const bool tells = blockIdx.x == p.receivers.first;
     if (tells && sound) tell_presence(p, watch);

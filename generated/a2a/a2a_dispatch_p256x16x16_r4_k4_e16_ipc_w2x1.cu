@@ -58,10 +58,6 @@ static_assert(sizeof(Params) == 280);
 
 using Watch = PlainWatch;
 
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
-
 __device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
 
 // Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.
@@ -495,7 +491,7 @@ __device__ __forceinline__ void send_share(const Params& p, const Start& start, 
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_dispatch_p256x16x16_r4_k4_e16_ipc_w2x1(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
+    const Watch watch = Watch::start(p);
     const bool sound = load_relaxed_sys(watch.aborted) == 0;
     if (is_one_of(p.receivers) && sound) tell_presence(p, watch);
     __shared__ Counts before;

@@ -61,10 +61,6 @@ __device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRank
 
 using Watch = PlainWatch;
 
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
-
 // Where `from` publishes its call word to `rank`.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
@@ -408,7 +404,7 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_combine_bf16_token_r8_h7168_k8_e256_ipc_w16(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
+    const Watch watch = Watch::start(p);
     if (open_epoch(p, watch)) {
         if (blockIdx.x == 0) publish_call(p, watch.epoch);
         if (is_one_of(p.senders)) send_partials(p, watch);

@@ -79,10 +79,6 @@ constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read wher
 
 using Watch = PlainWatch;
 
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
-
 // Where `from` publishes its call word to `rank`.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
@@ -747,7 +743,7 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_dispatch_e4m3_packed_r8_h7168_k8_e256_ipc_w32_whole(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
+    const Watch watch = Watch::start(p);
     if (open_epoch(p, watch)) {
         const uint32_t tokens = tokens_of_this_call(p);
         if (is_one_of(p.receivers)) plan_rows(p, watch, tokens);

@@ -63,7 +63,8 @@ constexpr uint32_t kRecordPieces = kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = 2;
 
-using Watch = PlainWatch;
+using PeerWatch = PlainWatch;
+using Watch = PeerWatch;
 // Where `from` publishes its call word to `rank`.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
@@ -73,11 +74,6 @@ __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, ui
 // bit. That bit is redundant: it selects the half of the receive buffers.
 constexpr uint32_t kCallWord = 1;
 __device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.epoch ^ kCallWord; }
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    const uint32_t epoch = p.control->epoch;
-    const PlainWatch watch{p.aborted, p.failure, p.timeout_ns, p.rank, epoch};
-    return watch;
-}
 
 // Of a warp that has little else to do when a launch begins.
 __device__ __forceinline__ uint32_t leaving_thread() {
@@ -527,7 +523,7 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_combine_bf16_expert_r4_h2880_k4_e128_ipc_w1x8_row_whole_atcombine(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
+    const Watch watch = Watch::start(p);
     leave_epoch(p.control, watch.epoch, leaving_thread());
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     if (is_one_of(p.senders)) send_partials(p, watch, tokens);

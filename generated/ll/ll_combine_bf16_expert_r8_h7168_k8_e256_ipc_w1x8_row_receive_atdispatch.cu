@@ -62,9 +62,15 @@ constexpr uint32_t kRecordPieces = kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = 2;
 
+using PeerWatch = PlainWatch;
 // `mark`: see mark_of(); one kernel receives what either kernel sends.
-struct Watch : PlainWatch {
+struct Watch : PeerWatch {
     uint32_t mark;
+
+    static __device__ __forceinline__ Watch start(const Params& p) {
+        const PeerWatch watch = PeerWatch::start(p);
+        return Watch{watch, watch.epoch ^ p.call};
+    }
 };
 
 // Where `from` publishes its call word to `rank`.
@@ -75,11 +81,6 @@ __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, ui
 // The flag of a partial sum: its epoch, with the call word (one bit: weights are given to combine) added to the lowest
 // bit. That bit is redundant: it selects the half of the receive buffers.
 __device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.mark; }
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    const uint32_t epoch = p.control->epoch;
-    const PlainWatch watch{p.aborted, p.failure, p.timeout_ns, p.rank, epoch};
-    return Watch{watch, epoch ^ p.call};
-}
 
 // Of a warp that has little else to do when a launch begins.
 __device__ __forceinline__ uint32_t leaving_thread() {
@@ -225,7 +226,7 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_combine_bf16_expert_r8_h7168_k8_e256_ipc_w1x8_row_receive_atdispatch(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
+    const Watch watch = Watch::start(p);
     leave_epoch(p.control, watch.epoch, leaving_thread());
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     if (is_one_of(p.receivers)) reduce_tokens(p, watch, tokens);

@@ -78,11 +78,8 @@ constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
-using Watch = WatchOf<Params>;
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.active, &p, global_timer_ns(), p.rank, p.control->epoch};
-}
-
+using PeerWatch = WatchOf<Params>;
+using Watch = PeerWatch;
 // Of a warp that has little else to do when a launch begins.
 __device__ __forceinline__ uint32_t leaving_thread() {
     return kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
@@ -97,7 +94,7 @@ __device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank,
 __device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watch) {
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if (!is_active(watch, peer)) continue;
+        if (!watch.is_active(peer)) continue;
         store_release_sys(consumed_at(p, peer, p.rank), epoch_before(watch.epoch));
     }
 }
@@ -346,7 +343,7 @@ __device__ __forceinline__ uint32_t tokens_of_source(const Params& p, uint32_t s
 
 // The first block takes the time.
 __device__ __forceinline__ bool await_number(const Params& p, const Watch& watch, uint32_t source, uint4& piece) {
-    const bool active = is_active(watch, source);
+    const bool active = watch.is_active(source);
     const bool measures = active && blockIdx.x == 0 && source != p.rank && p.waited_ns != nullptr;
     const uint64_t since = measures ? global_timer_ns() : 0;
     const bool came = wait_for_whole(watch, Awaited{kRoutes, source, -1}, routes_at(p, watch, p.rank, source), piece);
@@ -825,7 +822,7 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_dispatch_bf16_expert_r8_h7168_k8_e256_ipc_w2x8_row_whole_masked(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
+    const Watch watch = Watch::start(p);
     leave_epoch(p.control, watch.epoch, leaving_thread());
     if (blockIdx.x < p.tellers) tell_routes(p, watch, tokens_of_this_call(p));
     if (is_one_of(p.senders)) send_tokens(p, watch, tokens_of_this_call(p));

@@ -76,11 +76,8 @@ constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
-using Watch = PlainWatch;
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
-
+using PeerWatch = PlainWatch;
+using Watch = PeerWatch;
 // What a receiver has read: the word of `from` in the symmetric memory of `rank`.
 __device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
@@ -484,7 +481,7 @@ __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch,
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_dispatch_fp8_expert_r8_h7168_k8_e256_ipc_w1x4_row_send(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
+    const Watch watch = Watch::start(p);
     if (blockIdx.x < p.tellers) tell_routes(p, watch, tokens_of_this_call(p));
     if (is_one_of(p.senders)) send_tokens(p, watch, tokens_of_this_call(p));
 }

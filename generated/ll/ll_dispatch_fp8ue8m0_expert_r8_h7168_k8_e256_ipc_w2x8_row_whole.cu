@@ -76,11 +76,8 @@ constexpr uint32_t kRecordPieces = kHeadPieces + kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
-using Watch = PlainWatch;
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
-
+using PeerWatch = PlainWatch;
+using Watch = PeerWatch;
 // Of a warp that has little else to do when a launch begins.
 __device__ __forceinline__ uint32_t leaving_thread() {
     return kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
@@ -826,7 +823,7 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident) moegen_ll_dispatch_fp8ue8m0_expert_r8_h7168_k8_e256_ipc_w2x8_row_whole(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
+    const Watch watch = Watch::start(p);
     leave_epoch(p.control, watch.epoch, leaving_thread());
     if (blockIdx.x < p.tellers) tell_routes(p, watch, tokens_of_this_call(p));
     if (is_one_of(p.senders)) send_tokens(p, watch, tokens_of_this_call(p));

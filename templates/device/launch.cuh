@@ -58,12 +58,27 @@ __device__ __forceinline__ void write_other_call(Failure* failure, uint32_t rank
     store_release_sys(&failure->other_caller, peer + 1);
 }
 
-// An expired wait is looked for every 64th poll: the timer and the abort word cost a memory access each.
-constexpr uint32_t kPollsPerCheck = 64;
+// A wait looks whether to give up every 64th poll: the timer and the abort word cost a memory access each.
+constexpr uint32_t kPollsPerLook = 64;
+
+// Polls until `poll()` gives `expected`, or the watch's patience ends: see signal.cuh and masked_signal.cuh. Out of
+// line: there are many waits, and what most of them wait for is there already. Instructions are fetched once per
+// launch, and every jump to another line of them takes its time.
+template <class Watch, class Word, class Poll>
+__device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, Word expected) {
+    typename Watch::Patience patience(watch);
+#pragma unroll 1
+    for (;; ++patience.polls) {
+        const Word seen = poll();
+        if (seen == expected) return true;
+        poll_pause();
+        if (!patience.is_due(watch, what) || patience.lasts(watch, what, expected, seen)) continue;
+        return patience.ends(watch, what, expected, poll);
+    }
+}
 
 // True once `poll()`, which holds no references, gives `expected`. Else the caller goes on as if nothing had arrived,
-// so that every barrier is still reached. When to give up, `Watch` and keep_polling() say: signal.cuh or
-// masked_signal.cuh.
+// so that every barrier is still reached.
 template <class Watch, class Word, class Poll>
 __device__ __forceinline__ bool wait_for(const Watch& watch, Awaited what, Word expected, Poll poll) {
     return poll() == expected || keep_polling(poll, watch, what, expected);

@@ -24,6 +24,17 @@ struct WatchOf {
     uint64_t started_ns;
     uint32_t rank;
     uint32_t epoch;
+
+    static __device__ __forceinline__ WatchOf start(const Params& p) {
+        return WatchOf{p.active, &p, global_timer_ns(), p.rank, p.control->epoch};
+    }
+
+    // This rank is always active for itself.
+    __device__ __forceinline__ bool is_active(uint32_t peer) const {
+        return peer == rank || load_relaxed_sys(active + peer) != 0;
+    }
+
+    struct Patience;
 };
 
 // A beat moves every 2**17 ns (131 us), and is looked at as often: both touch memory that other ranks read.
@@ -36,12 +47,6 @@ constexpr uint64_t kSilentTimeouts = 2;
 // No sign of life counts for longer than this after a launch: ranks that make different calls wait for each other.
 constexpr uint64_t kPatientTimeouts = 8;
 
-// This rank is always active for itself.
-template <class Watch>
-__device__ __forceinline__ bool is_active(const Watch& watch, uint32_t peer) {
-    return peer == watch.rank || load_relaxed_sys(watch.active + peer) != 0;
-}
-
 // Bit r: rank r is active. For a whole warp.
 template <uint32_t num_ranks, class Watch>
 __device__ __forceinline__ uint64_t ranks_that_are_active(const Watch& watch) {
@@ -49,7 +54,7 @@ __device__ __forceinline__ uint64_t ranks_that_are_active(const Watch& watch) {
 #pragma unroll 1
     for (uint32_t first = 0; first < num_ranks; first += kWarpSize) {
         const uint32_t rank = first + lane_id();
-        const bool here = rank < num_ranks && is_active(watch, rank);
+        const bool here = rank < num_ranks && watch.is_active(rank);
         active |= uint64_t(__ballot_sync(kFullWarp, here)) << first;
     }
     return active;
@@ -78,7 +83,7 @@ __device__ __noinline__ void adopt_left_out(Watch watch, uint64_t ranks) {
 #pragma unroll 1
     for (uint64_t rest = ranks & ~(uint64_t(1) << watch.rank); rest != 0; rest &= rest - 1) {
         const uint32_t peer = uint32_t(__ffsll(int64_t(rest))) - 1;
-        if (is_active(watch, peer)) leave_out(watch, peer);
+        if (watch.is_active(peer)) leave_out(watch, peer);
     }
 }
 
@@ -132,37 +137,54 @@ __device__ __forceinline__ bool is_silent(const Watch& watch, uint32_t peer, uin
     return now_ns > since_ns + kSilentTimeouts * watch.p->timeout_ns;
 }
 
-// Polls until `poll()` gives `expected`; false if its peer is not active (any more), or is left out here. Whenever the
-// beat is due, this rank's moves, and the peer is looked at. After that look it is polled for once more: what arrived
-// while this thread was not running counts. What this rank sends itself is not timed: it arrives as soon as its own
+// Leaves out a peer that does not come, unless another wait has done so. Out of line: few waits end so.
+template <class Watch>
+__device__ __noinline__ void give_up(Watch watch, uint32_t peer) {
+    if (!watch.is_active(peer)) return;
+    report_if_left_out(watch, peer);
+    leave_out(watch, peer);
+}
+
+// How long a wait polls: until its peer is not active (any more), or is left out here. Whenever the beat is due, this
+// rank's moves, and the peer is looked at. What this rank sends itself is not timed: it arrives as soon as its own
 // waits end.
-template <class Watch, class Poll>
-__device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, uint32_t expected) {
-    uint32_t looked = uint32_t(watch.started_ns >> kBeatBits);
-#pragma unroll 1
-    for (uint32_t polls = 0;; ++polls) {
-        if (poll() == expected) return true;
-        poll_pause();
-        if (polls % kPollsPerCheck != 0 || what.peer == watch.rank) continue;
-        bool gone = !is_active(watch, what.peer);
+template <class Params>
+struct WatchOf<Params>::Patience {
+    uint32_t polls = 0;
+    uint32_t looked;  // the beat that was due when this looked last
+    bool has_other_call = false;
+
+    __device__ __forceinline__ explicit Patience(const WatchOf& watch) : looked(watch.started_ns >> kBeatBits) {}
+
+    __device__ __forceinline__ bool is_due(const WatchOf& watch, Awaited what) const {
+        return polls % kPollsPerLook == 0 && what.peer != watch.rank;
+    }
+
+    template <class Watch>
+    __device__ __forceinline__ bool lasts(const Watch& watch, Awaited what, uint32_t, uint32_t) {
+        bool gone = !watch.is_active(what.peer);
         const uint64_t now_ns = global_timer_ns();
         const uint32_t due = uint32_t(now_ns >> kBeatBits);
-        if (!gone && due == looked) continue;
+        if (!gone && due == looked) return true;
         looked = due;
         if (!gone) {
             store_relaxed_sys(watch.p->liveness->beats[watch.rank], due);
-            if (makes_different_call(watch, what.peer)) return false;
+            has_other_call = makes_different_call(watch, what.peer);
+            if (has_other_call) return false;
             gone = is_left_out_by(watch, what.peer) || is_silent(watch, what.peer, now_ns);
         }
-        if (!gone) continue;
+        return !gone;
+    }
+
+    // True if it has come after all: what came while this thread was not running counts.
+    template <class Watch, class Poll>
+    __device__ __forceinline__ bool ends(const Watch& watch, Awaited what, uint32_t expected, Poll poll) const {
+        if (has_other_call) return false;
         if (poll() == expected) return true;
-        if (is_active(watch, what.peer)) {
-            report_if_left_out(watch, what.peer);
-            leave_out(watch, what.peer);
-        }
+        give_up(watch, what.peer);
         return false;
     }
-}
+};
 
 // Whether the blocks of this launch say that something has come: as the first of them saw it, which this call may be.
 // Beside the verdict stands the epoch, without its first bit, which tells it from the one of the launch before.

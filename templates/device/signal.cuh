@@ -13,6 +13,15 @@ struct PlainWatch {
     uint64_t timeout_ns;
     uint32_t rank;
     uint32_t epoch;
+
+    template <class Params>
+    static __device__ __forceinline__ PlainWatch start(const Params& p) {
+        return PlainWatch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
+    }
+
+    __device__ __forceinline__ bool is_active(uint32_t) const { return true; }
+
+    struct Patience;
 };
 
 // A peer makes a different call: nothing that it sends may be used.
@@ -36,25 +45,28 @@ __device__ __noinline__ void report_expired(PlainWatch watch, Awaited what, uint
     store_release_sys(&failure->valid, 1);
 }
 
-// Polls until `poll()` gives `expected`; false if that did not happen in time, or another wait gave up. Phases that
-// wait for more have a little more time, so that the report names the first cause. Out of line: there are many waits,
-// and what most of them wait for is there already. Instructions are fetched once per launch, and every jump to another
-// line of them takes its time.
-template <class Watch, class Word, class Poll>
-__device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, Word expected) {
+// How long a wait polls: until its deadline, or until another wait has given up. Phases that wait for more have a
+// little more time, so that the report names the first cause.
+struct PlainWatch::Patience {
+    uint32_t polls = 1;
     uint64_t deadline_ns = 0;
-#pragma unroll 1
-    for (uint32_t polls = 1;; ++polls) {
-        const Word seen = poll();
-        if (seen == expected) return true;
-        if (polls % kPollsPerCheck == 0) {
-            const uint64_t now = global_timer_ns();
-            if (deadline_ns == 0) deadline_ns = now + watch.timeout_ns + what.phase * (watch.timeout_ns / 16);
-            if (now > deadline_ns) report_expired(watch, what, uint32_t(expected), uint32_t(seen));
-            if (load_relaxed_sys(watch.aborted) != 0) return false;
-        }
-        poll_pause();
+
+    __device__ __forceinline__ explicit Patience(const PlainWatch&) {}
+
+    __device__ __forceinline__ bool is_due(const PlainWatch&, Awaited) const { return polls % kPollsPerLook == 0; }
+
+    template <class Word>
+    __device__ __forceinline__ bool lasts(const PlainWatch& watch, Awaited what, Word expected, Word seen) {
+        const uint64_t now = global_timer_ns();
+        if (deadline_ns == 0) deadline_ns = now + watch.timeout_ns + what.phase * (watch.timeout_ns / 16);
+        if (now > deadline_ns) report_expired(watch, what, uint32_t(expected), uint32_t(seen));
+        return load_relaxed_sys(watch.aborted) == 0;
     }
-}
+
+    template <class Word, class Poll>
+    __device__ __forceinline__ bool ends(const PlainWatch&, Awaited, Word, Poll) const {
+        return false;
+    }
+};
 
 }  // namespace moegen
