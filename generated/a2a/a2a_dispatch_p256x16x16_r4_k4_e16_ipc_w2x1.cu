@@ -74,12 +74,6 @@ __device__ __forceinline__ void tell_presence(const Params& p, const Watch& watc
     }
 }
 
-// How far a rank has come: `needed`, if that far; one that waits for nothing of this rank may be ahead.
-__device__ __forceinline__ uint32_t progress_at(const uint64_t* word, uint32_t needed) {
-    const uint32_t seen = uint32_t(load_acquire_sys(word));
-    return int32_t(seen - needed) >= 0 ? needed : seen;
-}
-
 // Whether every rank has come as far as `needed` already. A warp looks at the ranks in turn.
 __device__ __forceinline__ bool all_are_present(const Params& p, uint32_t needed) {
     bool came = true;
@@ -97,8 +91,7 @@ __device__ __forceinline__ bool await_presence(const Params& p, const Watch& wat
 #pragma unroll 1
     for (uint32_t peer = thread; peer < kRanks; peer += threads) {
         if (!is_active(p, peer)) continue;
-        const uint64_t* word = presence_at(p, p.rank, peer);
-        came &= wait_for(watch, Awaited{phase, peer, -1}, needed, [=] { return progress_at(word, needed); });
+        came &= wait_for_progress(watch, phase, peer, presence_at(p, p.rank, peer), needed);
     }
     return came;
 }

@@ -83,11 +83,6 @@ __device__ __noinline__ void publish_call(const Params& p, uint32_t epoch) {
     }
 }
 
-// The last epoch that `from` has finished: a word in the symmetric memory of `rank`.
-__device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
-}
-
 // Nothing is written to a peer before it has finished the epoch before; one that waits for nothing of this rank may be
 // ahead. All threads of the block call this; whether it may go on: not if a peer did not come, now or in an earlier
 // launch.
@@ -96,11 +91,7 @@ __device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch) 
     bool ready = load_relaxed_sys(p.aborted) == 0;
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        const uint32_t* word = consumed_at(p, p.rank, peer);
-        ready &= wait_for(watch, Awaited{kPeerReady, peer, -1}, needed, [=] {
-            const uint32_t seen = load_acquire_sys(word);
-            return int32_t(seen - needed) >= 0 ? needed : seen;
-        });
+        ready &= wait_for_progress(watch, kPeerReady, peer, consumed_at(p, p.rank, peer), needed);
     }
     return __syncthreads_and(ready) != 0;
 }
@@ -108,10 +99,7 @@ __device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch) 
 // Every block ends with this. The last of them has seen all rows read, and tells the peers.
 __device__ __forceinline__ void close_epoch(const Params& p, const Watch& watch) {
     if (!is_last_block_to_leave(p.control)) return;
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_release_sys(consumed_at(p, peer, p.rank), watch.epoch);
-    }
+    publish_consumed<kRanks, kBlockThreads>(p, watch, watch.epoch);
     if (threadIdx.x == 0) advance_epoch(p.control, watch.epoch);
 }
 

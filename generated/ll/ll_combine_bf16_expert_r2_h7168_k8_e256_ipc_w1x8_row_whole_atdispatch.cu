@@ -80,19 +80,6 @@ __device__ __forceinline__ uint32_t leaving_thread() {
     return kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
 }
 
-// What a receiver has read: the word of `from` in the symmetric memory of `rank`.
-__device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
-}
-
-// The first launch of an epoch has nothing more to read of the one before: the peers are told.
-__device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watch) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_release_sys(consumed_at(p, peer, p.rank), epoch_before(watch.epoch));
-    }
-}
-
 // By one block, once the epoch is open and ahead of any row. A peer that makes a different call then fails at once,
 // where it would wait for rows or weights until it times out.
 __device__ __forceinline__ void publish_call(const Params& p, const Watch& watch) {
@@ -109,11 +96,7 @@ __device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t ne
     bool ready = true;
 #pragma unroll 1
     for (uint32_t peer = lane_id(); peer < kRanks; peer += kWarpSize) {
-        const uint32_t* word = consumed + peer;
-        ready &= wait_for(watch, Awaited{kPeerReady, peer, -1}, needed, [=] {
-            const uint32_t seen = load_acquire_sys(word);
-            return int32_t(seen - needed) >= 0 ? needed : seen;
-        });
+        ready &= wait_for_progress(watch, kPeerReady, peer, consumed + peer, needed);
     }
     return __all_sync(kFullWarp, ready && !aborted);
 }
@@ -393,7 +376,8 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     }
     announce(sent, mark_of(watch));
     // The last block has the fewest rows, and this waits for what it has stored.
-    if (blockIdx.x == p.senders.first + p.senders.blocks - 1) tell_consumed(p, watch);
+    if (blockIdx.x == p.senders.first + p.senders.blocks - 1)
+        publish_consumed<kRanks, kBlockThreads>(p, watch, epoch_before(watch.epoch));
 }
 
 constexpr uint32_t kPartialsAhead =

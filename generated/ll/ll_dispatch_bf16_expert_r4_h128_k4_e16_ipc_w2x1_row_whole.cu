@@ -80,19 +80,6 @@ __device__ __forceinline__ uint32_t leaving_thread() {
     return kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
 }
 
-// What a receiver has read: the word of `from` in the symmetric memory of `rank`.
-__device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
-}
-
-// The first launch of an epoch has nothing more to read of the one before: the peers are told.
-__device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watch) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_release_sys(consumed_at(p, peer, p.rank), epoch_before(watch.epoch));
-    }
-}
-
 // Whether every peer has read epoch `needed`. Out of line: one warp runs this, and the others' instructions stay in a
 // row.
 __device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t needed, PlainWatch watch) {
@@ -100,11 +87,7 @@ __device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t ne
     bool ready = true;
 #pragma unroll 1
     for (uint32_t peer = lane_id(); peer < kRanks; peer += kWarpSize) {
-        const uint32_t* word = consumed + peer;
-        ready &= wait_for(watch, Awaited{kPeerReady, peer, -1}, needed, [=] {
-            const uint32_t seen = load_acquire_sys(word);
-            return int32_t(seen - needed) >= 0 ? needed : seen;
-        });
+        ready &= wait_for_progress(watch, kPeerReady, peer, consumed + peer, needed);
     }
     return __all_sync(kFullWarp, ready && !aborted);
 }
@@ -311,7 +294,7 @@ __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch,
     }
     if (blockIdx.x != 0) return;
     if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
-    tell_consumed(p, watch);
+    publish_consumed<kRanks, kBlockThreads>(p, watch, epoch_before(watch.epoch));
 }
 
 // How many tokens a source says that it has; none, if they are more than this call has room for: it makes another one.

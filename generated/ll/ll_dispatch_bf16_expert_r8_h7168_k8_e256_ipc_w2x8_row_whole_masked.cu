@@ -85,20 +85,6 @@ __device__ __forceinline__ uint32_t leaving_thread() {
     return kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
 }
 
-// What a receiver has read: the word of `from` in the symmetric memory of `rank`.
-__device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
-}
-
-// The first launch of an epoch has nothing more to read of the one before: the peers are told.
-__device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watch) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if (!watch.is_active(peer)) continue;
-        store_release_sys(consumed_at(p, peer, p.rank), epoch_before(watch.epoch));
-    }
-}
-
 constexpr uint64_t kAllRanks = ~uint64_t(0) >> (64 - kRanks);
 
 // Bit r: rank r is active and has read epoch `needed`. One that does not in time is left out. Out of line: one warp
@@ -110,13 +96,7 @@ __device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, 
     for (uint32_t first = 0; first < kRanks; first += kWarpSize) {
         const uint32_t peer = first + lane_id();
         bool has_read = peer < kRanks && peer != watch.rank && (active >> peer & 1) != 0;
-        if (has_read) {
-            const uint32_t* word = consumed + peer;
-            has_read = wait_for(watch, Awaited{kPeerReady, peer, -1}, needed, [=] {
-                const uint32_t seen = load_acquire_sys(word);
-                return int32_t(seen - needed) >= 0 ? needed : seen;
-            });
-        }
+        if (has_read) has_read = wait_for_progress(watch, kPeerReady, peer, consumed + peer, needed);
         ready |= uint64_t(__ballot_sync(kFullWarp, has_read)) << first;
     }
     return ready;
@@ -309,7 +289,7 @@ __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, 
 // peers that this rank has read what came before this epoch, a release that waits for everything that was stored here.
 __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch, uint32_t tokens) {
     __shared__ uint64_t opened;
-    if (blockIdx.x == 0) tell_consumed(p, watch);
+    if (blockIdx.x == 0) publish_consumed<kRanks, kBlockThreads>(p, watch, epoch_before(watch.epoch));
     uint32_t token = blockIdx.x * kBlockThreads + threadIdx.x;
     Ids ids = load_ids(p, token, tokens);
     open_epoch(p, watch, opened);

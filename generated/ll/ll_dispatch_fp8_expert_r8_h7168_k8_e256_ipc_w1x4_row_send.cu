@@ -78,19 +78,6 @@ constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
 using PeerWatch = PlainWatch;
 using Watch = PeerWatch;
-// What a receiver has read: the word of `from` in the symmetric memory of `rank`.
-__device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
-}
-
-// The first launch of an epoch has nothing more to read of the one before: the peers are told.
-__device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watch) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_release_sys(consumed_at(p, peer, p.rank), epoch_before(watch.epoch));
-    }
-}
-
 // Whether every peer has read epoch `needed`. Out of line: one warp runs this, and the others' instructions stay in a
 // row.
 __device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t needed, PlainWatch watch) {
@@ -98,11 +85,7 @@ __device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t ne
     bool ready = true;
 #pragma unroll 1
     for (uint32_t peer = lane_id(); peer < kRanks; peer += kWarpSize) {
-        const uint32_t* word = consumed + peer;
-        ready &= wait_for(watch, Awaited{kPeerReady, peer, -1}, needed, [=] {
-            const uint32_t seen = load_acquire_sys(word);
-            return int32_t(seen - needed) >= 0 ? needed : seen;
-        });
+        ready &= wait_for_progress(watch, kPeerReady, peer, consumed + peer, needed);
     }
     return __all_sync(kFullWarp, ready && !aborted);
 }
@@ -287,7 +270,7 @@ __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch,
     }
     if (blockIdx.x != 0) return;
     if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
-    tell_consumed(p, watch);
+    publish_consumed<kRanks, kBlockThreads>(p, watch, epoch_before(watch.epoch));
 }
 
 constexpr uint32_t kGroup = 128;

@@ -56,4 +56,21 @@ __device__ __forceinline__ bool is_last_block_to_leave(Control* control) {
     return last;
 }
 
+// ---- progress words -------------------------------------------------------------------------------
+
+// Progress word of `from` at `rank`: the last epoch that `from` has consumed.
+template <class Params>
+__device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {
+    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
+}
+
+// Publishes to every peer that this rank has consumed `epoch`, and all those before. One block calls this.
+template <uint32_t kRanks, uint32_t kThreads, class Params, class Watch>
+__device__ __forceinline__ void publish_consumed(const Params& p, const Watch& watch, uint32_t epoch) {
+#pragma unroll 1
+    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kThreads) {
+        if (watch.is_active(peer)) store_release_sys(consumed_at(p, peer, p.rank), epoch);
+    }
+}
+
 }  // namespace moegen

@@ -84,6 +84,20 @@ __device__ __forceinline__ bool wait_for(const Watch& watch, Awaited what, Word 
     return poll() == expected || keep_polling(poll, watch, what, expected);
 }
 
+// A progress word as waits compare it: `needed` once its rank has come that far. One that waits for nothing of this
+// rank may be ahead.
+template <class Word>
+__device__ __forceinline__ uint32_t progress_at(const Word* word, uint32_t needed) {
+    const uint32_t seen = uint32_t(load_acquire_sys(word));
+    return int32_t(seen - needed) >= 0 ? needed : seen;
+}
+
+template <class Watch, class Word>
+__device__ __forceinline__ bool wait_for_progress(const Watch& watch, uint32_t phase, uint32_t peer, const Word* word,
+                                                  uint32_t needed) {
+    return wait_for(watch, Awaited{phase, peer, -1}, needed, [=] { return progress_at(word, needed); });
+}
+
 // Waits for 16 bytes that carry `mark`; nothing else in them is valid if they do not come.
 template <class Watch>
 __device__ __forceinline__ bool wait_for_whole(const Watch& watch, Awaited what, const uint4* from, uint4& whole,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from host.sanitize.a2a_kernels import Variant, headers, variant
 from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
-from host.sanitize.edits import EPOCH, REPORT, barrier_before, leaving, relaxed_load, relaxed_store
+from host.sanitize.edits import EPOCH, LAUNCH, REPORT, barrier_before, leaving, relaxed_load, relaxed_store
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, Sanitizer, built_once, race_in, run
 
 from moegen.codegen.spec import WarpGroups
@@ -42,7 +42,7 @@ def no_wait_for_whole(phase: str, place: str, piece: str) -> Edit:
 
 PRESENCE = {
     "presence_store": relaxed_store(r"presence_at\("),
-    "presence_load": relaxed_load("word"),
+    "presence_load": relaxed_load("word", file=LAUNCH),
 }
 """How ranks know that what they overwrite has been read."""
 
@@ -103,7 +103,7 @@ Its lists of copies grow in one thread of a block and shrink in another, which T
 kernels are for AddressSanitizer.
 """
 
-NO_PRESENCE = {"presence_wait": Edit(KERNEL, r"int32_t\(seen - needed\) >= 0", "seen != needed")}
+NO_PRESENCE = {"presence_wait": Edit(LAUNCH, r"int32_t\(seen - needed\) >= 0", "seen != needed")}
 NO_CALLS = {"call_wait": no_wait("word")}
 NO_ROWS = {"counts_wait": no_wait_for_whole("kCounts", "counts_at", "first"), "flag_wait": no_wait("flag")}
 NO_PARTIALS = {

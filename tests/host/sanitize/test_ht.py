@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
-from host.sanitize.edits import EPOCH, barrier_before, leaving, relaxed_load, relaxed_store
+from host.sanitize.edits import CONSUMED, EPOCH, barrier_before, leaving, relaxed_load, relaxed_store
 from host.sanitize.ht_kernels import Variant, headers, variant
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, Sanitizer, built_once, race_in, run
 
@@ -21,12 +21,6 @@ TOKEN, PACKED, QUANTISED = RIGHT
 
 TAG = r"tag_at\("
 
-
-CONSUMED = {
-    "consumed_store": relaxed_store(r"consumed_at\("),
-    "consumed_load": relaxed_load("word"),
-}
-"""How ranks know that what they overwrite has been read."""
 
 LEAVING = {
     "leaving_release": leaving("__ATOMIC_ACQUIRE"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
-from host.sanitize.edits import REPORT, barrier_before, leaving, relaxed_load, relaxed_store
+from host.sanitize.edits import CONSUMED, REPORT, barrier_before, leaving, relaxed_load, relaxed_store
 from host.sanitize.ll_kernels import Variant, headers, variant
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, built_once, race_in, run
 
@@ -36,8 +36,7 @@ MASKED = RIGHT[-1]
 
 ORDERS = {
     "tag_load": relaxed_load("tag"),
-    "consumed_store": relaxed_store(r"consumed_at\("),
-    "consumed_load": relaxed_load("word"),
+    **CONSUMED,
     "leaving": leaving("__ATOMIC_RELAXED"),
 }
 """What wire format `row` rests on, by name, and how to take it away. `inline` has no such order: its payload crosses in
