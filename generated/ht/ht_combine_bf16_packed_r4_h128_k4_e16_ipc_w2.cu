@@ -60,6 +60,7 @@ __device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return rank
 __device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 using Watch = PlainWatch;
+using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
 
 // Where `from` publishes its call word to `rank`.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
@@ -81,26 +82,6 @@ __device__ __noinline__ void publish_call(const Params& p, uint32_t epoch) {
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
         store_relaxed_sys(call_at(p, epoch, peer, p.rank), with_call(call_word(p), epoch));
     }
-}
-
-// Nothing is written to a peer before it has finished the epoch before; one that waits for nothing of this rank may be
-// ahead. All threads of the block call this; whether it may go on: not if a peer did not come, now or in an earlier
-// launch.
-__device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch) {
-    const uint32_t needed = epoch_before(watch.epoch);
-    bool ready = load_relaxed_sys(p.aborted) == 0;
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        ready &= wait_for_progress(watch, kPeerReady, peer, consumed_at(p, p.rank, peer), needed);
-    }
-    return __syncthreads_and(ready) != 0;
-}
-
-// Every block ends with this. The last of them has seen all rows read, and tells the peers.
-__device__ __forceinline__ void close_epoch(const Params& p, const Watch& watch) {
-    if (!is_last_block_to_leave(p.control)) return;
-    publish_consumed<kRanks, kBlockThreads>(p, watch, watch.epoch);
-    if (threadIdx.x == 0) advance_epoch(p.control, watch.epoch);
 }
 
 constexpr uint32_t kRecordVectors = 17;  // of a row and what travels with it
@@ -400,10 +381,10 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_combine_bf16_packed_r4_h128_k4_e16_ipc_w2(const __grid_constant__ Params p) {
     await_launch_before();
     const Watch watch = Watch::start(p);
-    if (open_epoch(p, watch)) {
+    if (Epoch::open_single_buffer(p, watch)) {
         if (blockIdx.x == 0) publish_call(p, watch.epoch);
         if (is_one_of(p.senders)) send_partials(p, watch);
         if (is_one_of(p.receivers)) reduce_tokens(p, watch, min(uint32_t(*p.tokens_sent), p.tokens));
     }
-    close_epoch(p, watch);
+    Epoch::close_single_buffer(p, watch);
 }

@@ -78,6 +78,7 @@ constexpr uint32_t kScaleWords = 56;  // of a row; they follow it
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
 
 using Watch = PlainWatch;
+using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
 
 // Where `from` publishes its call word to `rank`.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
@@ -100,26 +101,6 @@ __device__ __noinline__ void publish_call(const Params& p, uint32_t epoch) {
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
         store_relaxed_sys(call_at(p, epoch, peer, p.rank), with_call(call_word(p), epoch));
     }
-}
-
-// Nothing is written to a peer before it has finished the epoch before; one that waits for nothing of this rank may be
-// ahead. All threads of the block call this; whether it may go on: not if a peer did not come, now or in an earlier
-// launch.
-__device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch) {
-    const uint32_t needed = epoch_before(watch.epoch);
-    bool ready = load_relaxed_sys(p.aborted) == 0;
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        ready &= wait_for_progress(watch, kPeerReady, peer, consumed_at(p, p.rank, peer), needed);
-    }
-    return __syncthreads_and(ready) != 0;
-}
-
-// Every block ends with this. The last of them has seen all rows read, and tells the peers.
-__device__ __forceinline__ void close_epoch(const Params& p, const Watch& watch) {
-    if (!is_last_block_to_leave(p.control)) return;
-    publish_consumed<kRanks, kBlockThreads>(p, watch, watch.epoch);
-    if (threadIdx.x == 0) advance_epoch(p.control, watch.epoch);
 }
 
 constexpr uint32_t kRecordVectors = 462;  // of a row and what travels with it
@@ -732,11 +713,11 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_dispatch_e4m3_packed_r8_h7168_k8_e256_ipc_w32_whole(const __grid_constant__ Params p) {
     await_launch_before();
     const Watch watch = Watch::start(p);
-    if (open_epoch(p, watch)) {
+    if (Epoch::open_single_buffer(p, watch)) {
         const uint32_t tokens = tokens_of_this_call(p);
         if (is_one_of(p.receivers)) plan_rows(p, watch, tokens);
         if (is_one_of(p.senders)) send_rows(p, watch, tokens);
         if (is_one_of(p.receivers)) receive_rows(p, watch);
     }
-    close_epoch(p, watch);
+    Epoch::close_single_buffer(p, watch);
 }

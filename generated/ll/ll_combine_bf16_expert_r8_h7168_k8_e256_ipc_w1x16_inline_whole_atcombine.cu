@@ -65,6 +65,7 @@ constexpr uint32_t kResident = 1;
 
 using PeerWatch = PlainWatch;
 using Watch = PeerWatch;
+using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
 // Where `from` publishes its call word to `rank`.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
@@ -82,34 +83,12 @@ __device__ __forceinline__ uint32_t leaving_thread() {
 
 // By one block, once the epoch is open and ahead of any row. A peer that makes a different call then fails at once,
 // where it would wait for rows or weights until it times out.
-__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch) {
+__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch, Watch::Opened opened) {
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
+        if (!opened.may_send_to(peer)) continue;
         store_relaxed_sys(call_at(p, watch.epoch, peer, p.rank), with_call(kCallWord, watch.epoch));
     }
-}
-
-// Whether every peer has read epoch `needed`. Out of line: one warp runs this, and the others' instructions stay in a
-// row.
-__device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t needed, PlainWatch watch) {
-    const bool aborted = load_relaxed_sys(watch.aborted) != 0;
-    bool ready = true;
-#pragma unroll 1
-    for (uint32_t peer = lane_id(); peer < kRanks; peer += kWarpSize) {
-        ready &= wait_for_progress(watch, kPeerReady, peer, consumed + peer, needed);
-    }
-    return __all_sync(kFullWarp, ready && !aborted);
-}
-
-// Nothing is written to a peer before it has read what this half of its buffers held two epochs ago; that it said in
-// the epoch in between. A peer that neither sends nor receives rows may be epochs ahead. One warp waits, while the
-// others ask for what they need; after the caller's next barrier `opened` tells whether this block may go on: not if a
-// peer did not come, now or in an earlier launch, for then what it would read may not be there.
-__device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, bool& opened) {
-    if (warp_id() != kBlockThreads / kWarpSize - 1) return;
-    const uint32_t needed = epoch_before(epoch_before(watch.epoch));
-    const bool ready = all_have_read(consumed_at(p, p.rank, 0), needed, watch);
-    if (lane_id() == 0) opened = ready;
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
@@ -282,7 +261,8 @@ __device__ __forceinline__ uint4* weights_at(const Params& p, const Watch& watch
 
 // They go out before any row is waited for: the ranks that sum need them first. The sending blocks do it, which wait
 // for the peers' weights: a launch of one block would otherwise wait before its own are out.
-__device__ __forceinline__ void send_weights(const Params& p, const Watch& watch, uint32_t tokens) {
+__device__ __forceinline__ void send_weights(const Params& p, const Watch& watch, uint32_t tokens,
+                                             Watch::Opened opened) {
     const uint64_t pieces = uint64_t(tokens) * kWeightPieces;
     const uint64_t all_threads = uint64_t(p.senders.blocks) * kBlockThreads;
     const uint64_t first = uint64_t(blockIdx.x - p.senders.first) * kBlockThreads + threadIdx.x;
@@ -297,7 +277,7 @@ __device__ __forceinline__ void send_weights(const Params& p, const Watch& watch
             words[word] = k < kTopk ? __float_as_uint(p.topk_weights[uint64_t(token) * kTopk + k]) : 0;
         }
         const uint4 whole = make_uint4(words[0], words[1], words[2], watch.epoch);
-        const uint64_t others = p.token_ranks[token] & ~(uint64_t(1) << p.rank);
+        const uint64_t others = opened.among(p.token_ranks[token]) & ~(uint64_t(1) << p.rank);
 #pragma unroll 1
         for (uint64_t ranks = others; ranks != 0; ranks &= ranks - 1) {
             const uint32_t rank = uint32_t(__ffsll(int64_t(ranks))) - 1;
@@ -443,18 +423,18 @@ __device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t turn) 
 
 // One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens.
 __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, [[maybe_unused]] uint32_t tokens) {
-    __shared__ bool opened;
+    __shared__ Watch::Opened opened;
     __shared__ Terms terms[kWarpGroups];
     Terms& listed = terms[Group::index()];
     const uint32_t groups = Group::number_in(p.senders);
     const uint32_t first_turn = Group::first_work(p.senders);
     Outgoing next = outgoing_at(p, first_turn);
-    open_epoch(p, watch, opened);
+    Epoch::open_double_buffer(p, watch, opened);
     __syncthreads();
-    if (!opened) return;
-    if (blockIdx.x == p.senders.first) publish_call(p, watch);
+    if (!opened.may_send()) return;
+    if (blockIdx.x == p.senders.first) publish_call(p, watch, opened);
     const uint32_t end = end_of_turns(p);
-    send_weights(p, watch, tokens);
+    send_weights(p, watch, tokens, opened);
 #pragma unroll 1
     for (uint32_t turn = first_turn; turn < end; turn += groups) {
         const Outgoing row = next;
@@ -471,7 +451,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     }
     // The last block has the fewest rows, and this waits for what it has stored.
     if (blockIdx.x == p.senders.first + p.senders.blocks - 1)
-        publish_consumed<kRanks, kBlockThreads>(p, watch, epoch_before(watch.epoch));
+        Epoch::publish_consumed(p, watch, epoch_before(watch.epoch));
 }
 
 constexpr uint32_t kPartialsAhead =
@@ -524,16 +504,16 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
 
 // What the first token needs is loaded while the epoch opens.
 __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
-    __shared__ bool opened;
+    __shared__ Watch::Opened opened;
     const uint32_t groups = Group::number_in(p.receivers);
     uint32_t token = Group::first_work(p.receivers);
     uint64_t ranks = token < tokens ? p.token_ranks[token] : 0;
     __shared__ Terms terms[kWarpGroups];
     const uint64_t first_own = uint64_t(kRanks - 1) * p.max_tokens;
     Selection selection = load_selection(p, first_own + min(token, p.max_tokens - 1));
-    open_epoch(p, watch, opened);
+    Epoch::open_double_buffer(p, watch, opened);
     __syncthreads();
-    if (!opened) return;
+    if (!opened.may_send()) return;
 #pragma unroll 1
     while (token < tokens) {
         if ((ranks >> p.rank & 1) != 0) list_terms(p, watch, p.rank, token, selection, terms[Group::index()]);

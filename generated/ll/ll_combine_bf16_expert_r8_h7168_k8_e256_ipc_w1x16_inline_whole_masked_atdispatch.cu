@@ -71,6 +71,7 @@ constexpr uint32_t kResident = 1;
 
 using PeerWatch = WatchOf<Params>;
 using Watch = PeerWatch;
+using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
 // Where `from` publishes its call word to `rank`.
 __device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
     return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
@@ -88,43 +89,12 @@ __device__ __forceinline__ uint32_t leaving_thread() {
 
 // By one block, once the epoch is open and ahead of any row. A peer that makes a different call then fails at once,
 // where it would wait for rows or weights until it times out.
-__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch, uint64_t opened) {
+__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch, Watch::Opened opened) {
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if ((opened >> peer & 1) == 0) continue;
+        if (!opened.may_send_to(peer)) continue;
         store_relaxed_sys(call_at(p, watch.epoch, peer, p.rank), with_call(kCallWord, watch.epoch));
     }
-}
-
-constexpr uint64_t kAllRanks = ~uint64_t(0) >> (64 - kRanks);
-
-// Bit r: rank r is active and has read epoch `needed`. One that does not in time is left out. Out of line: one warp
-// runs this, and the others' instructions stay in a row.
-__device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, uint32_t needed, uint64_t active,
-                                                      Watch watch) {
-    uint64_t ready = uint64_t(1) << watch.rank;
-#pragma unroll 1
-    for (uint32_t first = 0; first < kRanks; first += kWarpSize) {
-        const uint32_t peer = first + lane_id();
-        bool has_read = peer < kRanks && peer != watch.rank && (active >> peer & 1) != 0;
-        if (has_read) has_read = wait_for_progress(watch, kPeerReady, peer, consumed + peer, needed);
-        ready |= uint64_t(__ballot_sync(kFullWarp, has_read)) << first;
-    }
-    return ready;
-}
-
-// Nothing is written to a peer before it has read what this half of its buffers held two epochs ago, and nothing to one
-// that is missing. One warp waits, while the others ask for what they need; after the caller's next barrier `opened`
-// has a bit for each rank that this block may write to, itself included. A launch first publishes what this rank has
-// read, and whom it has left out: ranks that are active again, after epochs without such words, wait for those of this
-// launch.
-__device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, uint64_t& opened) {
-    if (warp_id() != kBlockThreads / kWarpSize - 1) return;
-    const uint32_t needed = epoch_before(epoch_before(watch.epoch));
-    const uint64_t active = ranks_that_are_active<kRanks>(watch);
-    if (active != kAllRanks && lane_id() == 0) publish_left_out(watch, kAllRanks & ~active);
-    const uint64_t ready = ranks_that_have_read(consumed_at(p, p.rank, 0), needed, active, watch);
-    if (lane_id() == 0) opened = ready;
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
@@ -414,16 +384,16 @@ __device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t turn) 
 
 // One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens.
 __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, [[maybe_unused]] uint32_t tokens) {
-    __shared__ uint64_t opened;
+    __shared__ Watch::Opened opened;
     __shared__ Terms terms[kWarpGroups];
     Terms& listed = terms[Group::index()];
-    if (blockIdx.x == p.senders.first) publish_consumed<kRanks, kBlockThreads>(p, watch, epoch_before(watch.epoch));
+    if (blockIdx.x == p.senders.first) Epoch::publish_consumed(p, watch, epoch_before(watch.epoch));
     const uint32_t groups = Group::number_in(p.senders);
     const uint32_t first_turn = Group::first_work(p.senders);
     Outgoing next = outgoing_at(p, first_turn);
-    open_epoch(p, watch, opened);
+    Epoch::open_double_buffer(p, watch, opened);
     __syncthreads();
-    if (!opened) return;
+    if (!opened.may_send()) return;
     if (blockIdx.x == p.senders.first) publish_call(p, watch, opened);
     const uint32_t end = end_of_turns(p);
 #pragma unroll 1
@@ -432,7 +402,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
         if (row.exists) list_terms(p, watch, row.source, row.token, row.selection, listed);
         if (turn + groups < end) next = outgoing_at(p, turn + groups);
         if (!row.exists) continue;
-        if ((opened >> row.source & 1) == 0 || listed.count == 0) {
+        if (!opened.may_send_to(row.source) || listed.count == 0) {
             Group::sync();  // the terms are looked at
             continue;
         }

@@ -208,13 +208,13 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
 
 // What the first token needs is loaded while the epoch opens.
 __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
-    __shared__ bool opened;
+    __shared__ Watch::Opened opened;
     const uint32_t groups = Group::number_in(p.receivers);
     uint32_t token = Group::first_work(p.receivers);
     uint64_t ranks = token < tokens ? p.token_ranks[token] : 0;
-    if (threadIdx.x == 0) opened = load_relaxed_sys(p.aborted) == 0;  // else dispatch may not have recorded anything
+    if (threadIdx.x == 0) opened = {load_relaxed_sys(p.aborted) == 0};  // else dispatch may not have recorded anything
     __syncthreads();
-    if (!opened) return;
+    if (!opened.may_send()) return;
 #pragma unroll 1
     while (token < tokens) {
         reduce_token(p, watch, token, ranks);

@@ -75,32 +75,10 @@ constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
 using PeerWatch = PlainWatch;
 using Watch = PeerWatch;
+using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
 // Of a warp that has little else to do when a launch begins.
 __device__ __forceinline__ uint32_t leaving_thread() {
     return kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
-}
-
-// Whether every peer has read epoch `needed`. Out of line: one warp runs this, and the others' instructions stay in a
-// row.
-__device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t needed, PlainWatch watch) {
-    const bool aborted = load_relaxed_sys(watch.aborted) != 0;
-    bool ready = true;
-#pragma unroll 1
-    for (uint32_t peer = lane_id(); peer < kRanks; peer += kWarpSize) {
-        ready &= wait_for_progress(watch, kPeerReady, peer, consumed + peer, needed);
-    }
-    return __all_sync(kFullWarp, ready && !aborted);
-}
-
-// Nothing is written to a peer before it has read what this half of its buffers held two epochs ago; that it said in
-// the epoch in between. A peer that neither sends nor receives rows may be epochs ahead. One warp waits, while the
-// others ask for what they need; after the caller's next barrier `opened` tells whether this block may go on: not if a
-// peer did not come, now or in an earlier launch, for then what it would read may not be there.
-__device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, bool& opened) {
-    if (warp_id() != kBlockThreads / kWarpSize - 1) return;
-    const uint32_t needed = epoch_before(epoch_before(watch.epoch));
-    const bool ready = all_have_read(consumed_at(p, p.rank, 0), needed, watch);
-    if (lane_id() == 0) opened = ready;
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
@@ -243,7 +221,8 @@ __device__ __forceinline__ Ids load_ids(const Params& p, uint32_t token, uint32_
 
 // Tells every rank what a token selects, this one first: stores behind those that wait for the link wait too. An id
 // that names no expert counts as none and is reported to the host.
-__device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, uint32_t token, const Ids& given) {
+__device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, uint32_t token, const Ids& given,
+                                           Watch::Opened opened) {
     uint32_t words[kRoutePieces * 3];
 #pragma unroll
     for (uint32_t word = 0; word < kRoutePieces * 3; ++word) words[word] = ~0u;
@@ -260,7 +239,9 @@ __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, 
     if (!known) store_relaxed_sys(&p.failure->invalid_token, token + 1);
 #pragma unroll 1
     for (uint32_t step = 0; step < kRanks; ++step) {
-        uint4* to = routes_at(p, watch, rank_after<kRanks>(p.rank, step), p.rank) + 1 + uint64_t(token) * kRoutePieces;
+        const uint32_t rank = rank_after<kRanks>(p.rank, step);
+        if (!opened.may_send_to(rank)) continue;
+        uint4* to = routes_at(p, watch, rank, p.rank) + 1 + uint64_t(token) * kRoutePieces;
 #pragma unroll
         for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
             store_whole_relaxed_sys(
@@ -274,27 +255,30 @@ __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, 
 // many tokens there are, also if there are none, for every rank hears from every rank in every epoch; and then the
 // peers that this rank has read what came before this epoch, a release that waits for everything that was stored here.
 __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch, uint32_t tokens) {
-    __shared__ bool opened;
+    __shared__ Watch::Opened opened;
     uint32_t token = blockIdx.x * kBlockThreads + threadIdx.x;
     Ids ids = load_ids(p, token, tokens);
-    open_epoch(p, watch, opened);
+    Epoch::open_double_buffer(p, watch, opened);
     __syncthreads();
-    if (!opened) return;
+    if (!opened.may_send()) return;
     if (blockIdx.x == 0) {
 #pragma unroll 1
         for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-            store_whole_relaxed_sys(routes_at(p, watch, peer, p.rank), make_uint4(tokens, 0, 0, watch.epoch));
+            if (!opened.may_send_to(peer)) continue;
+            const uint64_t missing = opened.missing<kRanks>();
+            store_whole_relaxed_sys(routes_at(p, watch, peer, p.rank),
+                                    make_uint4(tokens, uint32_t(missing), uint32_t(missing >> 32), watch.epoch));
         }
     }
 #pragma unroll 1
     while (token < tokens) {
-        tell_route(p, watch, token, ids);
+        tell_route(p, watch, token, ids, opened);
         token += p.tellers * kBlockThreads;
         if (token < tokens) ids = load_ids(p, token, tokens);
     }
     if (blockIdx.x != 0) return;
     if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
-    publish_consumed<kRanks, kBlockThreads>(p, watch, epoch_before(watch.epoch));
+    Epoch::publish_consumed(p, watch, epoch_before(watch.epoch));
 }
 
 // How many tokens a source says that it has; none, if they are more than this call has room for: it makes another one.
@@ -560,17 +544,17 @@ __device__ __forceinline__ Outgoing ask_for_unit(const Params& p, uint32_t turn,
 
 // Where a row goes needs no plan. What the first token needs is asked for while the epoch opens.
 __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
-    __shared__ bool opened;
+    __shared__ Watch::Opened opened;
     __shared__ Head heads[kWarpGroups];
     const uint32_t groups = Group::number_in(p.senders);
     uint32_t turn = Group::first_work(p.senders);
     Outgoing next = ask_for_unit(p, turn, tokens);
-    open_epoch(p, watch, opened);
+    Epoch::open_double_buffer(p, watch, opened);
     __syncthreads();
-    if (!opened) return;
+    if (!opened.may_send()) return;
 #pragma unroll 1
     while (turn < tokens * p.shares) {
-        send_token(p, watch, next.unit, next.ranks, next.token, heads[Group::index()]);
+        send_token(p, watch, next.unit, opened.among(next.ranks), next.token, heads[Group::index()]);
         turn += groups;
         if (turn < tokens * p.shares) next = ask_for_unit(p, turn, tokens);
     }

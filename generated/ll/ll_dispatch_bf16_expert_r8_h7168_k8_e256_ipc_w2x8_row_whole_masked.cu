@@ -80,40 +80,10 @@ constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
 using PeerWatch = WatchOf<Params>;
 using Watch = PeerWatch;
+using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
 // Of a warp that has little else to do when a launch begins.
 __device__ __forceinline__ uint32_t leaving_thread() {
     return kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
-}
-
-constexpr uint64_t kAllRanks = ~uint64_t(0) >> (64 - kRanks);
-
-// Bit r: rank r is active and has read epoch `needed`. One that does not in time is left out. Out of line: one warp
-// runs this, and the others' instructions stay in a row.
-__device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, uint32_t needed, uint64_t active,
-                                                      Watch watch) {
-    uint64_t ready = uint64_t(1) << watch.rank;
-#pragma unroll 1
-    for (uint32_t first = 0; first < kRanks; first += kWarpSize) {
-        const uint32_t peer = first + lane_id();
-        bool has_read = peer < kRanks && peer != watch.rank && (active >> peer & 1) != 0;
-        if (has_read) has_read = wait_for_progress(watch, kPeerReady, peer, consumed + peer, needed);
-        ready |= uint64_t(__ballot_sync(kFullWarp, has_read)) << first;
-    }
-    return ready;
-}
-
-// Nothing is written to a peer before it has read what this half of its buffers held two epochs ago, and nothing to one
-// that is missing. One warp waits, while the others ask for what they need; after the caller's next barrier `opened`
-// has a bit for each rank that this block may write to, itself included. A launch first publishes what this rank has
-// read, and whom it has left out: ranks that are active again, after epochs without such words, wait for those of this
-// launch.
-__device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, uint64_t& opened) {
-    if (warp_id() != kBlockThreads / kWarpSize - 1) return;
-    const uint32_t needed = epoch_before(epoch_before(watch.epoch));
-    const uint64_t active = ranks_that_are_active<kRanks>(watch);
-    if (active != kAllRanks && lane_id() == 0) publish_left_out(watch, kAllRanks & ~active);
-    const uint64_t ready = ranks_that_have_read(consumed_at(p, p.rank, 0), needed, active, watch);
-    if (lane_id() == 0) opened = ready;
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
@@ -256,7 +226,8 @@ __device__ __forceinline__ Ids load_ids(const Params& p, uint32_t token, uint32_
 
 // Tells every rank what a token selects, this one first: stores behind those that wait for the link wait too. An id
 // that names no expert counts as none and is reported to the host.
-__device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, uint32_t token, const Ids& given, uint64_t opened) {
+__device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, uint32_t token, const Ids& given,
+                                           Watch::Opened opened) {
     uint32_t words[kRoutePieces * 3];
 #pragma unroll
     for (uint32_t word = 0; word < kRoutePieces * 3; ++word) words[word] = ~0u;
@@ -273,8 +244,9 @@ __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, 
     if (!known) store_relaxed_sys(&p.failure->invalid_token, token + 1);
 #pragma unroll 1
     for (uint32_t step = 0; step < kRanks; ++step) {
-        if ((opened >> rank_after<kRanks>(p.rank, step) & 1) == 0) continue;
-        uint4* to = routes_at(p, watch, rank_after<kRanks>(p.rank, step), p.rank) + 1 + uint64_t(token) * kRoutePieces;
+        const uint32_t rank = rank_after<kRanks>(p.rank, step);
+        if (!opened.may_send_to(rank)) continue;
+        uint4* to = routes_at(p, watch, rank, p.rank) + 1 + uint64_t(token) * kRoutePieces;
 #pragma unroll
         for (uint32_t piece = 0; piece < kRoutePieces; ++piece) {
             store_whole_relaxed_sys(
@@ -288,19 +260,18 @@ __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, 
 // many tokens there are, also if there are none, for every rank hears from every rank in every epoch; and then the
 // peers that this rank has read what came before this epoch, a release that waits for everything that was stored here.
 __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch, uint32_t tokens) {
-    __shared__ uint64_t opened;
-    if (blockIdx.x == 0) publish_consumed<kRanks, kBlockThreads>(p, watch, epoch_before(watch.epoch));
+    __shared__ Watch::Opened opened;
+    if (blockIdx.x == 0) Epoch::publish_consumed(p, watch, epoch_before(watch.epoch));
     uint32_t token = blockIdx.x * kBlockThreads + threadIdx.x;
     Ids ids = load_ids(p, token, tokens);
-    open_epoch(p, watch, opened);
+    Epoch::open_double_buffer(p, watch, opened);
     __syncthreads();
-    if (!opened) return;
+    if (!opened.may_send()) return;
     if (blockIdx.x == 0) {
 #pragma unroll 1
         for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-            if ((opened >> peer & 1) == 0) continue;
-            // Beside them stands whom this rank has left out.
-            const uint64_t missing = kAllRanks & ~opened;
+            if (!opened.may_send_to(peer)) continue;
+            const uint64_t missing = opened.missing<kRanks>();
             store_whole_relaxed_sys(routes_at(p, watch, peer, p.rank),
                                     make_uint4(tokens, uint32_t(missing), uint32_t(missing >> 32), watch.epoch));
         }
@@ -632,18 +603,18 @@ __device__ __forceinline__ Outgoing ask_for_unit(const Params& p, uint32_t turn,
 
 // Where a row goes needs no plan. What the first token needs is asked for while the epoch opens.
 __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
-    __shared__ uint64_t opened;
+    __shared__ Watch::Opened opened;
     __shared__ Head heads[kWarpGroups];
     const uint32_t groups = Group::number_in(p.senders);
     uint32_t turn = Group::first_work(p.senders);
     Outgoing next = ask_for_unit(p, turn, tokens);
-    open_epoch(p, watch, opened);
+    Epoch::open_double_buffer(p, watch, opened);
     __syncthreads();
-    if (!opened) return;
+    if (!opened.may_send()) return;
 #pragma unroll 1
     while (turn < tokens * p.shares) {
         if (next.unit.share == 0) record_selection(p, next.unit.token, next.token.weight);
-        send_token(p, watch, next.unit, next.ranks & opened, next.token, heads[Group::index()]);
+        send_token(p, watch, next.unit, opened.among(next.ranks), next.token, heads[Group::index()]);
         turn += groups;
         if (turn < tokens * p.shares) next = ask_for_unit(p, turn, tokens);
     }

@@ -64,13 +64,52 @@ __device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank,
     return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
 }
 
-// Publishes to every peer that this rank has consumed `epoch`, and all those before. One block calls this.
-template <uint32_t kRanks, uint32_t kThreads, class Params, class Watch>
-__device__ __forceinline__ void publish_consumed(const Params& p, const Watch& watch, uint32_t epoch) {
+// What a launch does with progress words, where all threads of a block or its last warp do it. kPhase is what a wait
+// for them is reported as.
+template <uint32_t kRanks, uint32_t kThreads, uint32_t kPhase>
+struct EpochOf {
+    // Publishes to every peer that this rank has consumed `epoch`, and all those before. One block calls this.
+    template <class Params, class Watch>
+    static __device__ __forceinline__ void publish_consumed(const Params& p, const Watch& watch, uint32_t epoch) {
 #pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kThreads) {
-        if (watch.is_active(peer)) store_release_sys(consumed_at(p, peer, p.rank), epoch);
+        for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kThreads) {
+            if (watch.is_active(peer)) store_release_sys(consumed_at(p, peer, p.rank), epoch);
+        }
     }
-}
+
+    // Single-buffer back-pressure: before writing a peer's receive buffer, wait until the peer has published consumed
+    // >= epoch - 1. All threads of a block call this; true if it may go on: not if a peer did not come, now or in an
+    // earlier launch.
+    template <class Params, class Watch>
+    static __device__ __forceinline__ bool open_single_buffer(const Params& p, const Watch& watch) {
+        const uint32_t needed = epoch_before(watch.epoch);
+        bool ready = load_relaxed_sys(p.aborted) == 0;
+#pragma unroll 1
+        for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kThreads) {
+            ready &= wait_for_progress(watch, kPhase, peer, consumed_at(p, p.rank, peer), needed);
+        }
+        return __syncthreads_and(ready) != 0;
+    }
+
+    // Every block ends with this. The last of them has seen all rows read: it publishes that, and leaves the epoch.
+    template <class Params, class Watch>
+    static __device__ __forceinline__ void close_single_buffer(const Params& p, const Watch& watch) {
+        if (!is_last_block_to_leave(p.control)) return;
+        publish_consumed(p, watch, watch.epoch);
+        if (threadIdx.x == 0) advance_epoch(p.control, watch.epoch);
+    }
+
+    // Double-buffer back-pressure: before writing parity `epoch & 1` of a peer's receive buffer, wait until the peer
+    // has published consumed >= epoch - 2, which it does in epoch - 1. The last warp waits, while the others ask for
+    // what they need; behind the caller's next barrier `opened` tells whom this block may send to.
+    template <class Params, class Watch>
+    static __device__ __forceinline__ void open_double_buffer(const Params& p, const Watch& watch,
+                                                              typename Watch::Opened& opened) {
+        if (warp_id() != kThreads / kWarpSize - 1) return;
+        const uint32_t needed = epoch_before(epoch_before(watch.epoch));
+        const auto ready = watch.template await_progress<kRanks, kPhase>(consumed_at(p, p.rank, 0), needed);
+        if (lane_id() == 0) opened = ready;
+    }
+};
 
 }  // namespace moegen

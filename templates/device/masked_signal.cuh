@@ -15,10 +15,32 @@ struct Liveness {
     uint4* const* left_out;  // [ranks]: {ranks low, ranks high, epoch}: whom each rank has left out, and since when
 };
 
+// Bit r: there is a rank r.
+template <uint32_t kRanks>
+__device__ __forceinline__ constexpr uint64_t all_ranks() {
+    return ~uint64_t(0) >> (64 - kRanks);
+}
+
+// What opening an epoch gives: leave to send to these ranks, this one included.
+struct SomeRanks {
+    uint64_t ranks;
+
+    __device__ __forceinline__ bool may_send() const { return ranks != 0; }
+    __device__ __forceinline__ bool may_send_to(uint32_t rank) const { return (ranks >> rank & 1) != 0; }
+    __device__ __forceinline__ uint64_t among(uint64_t others) const { return others & ranks; }
+
+    template <uint32_t kRanks>
+    __device__ __forceinline__ uint64_t missing() const {
+        return all_ranks<kRanks>() & ~ranks;
+    }
+};
+
 // What every wait of a launch needs to know. Waits run out of line, where each word of this takes a register: what only
 // their slow path needs is read from the kernel's parameters, through a pointer that the constant cache does not serve.
 template <class Params>
 struct WatchOf {
+    using Opened = SomeRanks;
+
     uint32_t* active;  // [ranks]: 0: this rank neither waits for that one nor sends to it
     const Params* p;
     uint64_t started_ns;
@@ -33,6 +55,9 @@ struct WatchOf {
     __device__ __forceinline__ bool is_active(uint32_t peer) const {
         return peer == rank || load_relaxed_sys(active + peer) != 0;
     }
+
+    template <uint32_t kRanks, uint32_t kPhase>
+    __device__ __forceinline__ Opened await_progress(const uint32_t* words, uint32_t needed) const;
 
     struct Patience;
 };
@@ -185,6 +210,31 @@ struct WatchOf<Params>::Patience {
         return false;
     }
 };
+
+// Bit r: rank r is active, and its progress word has come as far as `needed`. One that does not come in time is left
+// out. One warp calls this. Out of line: so the other warps' instructions stay in a row.
+template <uint32_t kRanks, uint32_t kPhase, class Watch>
+__device__ __noinline__ uint64_t ranks_that_have_come(const uint32_t* words, uint32_t needed, uint64_t active,
+                                                      Watch watch) {
+    uint64_t ready = uint64_t(1) << watch.rank;
+#pragma unroll 1
+    for (uint32_t first = 0; first < kRanks; first += kWarpSize) {
+        const uint32_t peer = first + lane_id();
+        bool has_come = peer < kRanks && peer != watch.rank && (active >> peer & 1) != 0;
+        if (has_come) has_come = wait_for_progress(watch, kPhase, peer, words + peer, needed);
+        ready |= uint64_t(__ballot_sync(kFullWarp, has_come)) << first;
+    }
+    return ready;
+}
+
+// A launch first publishes whom this rank has left out.
+template <class Params>
+template <uint32_t kRanks, uint32_t kPhase>
+__device__ __forceinline__ SomeRanks WatchOf<Params>::await_progress(const uint32_t* words, uint32_t needed) const {
+    const uint64_t here = ranks_that_are_active<kRanks>(*this);
+    if (here != all_ranks<kRanks>() && lane_id() == 0) publish_left_out(*this, all_ranks<kRanks>() & ~here);
+    return SomeRanks{ranks_that_have_come<kRanks, kPhase>(words, needed, here, *this)};
+}
 
 // Whether the blocks of this launch say that something has come: as the first of them saw it, which this call may be.
 // Beside the verdict stands the epoch, without its first bit, which tells it from the one of the launch before.

@@ -6,8 +6,24 @@
 
 namespace moegen {
 
+// What opening an epoch gives: leave to send to every rank, or to none.
+struct AllOrNone {
+    bool all;
+
+    __device__ __forceinline__ bool may_send() const { return all; }
+    __device__ __forceinline__ bool may_send_to(uint32_t) const { return true; }  // if anything may be sent at all
+    __device__ __forceinline__ uint64_t among(uint64_t ranks) const { return ranks; }
+
+    template <uint32_t kRanks>
+    __device__ __forceinline__ uint64_t missing() const {
+        return 0;
+    }
+};
+
 // What every wait of a launch needs to know.
 struct PlainWatch {
+    using Opened = AllOrNone;
+
     uint32_t* aborted;  // raised by the first wait that fails; every other wait of this object then gives up
     Failure* failure;
     uint64_t timeout_ns;
@@ -20,6 +36,9 @@ struct PlainWatch {
     }
 
     __device__ __forceinline__ bool is_active(uint32_t) const { return true; }
+
+    template <uint32_t kRanks, uint32_t kPhase>
+    __device__ __forceinline__ Opened await_progress(const uint32_t* words, uint32_t needed) const;
 
     struct Patience;
 };
@@ -68,5 +87,24 @@ struct PlainWatch::Patience {
         return false;
     }
 };
+
+// Whether every rank's progress word has come as far as `needed`: not if a peer did not come, now or in an earlier
+// launch, for then what this one would read may not be there. One warp calls this. Out of line: so the other warps'
+// instructions stay in a row.
+template <uint32_t kRanks, uint32_t kPhase>
+__device__ __noinline__ bool all_have_come(const uint32_t* words, uint32_t needed, PlainWatch watch) {
+    const bool aborted = load_relaxed_sys(watch.aborted) != 0;
+    bool ready = true;
+#pragma unroll 1
+    for (uint32_t peer = lane_id(); peer < kRanks; peer += kWarpSize) {
+        ready &= wait_for_progress(watch, kPhase, peer, words + peer, needed);
+    }
+    return __all_sync(kFullWarp, ready && !aborted);
+}
+
+template <uint32_t kRanks, uint32_t kPhase>
+__device__ __forceinline__ AllOrNone PlainWatch::await_progress(const uint32_t* words, uint32_t needed) const {
+    return AllOrNone{all_have_come<kRanks, kPhase>(words, needed, *this)};
+}
 
 }  // namespace moegen

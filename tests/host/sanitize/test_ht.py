@@ -29,7 +29,7 @@ LEAVING = {
 """How the last block of a rank knows that all of them have."""
 
 BARRIERS = {
-    "opening_barrier": Edit(KERNEL, r"__syncthreads_and\(ready\) != 0", "ready"),
+    "opening_barrier": Edit(EPOCH, r"__syncthreads_and\(ready\) != 0", "ready"),
     "leaving_barrier": Edit(EPOCH, r"(__shared__ bool last;\s*)__syncthreads\(\);", r"\1"),
 }
 """How the threads of a block share either."""
