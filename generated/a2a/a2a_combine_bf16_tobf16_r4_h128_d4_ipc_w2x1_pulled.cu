@@ -49,11 +49,6 @@ static_assert(sizeof(Params) == 192);
 
 using Watch = PlainWatch;
 
-// Where `from` publishes to `rank` that it begins a combine: call word and epoch.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
-}
-
 __device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
 
 // Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.

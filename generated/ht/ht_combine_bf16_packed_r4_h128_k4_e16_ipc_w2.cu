@@ -62,28 +62,6 @@ __device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRank
 using Watch = PlainWatch;
 using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
 
-// Where `from` publishes its call word to `rank`.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
-}
-
-__device__ __forceinline__ uint32_t call_word(const Params& p) { return p.call; }
-
-// What a row's tag is.
-__device__ __forceinline__ uint64_t tag_of(const Params& p, const Watch& watch) {
-    return with_call(call_word(p), watch.epoch);
-}
-
-// By one block, once the epoch is open (all ranks have finished the one before, so none reads its word any more) and
-// ahead of any row. A peer that makes a different call then fails at once, where it would wait for rows until it times
-// out. Out of line: inlined, dispatch spills.
-__device__ __noinline__ void publish_call(const Params& p, uint32_t epoch) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_relaxed_sys(call_at(p, epoch, peer, p.rank), with_call(call_word(p), epoch));
-    }
-}
-
 constexpr uint32_t kRecordVectors = 17;  // of a row and what travels with it
 
 // Staging is [source][max_tokens]: the place of (source, token), which the source knows at once.
@@ -382,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_ht_combine
     await_launch_before();
     const Watch watch = Watch::start(p);
     if (Epoch::open_single_buffer(p, watch)) {
-        if (blockIdx.x == 0) publish_call(p, watch.epoch);
+        if (blockIdx.x == 0) publish_call_out_of_line<kRanks, kBlockThreads>(p, watch.epoch);
         if (is_one_of(p.senders)) send_partials(p, watch);
         if (is_one_of(p.receivers)) reduce_tokens(p, watch, min(uint32_t(*p.tokens_sent), p.tokens));
     }

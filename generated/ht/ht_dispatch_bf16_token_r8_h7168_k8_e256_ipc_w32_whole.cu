@@ -65,6 +65,7 @@ struct Params {
     uint32_t alignment;          // an expert's first row is a multiple of this (layout packed)
     uint32_t tokens_wanted;      // tokens that this rank has and this object has no room for, or 0
     uint32_t wide_ids;           // 1: topk_idx is int64
+    static constexpr uint32_t kCall = 0;  // call word: the phase, which is equal on all ranks
 };
 
 static_assert(sizeof(Params) == 392);
@@ -75,32 +76,8 @@ __device__ __forceinline__ uint64_t existing_ranks(uint64_t ranks) { return rank
 __device__ __forceinline__ uint32_t rows_at_most(const Params& p) { return kRanks * p.max_tokens; }
 
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
-
 using Watch = PlainWatch;
 using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
-
-// Where `from` publishes its call word to `rank`.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
-}
-
-// The phase, which is equal on all ranks that make the same call.
-__device__ __forceinline__ uint32_t call_word(const Params&) { return 0; }
-
-// What a row's tag is.
-__device__ __forceinline__ uint64_t tag_of(const Params& p, const Watch& watch) {
-    return with_call(call_word(p), watch.epoch);
-}
-
-// By one block, once the epoch is open (all ranks have finished the one before, so none reads its word any more) and
-// ahead of any row. A peer that makes a different call then fails at once, where it would wait for rows until it times
-// out. Out of line: inlined, dispatch spills.
-__device__ __noinline__ void publish_call(const Params& p, uint32_t epoch) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_relaxed_sys(call_at(p, epoch, peer, p.rank), with_call(call_word(p), epoch));
-    }
-}
 
 constexpr uint32_t kRecordVectors = 896;  // of a row and what travels with it
 
@@ -373,7 +350,7 @@ __device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch,
         store_whole_relaxed_sys(counts_at(p, rank, p.rank) + piece,
                                 make_uint4(words[0], words[1], words[2], watch.epoch));
     }
-    publish_call(p, watch.epoch);
+    publish_call_out_of_line<kRanks, kBlockThreads>(p, watch.epoch);
 }
 
 // Chunks are dealt to the receiving blocks, which have nothing to do yet. All count first; then each adds up what lies

@@ -66,11 +66,6 @@ constexpr uint32_t kResident = 2;
 using PeerWatch = PlainWatch;
 using Watch = PeerWatch;
 using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
-// Where `from` publishes its call word to `rank`.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
-}
-
 // The flag of a partial sum: its epoch, with the call word (one bit: weights are given to combine) added to the lowest
 // bit. That bit is redundant: it selects the half of the receive buffers.
 constexpr uint32_t kCallWord = 1;
@@ -79,16 +74,6 @@ __device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.e
 // Of a warp that has little else to do when a launch begins.
 __device__ __forceinline__ uint32_t leaving_thread() {
     return kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
-}
-
-// By one block, once the epoch is open and ahead of any row. A peer that makes a different call then fails at once,
-// where it would wait for rows or weights until it times out.
-__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch, Watch::Opened opened) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if (!opened.may_send_to(peer)) continue;
-        store_relaxed_sys(call_at(p, watch.epoch, peer, p.rank), with_call(kCallWord, watch.epoch));
-    }
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
@@ -432,7 +417,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
     Epoch::open_double_buffer(p, watch, opened);
     __syncthreads();
     if (!opened.may_send()) return;
-    if (blockIdx.x == p.senders.first) publish_call(p, watch, opened);
+    if (blockIdx.x == p.senders.first) publish_call<kRanks, kBlockThreads>(p, watch.epoch, kCallWord, opened);
     const uint32_t end = end_of_turns(p);
     send_weights(p, watch, tokens, opened);
 #pragma unroll 1

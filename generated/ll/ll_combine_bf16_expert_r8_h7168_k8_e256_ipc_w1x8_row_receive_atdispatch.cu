@@ -73,11 +73,6 @@ struct Watch : PeerWatch {
     }
 };
 
-// Where `from` publishes its call word to `rank`.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
-}
-
 // The flag of a partial sum: its epoch, with the call word (one bit: weights are given to combine) added to the lowest
 // bit. That bit is redundant: it selects the half of the receive buffers.
 __device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.mark; }

@@ -216,7 +216,7 @@ class CollectiveReturn(_Chunked, RowCombine, family="coll", op="return"):
                 Param("Blocks", "senders", "all blocks"),
                 *_CHUNKS_32,
                 Param("uint32_t", "rows", "of `y`; more may have come to a dispatch that had no room for them"),
-                Param("uint32_t", "word", "the call word"),
+                Param("uint32_t", "call", "the call word"),
             )
         )
 
@@ -245,7 +245,7 @@ class CollectiveReduce(CollectiveReturn, family="coll", op="reduce"):
                 *_CHUNKS_32,
                 Param("uint32_t", "tokens", "rows of this rank's token tensor"),
                 Param("uint32_t", "rows", "of `y`; more may have come to a dispatch that had no room for them"),
-                Param("uint32_t", "word", "the call word"),
+                Param("uint32_t", "call", "the call word"),
             )
         )
 

@@ -32,32 +32,6 @@ struct Failure {
     uint32_t left_out_by;    // 1 + a rank that has left this one out; 0: none
 };
 
-// A call word packs the arguments of a call that must be equal on all ranks (moegen.codegen.call_words has the fields).
-// Kernels compare it as a whole. In a 64-bit word it stands above the epoch.
-__device__ __forceinline__ uint64_t with_call(uint32_t call, uint32_t epoch) { return uint64_t(call) << 32 | epoch; }
-
-// Published call words lie as [parity][rank] in every rank's symmetric memory, with room for all ranks that may be.
-constexpr uint32_t kMostRanks = 64;
-__device__ __forceinline__ uint32_t place_of_call(uint32_t epoch, uint32_t rank) {
-    return (epoch & 1) * kMostRanks + rank;
-}
-
-// Whether two published words are of this launch and of different calls.
-__device__ __forceinline__ bool are_of_different_calls(uint64_t here, uint64_t there, uint32_t epoch) {
-    return uint32_t(here) == epoch && uint32_t(there) == epoch && here != there;
-}
-
-// Reports that a peer's call word differs. Several threads may write such reports at once: one of them stays.
-__device__ __forceinline__ void write_other_call(Failure* failure, uint32_t rank, uint32_t peer, uint64_t here,
-                                                 uint64_t there) {
-    store_relaxed_sys(&failure->rank, rank);
-    store_relaxed_sys(&failure->call_here[0], uint32_t(here));
-    store_relaxed_sys(&failure->call_here[1], uint32_t(here >> 32));
-    store_relaxed_sys(&failure->call_there[0], uint32_t(there));
-    store_relaxed_sys(&failure->call_there[1], uint32_t(there >> 32));
-    store_release_sys(&failure->other_caller, peer + 1);
-}
-
 // A wait looks whether to give up every 64th poll: the timer and the abort word cost a memory access each.
 constexpr uint32_t kPollsPerLook = 64;
 

@@ -3,7 +3,7 @@
 // again. A rank that waits is alive, however late it is for its peers: it shows so by a beat that keeps moving.
 #pragma once
 
-#include <moegen/launch.cuh>
+#include <moegen/call_words.cuh>
 
 namespace moegen {
 
@@ -134,10 +134,10 @@ __device__ __forceinline__ void report_if_left_out(const Watch& watch, uint32_t 
 template <class Watch>
 __device__ __forceinline__ bool makes_different_call(const Watch& watch, uint32_t peer) {
     if constexpr (requires { watch.p->calls_offset; }) {
-        const uint8_t* published = watch.p->peers[watch.rank] + watch.p->calls_offset;
-        const uint64_t* calls = reinterpret_cast<const uint64_t*>(published);
-        const uint64_t here = load_relaxed_sys(calls + place_of_call(watch.epoch, watch.rank));
-        const uint64_t there = load_relaxed_sys(calls + place_of_call(watch.epoch, peer));
+        const uint64_t* word_here = call_at(*watch.p, watch.epoch, watch.rank, watch.rank);
+        const uint64_t* word_there = call_at(*watch.p, watch.epoch, watch.rank, peer);
+        const uint64_t here = load_relaxed_sys(word_here);
+        const uint64_t there = load_relaxed_sys(word_there);
         if (!are_of_different_calls(here, there, watch.epoch)) return false;
         write_other_call(watch.p->failure, watch.rank, peer, here >> 32, there >> 32);
         return true;

@@ -2,7 +2,7 @@
 // Waiting for peers that must come: deadlines, and what is reported when one does not.
 #pragma once
 
-#include <moegen/launch.cuh>
+#include <moegen/call_words.cuh>
 
 namespace moegen {
 
@@ -48,6 +48,12 @@ template <class Params>
 __device__ __forceinline__ void report_other_call(const Params& p, uint32_t peer, uint64_t here, uint64_t there) {
     write_other_call(p.failure, p.rank, peer, here, there);
     store_relaxed_sys(p.aborted, 1);
+}
+
+// Publishes the call word to all ranks. Out of line: inlined, dispatch of family ht spills.
+template <uint32_t kRanks, uint32_t kThreads, class Params>
+__device__ __noinline__ void publish_call_out_of_line(const Params& p, uint32_t epoch) {
+    publish_call<kRanks, kThreads>(p, epoch, call_word(p), AllOrNone{true});
 }
 
 // Only the first expired wait of an object reports. If the peer's call word differs, the host sees that.
