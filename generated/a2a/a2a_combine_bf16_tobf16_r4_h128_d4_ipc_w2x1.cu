@@ -4,6 +4,7 @@
 
 #include <moegen/epoch.cuh>
 #include <moegen/numeric.cuh>
+#include <moegen/presence.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
@@ -51,39 +52,6 @@ struct Params {
 static_assert(sizeof(Params) == 216);
 
 using Watch = PlainWatch;
-
-__device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
-
-// Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.
-__device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.presence_offset) + from;
-}
-
-// Whatever the user read before this launch, it has read. The last threads tell, because the first ones have a share of
-// the tokens.
-__device__ __forceinline__ void tell_presence(const Params& p, const Watch& watch) {
-    const uint64_t done = epoch_before(p.other_control->epoch);
-#pragma unroll 1
-    for (uint32_t at = kBlockThreads - 1 - threadIdx.x; at < 2 * kRanks; at += kBlockThreads) {
-        const uint32_t peer = at % kRanks;
-        uint64_t* to = at < kRanks ? presence_at(p, peer, p.rank) : call_at(p, watch.epoch, peer, p.rank);
-        if (is_active(p, peer)) store_release_sys(to, at < kRanks ? done : with_call(p.call, watch.epoch));
-    }
-}
-
-// Waits until every rank has begun this combine with the same call word; `thread` of `threads` poll the ranks in turn.
-// A rank begins the next combine only when all have begun this one, so its word stays until then.
-__device__ __forceinline__ bool await_calls(const Params& p, const Watch& watch, uint32_t thread, uint32_t threads) {
-    bool came = true;
-#pragma unroll 1
-    for (uint32_t peer = thread; peer < kRanks; peer += threads) {
-        if (!is_active(p, peer)) continue;
-        const uint64_t* word = p.calls + place_of_call(watch.epoch, peer);
-        came &= wait_for(watch, Awaited{kPresence, peer, -1}, with_call(p.call, watch.epoch),
-                         [=] { return load_acquire_sys(word); });
-    }
-    return came;
-}
 
 constexpr uint32_t kWordFloats = 2;  // elements in 32 bits
 
@@ -195,7 +163,7 @@ __device__ __forceinline__ Turns start_turns(const Params& p, const Watch& watch
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) {
         const uint32_t slots = min(uint32_t(p.counts[source]), p.slots);
-        if (source != p.rank && is_active(p, source)) turns.end = max(turns.end, slots * (kRanks - 1));
+        if (source != p.rank && takes_part(p, source)) turns.end = max(turns.end, slots * (kRanks - 1));
     }
     return turns;
 }
@@ -207,7 +175,7 @@ __device__ __forceinline__ void return_rows(const Params& p, const Watch& watch,
         if (turn != Group::first_work(p.senders)) asked = ask_turn(p, watch, turn);
         const uint32_t source = source_of(p, turn);
         const uint32_t slot = turn / (kRanks - 1);
-        if (is_active(p, source) && slot < uint32_t(p.counts[source])) return_row(p, watch, source, slot, asked);
+        if (takes_part(p, source) && slot < uint32_t(p.counts[source])) return_row(p, watch, source, slot, asked);
     }
 }
 
@@ -258,7 +226,7 @@ __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, 
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0; rest &= rest - 1, ++index) {
         const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
-        if (rank == p.rank || !is_active(p, rank) || index % kGroupThreads != Group::thread()) continue;
+        if (rank == p.rank || !takes_part(p, rank) || index % kGroupThreads != Group::thread()) continue;
         const uint32_t slot = uint32_t(slots[index]);
         const uint32_t* tag = tag_at(p, watch, p.rank, rank, slot);
         const Awaited what{kPartial, rank, int32_t(slot)};
@@ -284,7 +252,7 @@ __device__ __forceinline__ void add_token(const Params& p, const Watch& watch, u
 #pragma unroll 1
         for (uint64_t rest = ranks; rest != 0; rest &= rest - 1, ++index) {
             const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
-            if (!is_active(p, rank)) continue;
+            if (!takes_part(p, rank)) continue;
             const Part part = next;
             next = rank == p.rank ? own : load_part(record_at(p, watch, p.rank, rank, uint32_t(slots[index])), first);
             add(sums, part);
@@ -307,12 +275,12 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_combin
     const Watch watch = Watch::start(p);
     const bool sound = load_relaxed_sys(p.aborted) == 0;
     const bool tells = blockIdx.x == p.receivers.first;
-    if (tells && sound) tell_presence(p, watch);
+    if (tells && sound) publish_presence_and_call<kRanks, kBlockThreads>(p, watch.epoch);
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     Turns turns = {};
     if (is_one_of(p.senders)) turns = start_turns(p, watch);
     if (!vote_and_leave_epoch(p.control, watch.epoch, kBlockThreads - 1, sound)) return;
     if (is_one_of(p.senders)) return_rows(p, watch, turns);
     if (is_one_of(p.receivers)) add_tokens(p, watch, tokens);
-    if (tells) await_calls(p, watch, threadIdx.x, kBlockThreads);
+    if (tells) await_calls<kRanks, kBlockThreads>(p, watch, kPresence);
 }

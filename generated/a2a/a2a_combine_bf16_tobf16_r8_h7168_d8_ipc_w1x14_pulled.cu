@@ -4,6 +4,7 @@
 
 #include <moegen/epoch.cuh>
 #include <moegen/numeric.cuh>
+#include <moegen/presence.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
@@ -48,39 +49,6 @@ struct Params {
 static_assert(sizeof(Params) == 224);
 
 using Watch = PlainWatch;
-
-__device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
-
-// Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.
-__device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.presence_offset) + from;
-}
-
-// Whatever the user read before this launch, it has read. The last threads tell, because the first ones have a share of
-// the tokens.
-__device__ __forceinline__ void tell_presence(const Params& p, const Watch& watch) {
-    const uint64_t done = epoch_before(p.other_control->epoch);
-#pragma unroll 1
-    for (uint32_t at = kBlockThreads - 1 - threadIdx.x; at < 2 * kRanks; at += kBlockThreads) {
-        const uint32_t peer = at % kRanks;
-        uint64_t* to = at < kRanks ? presence_at(p, peer, p.rank) : call_at(p, watch.epoch, peer, p.rank);
-        if (is_active(p, peer)) store_release_sys(to, at < kRanks ? done : with_call(p.call, watch.epoch));
-    }
-}
-
-// Waits until every rank has begun this combine with the same call word; `thread` of `threads` poll the ranks in turn.
-// A rank begins the next combine only when all have begun this one, so its word stays until then.
-__device__ __forceinline__ bool await_calls(const Params& p, const Watch& watch, uint32_t thread, uint32_t threads) {
-    bool came = true;
-#pragma unroll 1
-    for (uint32_t peer = thread; peer < kRanks; peer += threads) {
-        if (!is_active(p, peer)) continue;
-        const uint64_t* word = p.calls + place_of_call(watch.epoch, peer);
-        came &= wait_for(watch, Awaited{kPresence, peer, -1}, with_call(p.call, watch.epoch),
-                         [=] { return load_acquire_sys(word); });
-    }
-    return came;
-}
 
 constexpr uint32_t kWordFloats = 2;  // elements in 32 bits
 
@@ -177,7 +145,7 @@ __device__ __forceinline__ Sums sums_of(const Params& p, uint64_t ranks, const i
             const uint32_t rank = uint32_t(__ffsll(int64_t(rest))) - 1;
             const uint32_t slot = uint32_t(*slots++);
             rest &= rest - 1;
-            if (!is_active(p, rank)) continue;
+            if (!takes_part(p, rank)) continue;
             parts[row] = load_part(row_at(p, rank, slot), first);
         }
 #pragma unroll
@@ -206,9 +174,9 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_combin
     const Watch watch = Watch::start(p);
     const bool sound = load_relaxed_sys(p.aborted) == 0;
     const bool tells = blockIdx.x == p.receivers.first;
-    if (tells && sound) tell_presence(p, watch);
+    if (tells && sound) publish_presence_and_call<kRanks, kBlockThreads>(p, watch.epoch);
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     // A rank that has begun this has made all its rows.
-    const bool came = await_calls(p, watch, threadIdx.x, kBlockThreads);
+    const bool came = await_calls<kRanks, kBlockThreads>(p, watch, kPresence);
     if (vote_and_leave_epoch(p.control, watch.epoch, kBlockThreads - 1, sound && came)) add_tokens(p, tokens);
 }

@@ -3,6 +3,7 @@
 // OneSidedDispatch(payloads=RowBytes(widths=(256, 16, 16)), num_ranks=4, num_topk=4, num_experts=16, path='ipc', warp_groups=WarpGroups(groups=2, warps=1))
 
 #include <moegen/epoch.cuh>
+#include <moegen/presence.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/signal.cuh>
 #include <moegen/work.cuh>
@@ -57,44 +58,6 @@ struct Params {
 static_assert(sizeof(Params) == 280);
 
 using Watch = PlainWatch;
-
-__device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
-
-// Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.
-__device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.presence_offset) + from;
-}
-
-// Whatever the user read before this launch, it has read. The last threads tell, because the first ones have a share of
-// the tokens.
-__device__ __forceinline__ void tell_presence(const Params& p, const Watch& watch) {
-#pragma unroll 1
-    for (uint32_t peer = kBlockThreads - 1 - threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if (is_active(p, peer)) store_release_sys(presence_at(p, peer, p.rank), uint64_t(epoch_before(watch.epoch)));
-    }
-}
-
-// Whether every rank has come as far as `needed` already. A warp looks at the ranks in turn.
-__device__ __forceinline__ bool all_are_present(const Params& p, uint32_t needed) {
-    bool came = true;
-#pragma unroll 1
-    for (uint32_t peer = lane_id(); peer < kRanks; peer += kWarpSize) {
-        came &= !is_active(p, peer) || progress_at(presence_at(p, p.rank, peer), needed) == needed;
-    }
-    return came;
-}
-
-// Whether every rank has come as far as `needed`, which is waited for. `thread` of `threads` look at the ranks in turn.
-__device__ __forceinline__ bool await_presence(const Params& p, const Watch& watch, Phase phase, uint32_t needed,
-                                               uint32_t thread, uint32_t threads) {
-    bool came = true;
-#pragma unroll 1
-    for (uint32_t peer = thread; peer < kRanks; peer += threads) {
-        if (!is_active(p, peer)) continue;
-        came &= wait_for_progress(watch, phase, peer, presence_at(p, p.rank, peer), needed);
-    }
-    return came;
-}
 
 constexpr uint32_t kExperts = 16;
 constexpr uint32_t kLocalExperts = 4;  // of every rank
@@ -301,7 +264,7 @@ __device__ __forceinline__ uint32_t* flag_at(const Params& p, uint32_t rank, uin
 __device__ __forceinline__ void tell_rows_are_sent(const Params& p, const Watch& watch) {
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if (peer == p.rank || !is_active(p, peer)) continue;
+        if (peer == p.rank || !takes_part(p, peer)) continue;
         store_release_sys(flag_at(p, peer, p.rank, blockIdx.x - p.senders.first), watch.epoch);
     }
 }
@@ -331,7 +294,7 @@ struct Arrivals {
 __device__ __forceinline__ void tell_counts(const Params& p, const Watch& watch, uint32_t tokens, const Counts& all) {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
-        if (!is_active(p, rank)) continue;
+        if (!takes_part(p, rank)) continue;
         const uint32_t blocks = uint32_t(p.call) | blocks_with_a_share(p, tokens);
         const uint4 piece = make_uint4(sum_of_warps(all, rank), blocks, uint32_t(p.call >> 32), watch.epoch);
         store_whole_relaxed_sys(counts_at(p, watch, rank, p.rank), piece);
@@ -344,7 +307,7 @@ __device__ __forceinline__ void await_counts(const Params& p, const Watch& watch
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
         uint4 first = {};
-        if (!is_active(p, source) ||
+        if (!takes_part(p, source) ||
             !wait_for_whole(watch, Awaited{kCounts, source, -1}, counts_at(p, watch, p.rank, source), first)) {
             first = {};
         } else {
@@ -370,7 +333,7 @@ __device__ __forceinline__ void tell_stats(const Params& p, const Watch& watch) 
     for (uint32_t at = threadIdx.x; at < kRanks * pieces; at += kBlockThreads) {
         const uint32_t rank = at / pieces;
         const uint32_t word = at % pieces * 3;
-        if (!is_active(p, rank)) continue;
+        if (!takes_part(p, rank)) continue;
         uint32_t words[3];
 #pragma unroll
         for (uint32_t i = 0; i < 3; ++i) words[i] = word + i < p.stats_words ? uint32_t(p.stats[word + i]) : 0;
@@ -387,8 +350,8 @@ __device__ __forceinline__ void gather_stats(const Params& p, const Watch& watch
         const uint32_t source = at / pieces;
         const uint32_t word = at % pieces * 3;
         uint4 piece = {};
-        if (is_active(p, source) && !wait_for_whole(watch, Awaited{kStats, source, -1},
-                                                    stats_at(p, watch, p.rank, source) + at % pieces, piece)) {
+        if (takes_part(p, source) && !wait_for_whole(watch, Awaited{kStats, source, -1},
+                                                     stats_at(p, watch, p.rank, source) + at % pieces, piece)) {
             piece = {};
         }
         const uint32_t words[3] = {piece.x, piece.y, piece.z};
@@ -467,7 +430,7 @@ __device__ __forceinline__ void send_share(const Params& p, const Start& start, 
             const uint32_t next = begin + kWarpSize + lane_id();
             ranks = next < share.end ? ranks_of_later_token(p, next) : 0;
         }
-        if (!ready) ready = await_presence(p, watch, kPeerReady, epoch_before(watch.epoch), lane_id(), kWarpSize);
+        if (!ready) ready = await_presence<kRanks>(p, watch, kPeerReady, epoch_before(watch.epoch));
         if (__syncthreads_and(ready) == 0) return;
         Token asked = start.token;
 #pragma unroll 1
@@ -486,7 +449,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_dispat
     await_launch_before();
     const Watch watch = Watch::start(p);
     const bool sound = load_relaxed_sys(watch.aborted) == 0;
-    if (is_one_of(p.receivers) && sound) tell_presence(p, watch);
+    if (is_one_of(p.receivers) && sound) publish_presence<kRanks, kBlockThreads>(p, watch.epoch);
     __shared__ Counts before;
     __shared__ Counts all;
     const uint32_t tokens = tokens_of_this_call(p);
@@ -495,7 +458,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) moegen_a2a_dispat
     if (is_one_of(p.receivers)) count_tokens(p, tokens, tokens, all);
     // The last warp looks for the peers while the others read ids, and waits for them while the first plans.
     const bool asks = threadIdx.x >= kBlockThreads - kWarpSize && start.share.begin < start.share.end;
-    const bool ready = !asks || all_are_present(p, epoch_before(watch.epoch));
+    const bool ready = !asks || all_are_present<kRanks>(p, epoch_before(watch.epoch));
     if (!vote_and_leave_epoch(p.control, watch.epoch, kBlockThreads - 1, sound)) return;
     if (is_one_of(p.receivers)) {
         tell_counts(p, watch, tokens, all);

@@ -29,9 +29,13 @@ BULK = variant(WarpGroups(2, 1), 3, copy="bulk")
 TWO_RANKS = variant(WarpGroups(2, 1), 3, ranks=2)
 
 
-def no_wait(word: str) -> Edit:
+WORDS = "moegen/presence.cuh"
+"""Where words of progress are published and waited for."""
+
+
+def no_wait(word: str, file: str = KERNEL) -> Edit:
     """Looks once, and takes whatever is there for what was waited for."""
-    return Edit(KERNEL, rf"(return load_acquire_sys\({word}\));", r"\1, watch.epoch;")
+    return Edit(file, rf"(return load_acquire_sys\({word}\));", r"\1, watch.epoch;")
 
 
 def no_wait_for_whole(phase: str, place: str, piece: str) -> Edit:
@@ -41,14 +45,14 @@ def no_wait_for_whole(phase: str, place: str, piece: str) -> Edit:
 
 
 PRESENCE = {
-    "presence_store": relaxed_store(r"presence_at\("),
+    "presence_store": relaxed_store(r"presence_at\(", WORDS),
     "presence_load": relaxed_load("word", file=LAUNCH),
 }
 """How ranks know that what they overwrite has been read."""
 
 CALLS = {
-    "call_store": relaxed_store("to, "),
-    "call_load": relaxed_load("word"),
+    "call_store": relaxed_store("to, ", WORDS),
+    "call_load": relaxed_load("word", file=WORDS),
 }
 """The same in combine, whose words of progress are two: one statement stores both."""
 
@@ -104,11 +108,11 @@ kernels are for AddressSanitizer.
 """
 
 NO_PRESENCE = {"presence_wait": Edit(LAUNCH, r"int32_t\(seen - needed\) >= 0", "seen != needed")}
-NO_CALLS = {"call_wait": no_wait("word")}
+NO_CALLS = {"call_wait": no_wait("word", WORDS)}
 NO_ROWS = {"counts_wait": no_wait_for_whole("kCounts", "counts_at", "first"), "flag_wait": no_wait("flag")}
 NO_PARTIALS = {
     "tag_wait": no_wait("tag"),
-    "halves": Edit(KERNEL, r"half_of\(watch\.epoch\) \* p\.half_bytes", "(0 & watch.epoch) * p.half_bytes"),
+    "halves": Edit(KERNEL, r"parity_of\(watch\.epoch\) \* p\.half_bytes", "(0 & watch.epoch) * p.half_bytes"),
 }
 """Not orders, but what they are good for: waits, and that staging has two halves."""
 
