@@ -77,7 +77,7 @@ read: whoever begins an epoch has seen all ranks begin the one before, and so en
 """
 
 FIRST_EPOCH = 2
-"""See `epoch_after` in `templates/device/signal.cuh`."""
+"""See `epoch_after` in `templates/device/epoch.cuh`."""
 
 MAX_EPOCH = 2**32 - 1
 

@@ -3,6 +3,8 @@
 // OneSidedCombine(dtype='bf16', out='bf16', num_ranks=8, hidden=7168, destinations=8, path='ipc',
 //     warp_groups=WarpGroups(groups=1, warps=14), rows='pulled')
 
+#include <moegen/epoch.cuh>
+#include <moegen/presence.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/reduce.cuh>
 #include <moegen/results.cuh>
@@ -49,56 +51,6 @@ static_assert(sizeof(Params) == 200);
 
 using Watch = PlainWatch;
 
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
-
-// Where `from` publishes to `rank` that it begins a combine: call word and epoch.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
-}
-
-__device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
-
-// Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.
-__device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.presence_offset) + from;
-}
-
-// Whatever the user read before this launch, it has read. The last threads tell, because the first ones have a share of
-// the tokens.
-__device__ __forceinline__ void tell_presence(const Params& p, const Watch& watch) {
-    const uint64_t done = epoch_before(p.other_control->epoch);
-#pragma unroll 1
-    for (uint32_t at = kBlockThreads - 1 - threadIdx.x; at < 2 * kRanks; at += kBlockThreads) {
-        const uint32_t peer = at % kRanks;
-        uint64_t* to = at < kRanks ? presence_at(p, peer, p.rank) : call_at(p, watch.epoch, peer, p.rank);
-        if (is_active(p, peer)) store_release_sys(to, at < kRanks ? done : with_call(p.call, watch.epoch));
-    }
-}
-
-// Waits until every rank has begun this combine with the same call word; `thread` of `threads` poll the ranks in turn.
-// A rank begins the next combine only when all have begun this one, so its word stays until then.
-__device__ __forceinline__ bool await_calls(const Params& p, const Watch& watch, uint32_t thread, uint32_t threads) {
-    bool came = true;
-#pragma unroll 1
-    for (uint32_t peer = thread; peer < kRanks; peer += threads) {
-        if (!is_active(p, peer)) continue;
-        const uint64_t* word = p.calls + place_of_call(watch.epoch, peer);
-        came &= wait_for(watch, Awaited{kPresence, peer, -1}, with_call(p.call, watch.epoch),
-                         [=] { return load_acquire_sys(word); });
-    }
-    return came;
-}
-
-// A barrier of the block: behind it all have read the epoch, so that the next launch may be that of the next, and know
-// whether all of them found things sound.
-__device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch, bool sound) {
-    const bool all_sound = __syncthreads_and(sound) != 0;
-    if (threadIdx.x == kBlockThreads - 1) leave_epoch_to_the_next_launch(p.control, watch.epoch);
-    return all_sound;
-}
-
 constexpr uint32_t kHidden = 7168;
 using Element = Bf16;
 constexpr uint32_t kRowVectors = kHidden / (4 * Element::kPerWord);  // 16-byte vectors of a row
@@ -126,16 +78,16 @@ __device__ __forceinline__ void reduce_rows_here(const Params& p, uint32_t token
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
 moegen_a2a_combine_bf16_tobf16_r8_h7168_d8_ipc_w1x14_pulled(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
+    const Watch watch = Watch::start(p);
     const bool sound = load_relaxed_sys(p.aborted) == 0;
     const bool tells = blockIdx.x == p.receivers.first;
-    if (tells && sound) tell_presence(p, watch);
+    if (tells && sound) publish_presence_and_call<kRanks, kBlockThreads>(p, watch.epoch);
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     // A rank that has begun this has made all its rows.
-    const bool came = await_calls(p, watch, threadIdx.x, kBlockThreads);
-    if (!open_epoch(p, watch, sound && came)) return;
+    const bool came = await_calls<kRanks, kBlockThreads>(p, watch, kPresence);
+    if (!vote_and_leave_epoch(p.control, watch.epoch, kBlockThreads - 1, sound && came)) return;
     reduce_rows_here(p, tokens, [&](uint32_t rank, uint32_t slot, uint32_t first, Part& part) {
-        if (!is_active(p, rank)) return;
+        if (!takes_part(p, rank)) return;
         const uint4* rows = reinterpret_cast<const uint4*>(p.peers[rank] + p.rows_offset);
         part = Part::load(rows + (uint64_t(p.rank) * p.slots + slot) * kRowVectors, first);
     });

@@ -3,6 +3,8 @@
 // OneSidedCombine(dtype='bf16', out='bf16', num_ranks=8, hidden=7168, destinations=8, path='ipc',
 //     warp_groups=WarpGroups(groups=1, warps=7))
 
+#include <moegen/epoch.cuh>
+#include <moegen/presence.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/reduce.cuh>
 #include <moegen/results.cuh>
@@ -54,56 +56,6 @@ struct Params {
 static_assert(sizeof(Params) == 248);
 
 using Watch = PlainWatch;
-
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
-
-// Where `from` publishes to `rank` that it begins a combine: call word and epoch.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
-}
-
-__device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
-
-// Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.
-__device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.presence_offset) + from;
-}
-
-// Whatever the user read before this launch, it has read. The last threads tell, because the first ones have a share of
-// the tokens.
-__device__ __forceinline__ void tell_presence(const Params& p, const Watch& watch) {
-    const uint64_t done = epoch_before(p.other_control->epoch);
-#pragma unroll 1
-    for (uint32_t at = kBlockThreads - 1 - threadIdx.x; at < 2 * kRanks; at += kBlockThreads) {
-        const uint32_t peer = at % kRanks;
-        uint64_t* to = at < kRanks ? presence_at(p, peer, p.rank) : call_at(p, watch.epoch, peer, p.rank);
-        if (is_active(p, peer)) store_release_sys(to, at < kRanks ? done : with_call(p.call, watch.epoch));
-    }
-}
-
-// Waits until every rank has begun this combine with the same call word; `thread` of `threads` poll the ranks in turn.
-// A rank begins the next combine only when all have begun this one, so its word stays until then.
-__device__ __forceinline__ bool await_calls(const Params& p, const Watch& watch, uint32_t thread, uint32_t threads) {
-    bool came = true;
-#pragma unroll 1
-    for (uint32_t peer = thread; peer < kRanks; peer += threads) {
-        if (!is_active(p, peer)) continue;
-        const uint64_t* word = p.calls + place_of_call(watch.epoch, peer);
-        came &= wait_for(watch, Awaited{kPresence, peer, -1}, with_call(p.call, watch.epoch),
-                         [=] { return load_acquire_sys(word); });
-    }
-    return came;
-}
-
-// A barrier of the block: behind it all have read the epoch, so that the next launch may be that of the next, and know
-// whether all of them found things sound.
-__device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch, bool sound) {
-    const bool all_sound = __syncthreads_and(sound) != 0;
-    if (threadIdx.x == kBlockThreads - 1) leave_epoch_to_the_next_launch(p.control, watch.epoch);
-    return all_sound;
-}
 
 constexpr uint32_t kHidden = 7168;
 using Element = Bf16;
@@ -160,7 +112,7 @@ __device__ __forceinline__ Returning start_returning(const Params& p) {
 #pragma unroll 1
     for (uint32_t source = 0; source < kRanks; ++source) {
         const uint32_t slots = min(uint32_t(p.counts[source]), p.slots);
-        if (source != p.rank && is_active(p, source)) returning.end = max(returning.end, slots * Others::kNumber);
+        if (source != p.rank && takes_part(p, source)) returning.end = max(returning.end, slots * Others::kNumber);
     }
     return returning;
 }
@@ -172,7 +124,7 @@ __device__ __forceinline__ void return_rows(const Params& p, const Watch& watch,
         if (work != Group::first_work(p.senders)) part = load_work(p, work);
         const uint32_t source = Others::rank(p.rank, work);
         const uint32_t slot = Others::round(work);
-        if (is_active(p, source) && slot < uint32_t(p.counts[source])) return_row(p, watch, source, slot, part);
+        if (takes_part(p, source) && slot < uint32_t(p.counts[source])) return_row(p, watch, source, slot, part);
     }
 }
 
@@ -184,7 +136,7 @@ __device__ __forceinline__ void await_returned_rows(const Params& p, const Watch
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0; drop_first(rest), ++index) {
         const uint32_t rank = first_rank(rest);
-        if (rank == p.rank || !is_active(p, rank) || index % kGroupThreads != Group::thread()) continue;
+        if (rank == p.rank || !takes_part(p, rank) || index % kGroupThreads != Group::thread()) continue;
         const uint32_t slot = uint32_t(slots[index]);
         const uint32_t* tag = returned_tag_at(p, watch, p.rank, rank, slot);
         const Awaited what{kPartial, rank, int32_t(slot)};
@@ -210,7 +162,7 @@ __device__ __forceinline__ void reduce_token_sent(const Params& p, const Watch& 
 #pragma unroll 1
         for (uint64_t rest = ranks; rest != 0; drop_first(rest), ++index) {
             const uint32_t rank = first_rank(rest);
-            if (!is_active(p, rank)) continue;
+            if (!takes_part(p, rank)) continue;
             const Part part = next;
             next =
                 rank == p.rank ? own : Part::load(returned_at(p, watch, p.rank, rank, uint32_t(slots[index])), first);
@@ -232,15 +184,15 @@ __device__ __forceinline__ void reduce_rows_sent(const Params& p, const Watch& w
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
 moegen_a2a_combine_bf16_tobf16_r8_h7168_d8_ipc_w1x7(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
+    const Watch watch = Watch::start(p);
     const bool sound = load_relaxed_sys(p.aborted) == 0;
     const bool tells = blockIdx.x == p.receivers.first;
-    if (tells && sound) tell_presence(p, watch);
+    if (tells && sound) publish_presence_and_call<kRanks, kBlockThreads>(p, watch.epoch);
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     Returning returning = {};
     if (is_one_of(p.senders)) returning = start_returning(p);
-    if (!open_epoch(p, watch, sound)) return;
+    if (!vote_and_leave_epoch(p.control, watch.epoch, kBlockThreads - 1, sound)) return;
     if (is_one_of(p.senders)) return_rows(p, watch, returning);
     if (is_one_of(p.receivers)) reduce_rows_sent(p, watch, tokens);
-    if (tells) await_calls(p, watch, threadIdx.x, kBlockThreads);
+    if (tells) await_calls<kRanks, kBlockThreads>(p, watch, kPresence);
 }

@@ -3,7 +3,9 @@
 // OneSidedDispatch(payloads=RowBytes(widths=(14336, 32, 32)), num_ranks=8, num_topk=8, num_experts=256, path='ipc',
 //     warp_groups=WarpGroups(groups=1, warps=7))
 
+#include <moegen/epoch.cuh>
 #include <moegen/packets.cuh>
+#include <moegen/presence.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/rows.cuh>
@@ -59,63 +61,6 @@ struct Params {
 static_assert(sizeof(Params) == 312);
 
 using Watch = PlainWatch;
-
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
-
-__device__ __forceinline__ bool is_active(const Params& p, uint32_t rank) { return (p.active >> rank & 1) != 0; }
-
-// Progress word of `from` at `rank`: the last dispatch whose rows it has consumed.
-__device__ __forceinline__ uint64_t* presence_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.presence_offset) + from;
-}
-
-// Whatever the user read before this launch, it has read. The last threads tell, because the first ones have a share of
-// the tokens.
-__device__ __forceinline__ void tell_presence(const Params& p, const Watch& watch) {
-#pragma unroll 1
-    for (uint32_t peer = kBlockThreads - 1 - threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if (is_active(p, peer)) store_release_sys(presence_at(p, peer, p.rank), uint64_t(epoch_before(watch.epoch)));
-    }
-}
-
-// How far a rank has come: `needed`, if that far; one that waits for nothing of this rank may be ahead.
-__device__ __forceinline__ uint32_t progress_at(const uint64_t* word, uint32_t needed) {
-    const uint32_t seen = uint32_t(load_acquire_sys(word));
-    return int32_t(seen - needed) >= 0 ? needed : seen;
-}
-
-// Whether every rank has come as far as `needed` already. A warp looks at the ranks in turn.
-__device__ __forceinline__ bool all_are_present(const Params& p, uint32_t needed) {
-    bool came = true;
-#pragma unroll 1
-    for (uint32_t peer = lane_id(); peer < kRanks; peer += kWarpSize) {
-        came &= !is_active(p, peer) || progress_at(presence_at(p, p.rank, peer), needed) == needed;
-    }
-    return came;
-}
-
-// Whether every rank has come as far as `needed`, which is waited for. `thread` of `threads` look at the ranks in turn.
-__device__ __forceinline__ bool await_presence(const Params& p, const Watch& watch, Phase phase, uint32_t needed,
-                                               uint32_t thread, uint32_t threads) {
-    bool came = true;
-#pragma unroll 1
-    for (uint32_t peer = thread; peer < kRanks; peer += threads) {
-        if (!is_active(p, peer)) continue;
-        const uint64_t* word = presence_at(p, p.rank, peer);
-        came &= wait_for(watch, Awaited{phase, peer, -1}, needed, [=] { return progress_at(word, needed); });
-    }
-    return came;
-}
-
-// A barrier of the block: behind it all have read the epoch, so that the next launch may be that of the next, and know
-// whether all of them found things sound.
-__device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch, bool sound) {
-    const bool all_sound = __syncthreads_and(sound) != 0;
-    if (threadIdx.x == kBlockThreads - 1) leave_epoch_to_the_next_launch(p.control, watch.epoch);
-    return all_sound;
-}
 
 constexpr bool kCrossesLinks = true;
 using Experts = Partition<256, kRanks>;
@@ -259,7 +204,7 @@ __device__ __forceinline__ uint32_t* flag_at(const Params& p, uint32_t rank, uin
 __device__ __forceinline__ void tell_rows_are_sent(const Params& p, const Watch& watch) {
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if (peer == p.rank || !is_active(p, peer)) continue;
+        if (peer == p.rank || !takes_part(p, peer)) continue;
         store_release_sys(flag_at(p, peer, p.rank, blockIdx.x - p.senders.first), watch.epoch);
     }
 }
@@ -289,7 +234,7 @@ __device__ __forceinline__ void send_row_counts(const Params& p, const Watch& wa
                                                 const Counts& all) {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
-        if (!is_active(p, rank)) continue;
+        if (!takes_part(p, rank)) continue;
         const uint32_t blocks = uint32_t(p.call) | blocks_with_a_share(p.senders, tokens);
         const Packet packet{{sum_of_warps(all, rank), blocks, uint32_t(p.call >> 32)}, watch.epoch};
         send_packet(row_count_at(p, watch, rank, p.rank), packet);
@@ -302,7 +247,7 @@ __device__ __forceinline__ void await_row_counts(const Params& p, const Watch& w
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
         Packet first = {};
-        if (!is_active(p, source) ||
+        if (!takes_part(p, source) ||
             !await_packet(watch, Awaited{kCounts, source, -1}, row_count_at(p, watch, p.rank, source), first)) {
             first = {};
         } else {
@@ -326,7 +271,7 @@ __device__ __forceinline__ void send_stats(const Params& p, const Watch& watch) 
     for (uint32_t at = threadIdx.x; at < kRanks * packets; at += kBlockThreads) {
         const uint32_t rank = at / packets;
         const uint32_t first = at % packets * kPacketWords;
-        if (!is_active(p, rank)) continue;
+        if (!takes_part(p, rank)) continue;
         Packet packet{{}, watch.epoch};
 #pragma unroll
         for (uint32_t word = 0; word < kPacketWords; ++word) {
@@ -344,8 +289,8 @@ __device__ __forceinline__ void gather_stats(const Params& p, const Watch& watch
         const uint32_t source = at / packets;
         const uint32_t first = at % packets * kPacketWords;
         Packet packet = {};
-        if (is_active(p, source) && !await_packet(watch, Awaited{kStats, source, -1},
-                                                  stats_at(p, watch, p.rank, source) + at % packets, packet)) {
+        if (takes_part(p, source) && !await_packet(watch, Awaited{kStats, source, -1},
+                                                   stats_at(p, watch, p.rank, source) + at % packets, packet)) {
             packet = {};
         }
         uint32_t words[kPacketWords];
@@ -425,7 +370,7 @@ __device__ __forceinline__ void send_share(const Params& p, const Start& start, 
             const uint32_t next = begin + kWarpSize + lane_id();
             ranks = next < share.end ? ranks_of_later_token(p, next) : 0;
         }
-        if (!ready) ready = await_presence(p, watch, kPeerReady, epoch_before(watch.epoch), lane_id(), kWarpSize);
+        if (!ready) ready = await_presence<kRanks>(p, watch, kPeerReady, epoch_before(watch.epoch));
         if (__syncthreads_and(ready) == 0) return;
         Token asked = start.token;
 #pragma unroll 1
@@ -443,9 +388,9 @@ __device__ __forceinline__ void send_share(const Params& p, const Start& start, 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
 moegen_a2a_dispatch_p14336x32x32_r8_k8_e256_ipc_w1x7(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
+    const Watch watch = Watch::start(p);
     const bool sound = load_relaxed_sys(watch.aborted) == 0;
-    if (is_one_of(p.receivers) && sound) tell_presence(p, watch);
+    if (is_one_of(p.receivers) && sound) publish_presence<kRanks, kBlockThreads>(p, watch.epoch);
     __shared__ Counts before;
     __shared__ Counts all;
     const uint32_t tokens = tokens_of_this_call(p);
@@ -454,8 +399,8 @@ moegen_a2a_dispatch_p14336x32x32_r8_k8_e256_ipc_w1x7(const __grid_constant__ Par
     if (is_one_of(p.receivers)) count_tokens(p, tokens, tokens, all);
     // The last warp looks for the peers while the others read ids, and waits for them while the first plans.
     const bool asks = threadIdx.x >= kBlockThreads - kWarpSize && start.share.begin < start.share.end;
-    const bool ready = !asks || all_are_present(p, epoch_before(watch.epoch));
-    if (!open_epoch(p, watch, sound)) return;
+    const bool ready = !asks || all_are_present<kRanks>(p, epoch_before(watch.epoch));
+    if (!vote_and_leave_epoch(p.control, watch.epoch, kBlockThreads - 1, sound)) return;
     if (is_one_of(p.receivers)) {
         send_row_counts(p, watch, tokens, all);
         if (p.stats_words != 0) send_stats(p, watch);

@@ -3,7 +3,8 @@
 // CollectivePack(payloads=RowBytes(widths=(14336, 32, 32)), num_ranks=8, num_topk=8, num_experts=256,
 //     path='collective', warp_groups=WarpGroups(groups=1, warps=7))
 
-#include <moegen/launch.cuh>
+#include <moegen/call_words.cuh>
+#include <moegen/epoch.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/rows.cuh>
 #include <moegen/work.cuh>
@@ -32,7 +33,7 @@ struct Params {
     Failure* failure;            // where the host reads what went wrong
     uint64_t active;             // all ones: every rank takes part
     uint64_t chunk_bytes;        // of one rank
-    uint64_t word;               // the call word
+    uint64_t call;               // the call word
     Blocks senders;              // blocks that pack rows
     Blocks receivers;            // the block that writes headers
     uint32_t object;             // a number that all ranks' ends of this object share
@@ -229,8 +230,8 @@ struct Header {
     uint32_t tokens;  // of its source
     uint32_t slots;   // rows that there is room for
     uint32_t object;
-    uint32_t call;
-    uint32_t word[2];  // the call word
+    uint32_t number;   // of the object's call
+    uint32_t call[2];  // the call word
     uint32_t unused[8 - 7];
 };
 
@@ -248,11 +249,11 @@ __device__ __forceinline__ void fill_unused_ids(const Params& p, uint32_t rank, 
     }
 }
 
-__device__ __forceinline__ void write_headers(const Params& p, uint32_t tokens, uint32_t call, const Counts& all) {
+__device__ __forceinline__ void write_headers(const Params& p, uint32_t tokens, uint32_t number, const Counts& all) {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
         *header_at(p, rank) = Header{
-            sum_of_warps(all, rank), tokens, p.slots, p.object, call, {uint32_t(p.word), uint32_t(p.word >> 32)}, {}};
+            sum_of_warps(all, rank), tokens, p.slots, p.object, number, {uint32_t(p.call), uint32_t(p.call >> 32)}, {}};
     }
 #pragma unroll 1
     for (uint32_t rank = 0; rank < kRanks; ++rank) {
@@ -269,15 +270,14 @@ moegen_coll_pack_p14336x32x32_r8_k8_e256_collective_w1x7(const __grid_constant__
     await_launch_before();
     const uint32_t tokens = tokens_of_this_call(p);
     __shared__ Counts before;
-    const uint32_t call = p.control->epoch;
+    const uint32_t number = p.control->epoch;
     __shared__ Counts all;
     Start start = {};
     if (is_one_of(p.senders)) start = start_share(p, tokens, before);
     if (is_one_of(p.receivers)) count_tokens(p, tokens, tokens, all);
-    __syncthreads();  // all have read the number of the call
-    if (threadIdx.x == kBlockThreads - 1) leave_epoch_to_the_next_launch(p.control, call);
+    leave_epoch(p.control, number, kBlockThreads - 1);
     if (is_one_of(p.receivers)) {
-        write_headers(p, tokens, call, all);
+        write_headers(p, tokens, number, all);
         if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
     }
     if (is_one_of(p.senders)) send_share(p, start, before);

@@ -3,7 +3,8 @@
 // CollectivePlace(dtype='bf16', layout='packed', num_ranks=8, hidden=7168, num_topk=8, num_experts=256,
 //     path='collective', num_warps=32, phase='whole')
 
-#include <moegen/launch.cuh>
+#include <moegen/call_words.cuh>
+#include <moegen/epoch.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/rows.cuh>
 #include <moegen/work.cuh>
@@ -19,27 +20,28 @@ constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
 using Part = RowPart<Group, uint4, kRowVectors, 7>;
 struct Params {
-    uint8_t* chunks;          // what has come from each rank
-    uint64_t starts[8];       // where the chunk of each rank begins: bytes
-    uint64_t records_offset;  // where rows begin in a chunk: bytes
-    uint8_t* out;             // [rows, hidden]
-    float* out_weights;       // [rows], or null
-    int32_t* first_slots;     // [local experts + 1]: first row of each expert
-    int32_t* counts;          // [local experts]: rows that select each expert
-    int32_t* total_counts;    // [local experts], to which counts are added; or null
-    int32_t* source_counts;   // [ranks, 1 + ranks]: tokens of each source, its rows for each rank
-    int32_t* first_rows;      // [ranks + 1]: first row of each source, then the number of rows
-    int32_t* row_tokens;      // [ranks * max_tokens]: the source's token of each row
-    int32_t* row_slots;       // [ranks * max_tokens, topk]: local expert or row; -1: not here
-    float* row_weights;       // [ranks * max_tokens, topk]
-    Control* control;         // the number of this object's call
-    Failure* failure;         // where the host reads what went wrong
-    Blocks receivers;         // all blocks
-    uint32_t object;          // a number that all ranks' ends of this object share
-    uint32_t rank;            // this rank
-    uint32_t max_tokens;      // capacity: tokens that a rank may send
-    uint32_t capacity;        // rows of `out`
-    uint32_t alignment;       // an expert's first row is a multiple of this
+    uint8_t* chunks;                      // what has come from each rank
+    uint64_t starts[8];                   // where the chunk of each rank begins: bytes
+    uint64_t records_offset;              // where rows begin in a chunk: bytes
+    uint8_t* out;                         // [rows, hidden]
+    float* out_weights;                   // [rows], or null
+    int32_t* first_slots;                 // [local experts + 1]: first row of each expert
+    int32_t* counts;                      // [local experts]: rows that select each expert
+    int32_t* total_counts;                // [local experts], to which counts are added; or null
+    int32_t* source_counts;               // [ranks, 1 + ranks]: tokens of each source, its rows for each rank
+    int32_t* first_rows;                  // [ranks + 1]: first row of each source, then the number of rows
+    int32_t* row_tokens;                  // [ranks * max_tokens]: the source's token of each row
+    int32_t* row_slots;                   // [ranks * max_tokens, topk]: local expert or row; -1: not here
+    float* row_weights;                   // [ranks * max_tokens, topk]
+    Control* control;                     // the number of this object's call
+    Failure* failure;                     // where the host reads what went wrong
+    Blocks receivers;                     // all blocks
+    uint32_t object;                      // a number that all ranks' ends of this object share
+    uint32_t rank;                        // this rank
+    uint32_t max_tokens;                  // capacity: tokens that a rank may send
+    uint32_t capacity;                    // rows of `out`
+    uint32_t alignment;                   // an expert's first row is a multiple of this
+    static constexpr uint32_t kCall = 0;  // call word: the phase, which is equal on all ranks
 };
 
 static_assert(sizeof(Params) == 208);
@@ -48,13 +50,11 @@ constexpr uint32_t kSlotVectors = 896;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
     uint32_t object;
-    uint32_t call;
-    uint32_t word;  // the call word
+    uint32_t number;  // of the object's call
+    uint32_t call;    // the call word
     uint32_t unused[4 - 3];
 };
 
-// Of dispatch: the phase, which is equal on all ranks that make the same call.
-__device__ __forceinline__ uint32_t call_word(const Params&) { return 0; }
 __device__ __forceinline__ uint8_t* chunk_at(const Params& p, uint32_t rank) { return p.chunks + p.starts[rank]; }
 
 __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
@@ -64,20 +64,6 @@ __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
 // Rows of a chunk are in the order of their source's tokens.
 __device__ __forceinline__ uint4* slot_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
     return row_of<kSlotVectors>(chunk_at(p, rank) + p.records_offset, row);
-}
-
-// Whether a rank's chunk is of this call of this object, and of the same call word. Else that is reported, and the
-// chunk counts as empty.
-__device__ __forceinline__ bool belongs_here(const Params& p, uint32_t rank) {
-    const Header header = *header_at(p, rank);
-    const uint32_t call = epoch_before(p.control->epoch);
-    if (header.object != p.object || header.call != call) {
-        store_relaxed_sys(&p.failure->mismatched, rank + 1);
-        return false;
-    }
-    if (header.word == call_word(p)) return true;
-    write_other_call(p.failure, p.rank, rank, call_word(p), header.word);
-    return false;
 }
 
 using Experts = Partition<256, kRanks>;
@@ -267,7 +253,8 @@ __device__ __forceinline__ void receive_rows(const Params& p) {
     __shared__ Arrivals arrivals;
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
-        arrivals.belong[source] = belongs_here(p, source);
+        const Header header = *header_at(p, source);
+        arrivals.belong[source] = belongs_here(p, source, header.object, header.number, header.call);
     }
     __syncthreads();
     read_counts(p, arrivals);

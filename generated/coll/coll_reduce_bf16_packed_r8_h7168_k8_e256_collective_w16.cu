@@ -3,7 +3,8 @@
 // CollectiveReduce(dtype='bf16', layout='packed', num_ranks=8, hidden=7168, num_topk=8, num_experts=256,
 //     path='collective', num_warps=16)
 
-#include <moegen/launch.cuh>
+#include <moegen/call_words.cuh>
+#include <moegen/epoch.cuh>
 #include <moegen/reduce.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/rows.cuh>
@@ -43,7 +44,7 @@ struct Params {
     uint32_t max_tokens;          // capacity: tokens that a rank may send
     uint32_t tokens;              // rows of this rank's token tensor
     uint32_t rows;                // of `y`; more may have come to a dispatch that had no room for them
-    uint32_t word;                // the call word
+    uint32_t call;                // the call word
 };
 
 static_assert(sizeof(Params) == 224);
@@ -52,12 +53,11 @@ constexpr uint32_t kSlotVectors = 898;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
     uint32_t object;
-    uint32_t call;
-    uint32_t word;  // the call word
+    uint32_t number;  // of the object's call
+    uint32_t call;    // the call word
     uint32_t unused[4 - 3];
 };
 
-__device__ __forceinline__ uint32_t call_word(const Params& p) { return p.word; }
 __device__ __forceinline__ uint8_t* chunk_at(const Params& p, uint32_t rank) { return p.chunks + p.starts[rank]; }
 
 __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
@@ -67,20 +67,6 @@ __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
 // Rows of a chunk are in the order of their source's tokens.
 __device__ __forceinline__ uint4* slot_in_chunk(const Params& p, uint32_t rank, uint32_t row) {
     return row_of<kSlotVectors>(chunk_at(p, rank) + p.records_offset, row);
-}
-
-// Whether a rank's chunk is of this call of this object, and of the same call word. Else that is reported, and the
-// chunk counts as empty.
-__device__ __forceinline__ bool belongs_here(const Params& p, uint32_t rank) {
-    const Header header = *header_at(p, rank);
-    const uint32_t call = epoch_before(p.control->epoch);
-    if (header.object != p.object || header.call != call) {
-        store_relaxed_sys(&p.failure->mismatched, rank + 1);
-        return false;
-    }
-    if (header.word == call_word(p)) return true;
-    write_other_call(p.failure, p.rank, rank, call_word(p), header.word);
-    return false;
 }
 
 constexpr uint32_t kDestinations = kRanks < kTopk ? kRanks : kTopk;  // ranks that one token may reach
@@ -103,7 +89,10 @@ __device__ __forceinline__ uint32_t own_row(const Params& p, uint32_t token) {
 __device__ __forceinline__ uint64_t ranks_of_this_call(const Params& p) {
     __shared__ bool belong[kRanks];
 #pragma unroll 1
-    for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) belong[rank] = belongs_here(p, rank);
+    for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
+        const Header header = *header_at(p, rank);
+        belong[rank] = belongs_here(p, rank, header.object, header.number, header.call);
+    }
     __syncthreads();
     uint64_t ranks = 0;
 #pragma unroll 1

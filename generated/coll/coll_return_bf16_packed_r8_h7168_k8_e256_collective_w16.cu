@@ -3,7 +3,8 @@
 // CollectiveReturn(dtype='bf16', layout='packed', num_ranks=8, hidden=7168, num_topk=8, num_experts=256,
 //     path='collective', num_warps=16)
 
-#include <moegen/launch.cuh>
+#include <moegen/call_words.cuh>
+#include <moegen/epoch.cuh>
 #include <moegen/reduce.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/rows.cuh>
@@ -34,7 +35,7 @@ struct Params {
     uint32_t rank;              // this rank
     uint32_t max_tokens;        // capacity: tokens that a rank may send
     uint32_t rows;              // of `y`; more may have come to a dispatch that had no room for them
-    uint32_t word;              // the call word
+    uint32_t call;              // the call word
 };
 
 static_assert(sizeof(Params) == 160);
@@ -43,12 +44,11 @@ constexpr uint32_t kSlotVectors = 898;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
     uint32_t object;
-    uint32_t call;
-    uint32_t word;  // the call word
+    uint32_t number;  // of the object's call
+    uint32_t call;    // the call word
     uint32_t unused[4 - 3];
 };
 
-__device__ __forceinline__ uint32_t call_word(const Params& p) { return p.word; }
 __device__ __forceinline__ uint8_t* chunk_at(const Params& p, uint32_t rank) { return p.chunks + p.starts[rank]; }
 
 __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
@@ -61,10 +61,10 @@ __device__ __forceinline__ uint4* slot_in_chunk(const Params& p, uint32_t rank, 
 }
 
 // One block's.
-__device__ __forceinline__ void write_headers(const Params& p, uint32_t call) {
+__device__ __forceinline__ void write_headers(const Params& p, uint32_t number) {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
-        *header_at(p, rank) = Header{p.object, call, call_word(p), {}};
+        *header_at(p, rank) = Header{p.object, number, call_word(p), {}};
     }
 }
 
@@ -117,9 +117,8 @@ __device__ __forceinline__ void pack_partials(const Params& p) {
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
 moegen_coll_return_bf16_packed_r8_h7168_k8_e256_collective_w16(const __grid_constant__ Params p) {
     await_launch_before();
-    const uint32_t call = p.control->epoch;
-    __syncthreads();  // all have read the number of the call
-    if (threadIdx.x == 0) leave_epoch_to_the_next_launch(p.control, call);
-    if (blockIdx.x == p.senders.first) write_headers(p, call);
+    const uint32_t number = p.control->epoch;
+    leave_epoch(p.control, number, 0);
+    if (blockIdx.x == p.senders.first) write_headers(p, number);
     pack_partials(p);
 }

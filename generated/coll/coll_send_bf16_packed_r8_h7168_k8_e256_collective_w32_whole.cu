@@ -3,7 +3,8 @@
 // CollectiveSend(dtype='bf16', layout='packed', num_ranks=8, hidden=7168, num_topk=8, num_experts=256,
 //     path='collective', num_warps=32, phase='whole')
 
-#include <moegen/launch.cuh>
+#include <moegen/call_words.cuh>
+#include <moegen/epoch.cuh>
 #include <moegen/routing.cuh>
 #include <moegen/rows.cuh>
 #include <moegen/work.cuh>
@@ -19,25 +20,26 @@ constexpr uint32_t kBlockThreads = kWarps * kWarpSize;
 using Group = WarpGroup<kWarps, kWarpSize>;  // of one warp each
 using Part = RowPart<Group, uint4, kRowVectors, 7>;
 struct Params {
-    uint8_t* chunks;            // what goes to each rank
-    uint64_t starts[8];         // where the chunk of each rank begins: bytes
-    uint64_t records_offset;    // where rows begin in a chunk: bytes
-    const uint8_t* x;           // [tokens, hidden]
-    const void* topk_idx;       // [tokens, topk] int32 or int64
-    const float* topk_weights;  // [tokens, topk]; null: every weight is 1
-    uint64_t* token_ranks;      // [max_tokens]: bit r: rank r holds an expert of this token
-    int32_t* tokens_sent;       // one number: the tokens of that dispatch
-    int32_t* sent_rows;         // [max_tokens, destinations]: its row with each of them, in rank order
-    const int32_t* num_tokens;  // one number: tokens of this call; null: `tokens`
-    Control* control;           // the number of this object's call
-    Failure* failure;           // where the host reads what went wrong
-    uint64_t x_stride;          // bytes from one token of x to the next
-    Blocks senders;             // all blocks
-    uint32_t object;            // a number that all ranks' ends of this object share
-    uint32_t max_tokens;        // capacity: tokens that a rank may send
-    uint32_t tokens;            // rows of this rank's token tensor
-    uint32_t tokens_wanted;     // tokens that this rank has and this object has no room for, or 0
-    uint32_t wide_ids;          // 1: topk_idx is int64
+    uint8_t* chunks;                      // what goes to each rank
+    uint64_t starts[8];                   // where the chunk of each rank begins: bytes
+    uint64_t records_offset;              // where rows begin in a chunk: bytes
+    const uint8_t* x;                     // [tokens, hidden]
+    const void* topk_idx;                 // [tokens, topk] int32 or int64
+    const float* topk_weights;            // [tokens, topk]; null: every weight is 1
+    uint64_t* token_ranks;                // [max_tokens]: bit r: rank r holds an expert of this token
+    int32_t* tokens_sent;                 // one number: the tokens of that dispatch
+    int32_t* sent_rows;                   // [max_tokens, destinations]: its row with each of them, in rank order
+    const int32_t* num_tokens;            // one number: tokens of this call; null: `tokens`
+    Control* control;                     // the number of this object's call
+    Failure* failure;                     // where the host reads what went wrong
+    uint64_t x_stride;                    // bytes from one token of x to the next
+    Blocks senders;                       // all blocks
+    uint32_t object;                      // a number that all ranks' ends of this object share
+    uint32_t max_tokens;                  // capacity: tokens that a rank may send
+    uint32_t tokens;                      // rows of this rank's token tensor
+    uint32_t tokens_wanted;               // tokens that this rank has and this object has no room for, or 0
+    uint32_t wide_ids;                    // 1: topk_idx is int64
+    static constexpr uint32_t kCall = 0;  // call word: the phase, which is equal on all ranks
 };
 
 static_assert(sizeof(Params) == 192);
@@ -46,13 +48,11 @@ constexpr uint32_t kSlotVectors = 896;  // of a row and what travels with it
 // A chunk begins with this.
 struct Header {
     uint32_t object;
-    uint32_t call;
-    uint32_t word;  // the call word
+    uint32_t number;  // of the object's call
+    uint32_t call;    // the call word
     uint32_t unused[4 - 3];
 };
 
-// Of dispatch: the phase, which is equal on all ranks that make the same call.
-__device__ __forceinline__ uint32_t call_word(const Params&) { return 0; }
 __device__ __forceinline__ uint8_t* chunk_at(const Params& p, uint32_t rank) { return p.chunks + p.starts[rank]; }
 
 __device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
@@ -65,10 +65,10 @@ __device__ __forceinline__ uint4* slot_in_chunk(const Params& p, uint32_t rank, 
 }
 
 // One block's.
-__device__ __forceinline__ void write_headers(const Params& p, uint32_t call) {
+__device__ __forceinline__ void write_headers(const Params& p, uint32_t number) {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
-        *header_at(p, rank) = Header{p.object, call, call_word(p), {}};
+        *header_at(p, rank) = Header{p.object, number, call_word(p), {}};
     }
 }
 
@@ -260,8 +260,8 @@ __device__ __forceinline__ void write_entries(const Params& p, uint32_t first, c
 }
 
 // With the last chunk: every rank hears how many rows it gets, also if there are none.
-__device__ __forceinline__ void write_counts(const Params& p, uint32_t tokens, uint32_t call, const Chunk& chunk) {
-    write_headers(p, call);
+__device__ __forceinline__ void write_counts(const Params& p, uint32_t tokens, uint32_t number, const Chunk& chunk) {
+    write_headers(p, number);
 #pragma unroll 1
     for (uint32_t index = threadIdx.x; index < kRanks * kCountWords; index += kBlockThreads) {
         const uint32_t rank = index / kCountWords;
@@ -270,7 +270,7 @@ __device__ __forceinline__ void write_counts(const Params& p, uint32_t tokens, u
     }
 }
 
-__device__ __forceinline__ void plan_and_send(const Params& p, uint32_t tokens, uint32_t call) {
+__device__ __forceinline__ void plan_and_send(const Params& p, uint32_t tokens, uint32_t number) {
     __shared__ Chunk chunk;
     const Share share = share_of_block(p.senders, tokens);
     if (share.begin == share.end && blockIdx.x != p.senders.first) return;
@@ -279,7 +279,7 @@ __device__ __forceinline__ void plan_and_send(const Params& p, uint32_t tokens, 
 #pragma unroll 1
     do {
         read_chunk(p, first, share.end, chunk);
-        if (share.end == tokens && share.end - first <= kChunk) write_counts(p, tokens, call, chunk);
+        if (share.end == tokens && share.end - first <= kChunk) write_counts(p, tokens, number, chunk);
         leave_rows(p, first, share.end, chunk);
         write_entries(p, first, chunk);
         __syncthreads();  // the rows are known to all
@@ -296,8 +296,7 @@ __device__ __forceinline__ void plan_and_send(const Params& p, uint32_t tokens, 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
 moegen_coll_send_bf16_packed_r8_h7168_k8_e256_collective_w32_whole(const __grid_constant__ Params p) {
     await_launch_before();
-    const uint32_t call = p.control->epoch;
-    __syncthreads();  // all have read the number of the call
-    if (threadIdx.x == 0) leave_epoch_to_the_next_launch(p.control, call);
-    plan_and_send(p, tokens_of_this_call(p), call);
+    const uint32_t number = p.control->epoch;
+    leave_epoch(p.control, number, 0);
+    plan_and_send(p, tokens_of_this_call(p), number);
 }

@@ -3,6 +3,7 @@
 // HighThroughputCombine(dtype='bf16', layout='token', num_ranks=8, hidden=7168, num_topk=8, num_experts=256,
 //     path='ipc', num_warps=16)
 
+#include <moegen/epoch.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/reduce.cuh>
 #include <moegen/routing.cuh>
@@ -55,70 +56,7 @@ struct Params {
 static_assert(sizeof(Params) == 256);
 
 using Watch = PlainWatch;
-
-// Where `from` publishes its call word to `rank`.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
-}
-
-__device__ __forceinline__ uint32_t call_word(const Params& p) { return p.call; }
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
-
-// What a row's tag is.
-__device__ __forceinline__ uint64_t tag_of(const Params& p, const Watch& watch) {
-    return with_call(call_word(p), watch.epoch);
-}
-
-// By one block, once the epoch is open (all ranks have finished the one before, so none reads its word any more) and
-// ahead of any row. A peer that makes a different call then fails at once, where it would wait for rows until it times
-// out. Out of line: inlined, dispatch spills.
-__device__ __noinline__ void publish_call(const Params& p, uint32_t epoch) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_relaxed_sys(call_at(p, epoch, peer, p.rank), with_call(call_word(p), epoch));
-    }
-}
-
-// The last epoch that `from` has finished: a word in the symmetric memory of `rank`.
-__device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
-}
-
-// Nothing is written to a peer before it has finished the epoch before; one that waits for nothing of this rank may be
-// ahead. All threads of the block call this; whether it may go on: not if a peer did not come, now or in an earlier
-// launch.
-__device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch) {
-    const uint32_t needed = epoch_before(watch.epoch);
-    bool ready = load_relaxed_sys(p.aborted) == 0;
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        const uint32_t* word = consumed_at(p, p.rank, peer);
-        ready &= wait_for(watch, Awaited{kPeerReady, peer, -1}, needed, [=] {
-            const uint32_t seen = load_acquire_sys(word);
-            return int32_t(seen - needed) >= 0 ? needed : seen;
-        });
-    }
-    return __syncthreads_and(ready) != 0;
-}
-
-// Every block ends with this. The last of them has seen all rows read: the peers are told, and the next launch is that
-// of the next epoch.
-__device__ __forceinline__ void close_epoch(const Params& p, const Watch& watch) {
-    __shared__ bool last;
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomic_add_acq_rel_gpu(&p.control->blocks_entered, 1) == gridDim.x - 1;
-    __syncthreads();
-    if (!last) return;
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_release_sys(consumed_at(p, peer, p.rank), watch.epoch);
-    }
-    if (threadIdx.x != 0) return;
-    p.control->blocks_entered = 0;
-    p.control->epoch = epoch_after(watch.epoch);
-}
+using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
 
 constexpr uint32_t kSlotVectors = 898;  // of a row and what travels with it
 
@@ -279,14 +217,14 @@ __device__ __forceinline__ uint32_t row_of_own_part(const Params& p, uint32_t to
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
 moegen_ht_combine_bf16_token_r8_h7168_k8_e256_ipc_w16(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
-    if (open_epoch(p, watch)) {
-        if (blockIdx.x == 0) publish_call(p, watch.epoch);
+    const Watch watch = Watch::start(p);
+    if (Epoch::open_single_buffer(p, watch)) {
+        if (blockIdx.x == 0) publish_call_out_of_line<kRanks, kBlockThreads>(p, watch.epoch);
         if (is_one_of(p.senders)) return_partials(p, watch);
         if (is_one_of(p.receivers)) {
             const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
             sum_tokens<ranks_with_parts, row_of_own_part, wait_for_partials>(p, watch, tokens);
         }
     }
-    close_epoch(p, watch);
+    Epoch::close_single_buffer(p, watch);
 }

@@ -3,6 +3,7 @@
 // HighThroughputDispatch(dtype='bf16', layout='token', num_ranks=8, hidden=7168, num_topk=8, num_experts=256,
 //     path='ipc', num_warps=32, phase='rows')
 
+#include <moegen/epoch.cuh>
 #include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
@@ -23,104 +24,40 @@ using Part = RowPart<Group, uint4, kRowVectors, 7>;
 enum Phase : uint32_t { kPeerReady = 0, kRow = 4 };
 
 struct Params {
-    uint8_t* peers[8];         // symmetric memory of each rank, as mapped here
-    const uint8_t* x;          // [tokens, hidden]
-    uint8_t* out;              // [rows, hidden]
-    int64_t* out_topk_idx;     // [rows, topk] local expert or -1, or null
-    float* out_weights;        // [rows, topk] (layout token) or [rows] (packed), or null
-    uint64_t* token_ranks;     // [max_tokens]: bit r: rank r holds an expert of this token
-    int32_t* tokens_sent;      // one number: the tokens of this call
-    int32_t* first_rows;       // [ranks + 1]: first row of each source, then the number of rows
-    int32_t* row_tokens;       // [ranks * max_tokens]: the source's token of each row
-    int32_t* row_slots;        // [ranks * max_tokens, topk]: local expert or (packed) row; -1: not here
-    float* row_weights;        // [ranks * max_tokens, topk]
-    Control* control;          // this op's epoch
-    uint32_t* aborted;         // this object's abort word
-    Failure* failure;          // where the host reads what went wrong
-    uint64_t consumed_offset;  // [rank] u32: the last epoch that the peer has finished
-    uint64_t calls_offset;     // where published call words lie in every rank's symmetric memory
-    uint64_t rows_offset;      // [source][max_tokens] records, each at its token's number
-    uint64_t tags_offset;      // [source][max_tokens] u64: call word and epoch of the row there
-    uint64_t timeout_ns;       // how long one wait may take
-    uint64_t x_stride;         // bytes from one token of x to the next
-    Blocks senders;            // blocks that send
-    Blocks receivers;          // blocks that plan and receive; the same one if there is only one
-    uint32_t rank;             // this rank
-    uint32_t tokens;           // rows of this rank's token tensor
-    uint32_t max_tokens;       // capacity: tokens that a rank may send
-    uint32_t capacity;         // rows of `out`
+    uint8_t* peers[8];                    // symmetric memory of each rank, as mapped here
+    const uint8_t* x;                     // [tokens, hidden]
+    uint8_t* out;                         // [rows, hidden]
+    int64_t* out_topk_idx;                // [rows, topk] local expert or -1, or null
+    float* out_weights;                   // [rows, topk] (layout token) or [rows] (packed), or null
+    uint64_t* token_ranks;                // [max_tokens]: bit r: rank r holds an expert of this token
+    int32_t* tokens_sent;                 // one number: the tokens of this call
+    int32_t* first_rows;                  // [ranks + 1]: first row of each source, then the number of rows
+    int32_t* row_tokens;                  // [ranks * max_tokens]: the source's token of each row
+    int32_t* row_slots;                   // [ranks * max_tokens, topk]: local expert or (packed) row; -1: not here
+    float* row_weights;                   // [ranks * max_tokens, topk]
+    Control* control;                     // this op's epoch
+    uint32_t* aborted;                    // this object's abort word
+    Failure* failure;                     // where the host reads what went wrong
+    uint64_t consumed_offset;             // [rank] u32: the last epoch that the peer has finished
+    uint64_t calls_offset;                // where published call words lie in every rank's symmetric memory
+    uint64_t rows_offset;                 // [source][max_tokens] records, each at its token's number
+    uint64_t tags_offset;                 // [source][max_tokens] u64: call word and epoch of the row there
+    uint64_t timeout_ns;                  // how long one wait may take
+    uint64_t x_stride;                    // bytes from one token of x to the next
+    Blocks senders;                       // blocks that send
+    Blocks receivers;                     // blocks that plan and receive; the same one if there is only one
+    uint32_t rank;                        // this rank
+    uint32_t tokens;                      // rows of this rank's token tensor
+    uint32_t max_tokens;                  // capacity: tokens that a rank may send
+    uint32_t capacity;                    // rows of `out`
+    static constexpr uint32_t kCall = 2;  // call word: the phase, which is equal on all ranks
 };
 
 static_assert(sizeof(Params) == 248);
 
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
-
 using Watch = PlainWatch;
-
-// Where `from` publishes its call word to `rank`.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
-}
-
-// The phase, which is equal on all ranks that make the same call.
-__device__ __forceinline__ uint32_t call_word(const Params&) { return 2; }
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
-
-// What a row's tag is.
-__device__ __forceinline__ uint64_t tag_of(const Params& p, const Watch& watch) {
-    return with_call(call_word(p), watch.epoch);
-}
-
-// By one block, once the epoch is open (all ranks have finished the one before, so none reads its word any more) and
-// ahead of any row. A peer that makes a different call then fails at once, where it would wait for rows until it times
-// out. Out of line: inlined, dispatch spills.
-__device__ __noinline__ void publish_call(const Params& p, uint32_t epoch) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_relaxed_sys(call_at(p, epoch, peer, p.rank), with_call(call_word(p), epoch));
-    }
-}
-
-// The last epoch that `from` has finished: a word in the symmetric memory of `rank`.
-__device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
-}
-
-// Nothing is written to a peer before it has finished the epoch before; one that waits for nothing of this rank may be
-// ahead. All threads of the block call this; whether it may go on: not if a peer did not come, now or in an earlier
-// launch.
-__device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch) {
-    const uint32_t needed = epoch_before(watch.epoch);
-    bool ready = load_relaxed_sys(p.aborted) == 0;
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        const uint32_t* word = consumed_at(p, p.rank, peer);
-        ready &= wait_for(watch, Awaited{kPeerReady, peer, -1}, needed, [=] {
-            const uint32_t seen = load_acquire_sys(word);
-            return int32_t(seen - needed) >= 0 ? needed : seen;
-        });
-    }
-    return __syncthreads_and(ready) != 0;
-}
-
-// Every block ends with this. The last of them has seen all rows read: the peers are told, and the next launch is that
-// of the next epoch.
-__device__ __forceinline__ void close_epoch(const Params& p, const Watch& watch) {
-    __shared__ bool last;
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomic_add_acq_rel_gpu(&p.control->blocks_entered, 1) == gridDim.x - 1;
-    __syncthreads();
-    if (!last) return;
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_release_sys(consumed_at(p, peer, p.rank), watch.epoch);
-    }
-    if (threadIdx.x != 0) return;
-    p.control->blocks_entered = 0;
-    p.control->epoch = epoch_after(watch.epoch);
-}
+using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
 
 constexpr uint32_t kSlotVectors = 896;  // of a row and what travels with it
 
@@ -291,12 +228,12 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
 moegen_ht_dispatch_bf16_token_r8_h7168_k8_e256_ipc_w32_rows(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
-    if (open_epoch(p, watch)) {
-        if (blockIdx.x == 0) publish_call(p, watch.epoch);
+    const Watch watch = Watch::start(p);
+    if (Epoch::open_single_buffer(p, watch)) {
+        if (blockIdx.x == 0) publish_call_out_of_line<kRanks, kBlockThreads>(p, watch.epoch);
         const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
         if (is_one_of(p.senders)) send_rows(p, watch, tokens);
         if (is_one_of(p.receivers)) receive_rows(p, watch);
     }
-    close_epoch(p, watch);
+    Epoch::close_single_buffer(p, watch);
 }

@@ -3,6 +3,7 @@
 // HighThroughputDispatch(dtype='e4m3', layout='packed', num_ranks=8, hidden=7168, num_topk=8, num_experts=256,
 //     path='ipc', num_warps=32, phase='whole')
 
+#include <moegen/epoch.cuh>
 #include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/routing.cuh>
@@ -23,123 +24,59 @@ using Part = RowPart<Group, uint4, kRowVectors, 7>;
 enum Phase : uint32_t { kPeerReady = 0, kPlanned = 1, kCounts = 2, kEntry = 3, kRow = 4 };
 
 struct Params {
-    uint8_t* peers[8];           // symmetric memory of each rank, as mapped here
-    const uint8_t* x;            // [tokens, hidden]
-    const uint32_t* x_scales;    // [tokens, scale words], if the caller quantised; else null
-    const void* topk_idx;        // [tokens, topk] int32 or int64
-    const float* topk_weights;   // [tokens, topk]; null: every weight is 1
-    uint8_t* out;                // [rows, hidden]
-    uint32_t* out_scales;        // [rows, scale words] with the strides below, or null
-    float* out_weights;          // [rows, topk] (layout token) or [rows] (packed), or null
-    int32_t* counts;             // [local experts]: rows that select each expert
-    int32_t* total_counts;       // [local experts], to which counts are added; or null
-    int32_t* first_slots;        // [local experts + 1]: first row of each expert
-    int32_t* source_counts;      // [ranks, 1 + ranks]: tokens of each source, its rows for each rank
-    uint64_t* token_ranks;       // [max_tokens]: bit r: rank r holds an expert of this token
-    int32_t* tokens_sent;        // one number: the tokens of this call
-    int32_t* first_rows;         // [ranks + 1]: first row of each source, then the number of rows
-    int32_t* row_tokens;         // [ranks * max_tokens]: the source's token of each row
-    int32_t* row_slots;          // [ranks * max_tokens, topk]: local expert or (packed) row; -1: not here
-    float* row_weights;          // [ranks * max_tokens, topk]
-    int32_t* own_rows;           // [max_tokens]: which of this rank's rows for itself a token is
-    const int32_t* num_tokens;   // one number: tokens of this call; null: `tokens`
-    uint32_t* chunk_counts;      // [chunks][ranks + experts]: the plan's counters
-    uint32_t* chunk_epochs;      // [chunks]: whose counters those are
-    Control* control;            // this op's epoch
-    uint32_t* aborted;           // this object's abort word
-    Failure* failure;            // where the host reads what went wrong
-    uint64_t consumed_offset;    // [rank] u32: the last epoch that the peer has finished
-    uint64_t calls_offset;       // where published call words lie in every rank's symmetric memory
-    uint64_t rows_offset;        // [source][max_tokens] records, each at its token's number
-    uint64_t tags_offset;        // [source][max_tokens] u64: call word and epoch of the row there
-    uint64_t timeout_ns;         // how long one wait may take
-    uint64_t x_stride;           // bytes from one token of x to the next
-    uint64_t counts_offset;      // [source][count pieces]
-    uint64_t entries_offset;     // [source][max_tokens][entry pieces]
-    uint64_t scale_row_stride;   // words from one row's scales to the next's
-    uint64_t scale_word_stride;  // words from one scale word of a row to the next
-    Blocks senders;              // blocks that send
-    Blocks receivers;            // blocks that plan and receive; the same one if there is only one
-    uint32_t rank;               // this rank
-    uint32_t tokens;             // rows of this rank's token tensor
-    uint32_t max_tokens;         // capacity: tokens that a rank may send
-    uint32_t capacity;           // rows of `out`
-    uint32_t alignment;          // an expert's first row is a multiple of this
-    uint32_t tokens_wanted;      // tokens that this rank has and this object has no room for, or 0
-    uint32_t wide_ids;           // 1: topk_idx is int64
+    uint8_t* peers[8];                    // symmetric memory of each rank, as mapped here
+    const uint8_t* x;                     // [tokens, hidden]
+    const uint32_t* x_scales;             // [tokens, scale words], if the caller quantised; else null
+    const void* topk_idx;                 // [tokens, topk] int32 or int64
+    const float* topk_weights;            // [tokens, topk]; null: every weight is 1
+    uint8_t* out;                         // [rows, hidden]
+    uint32_t* out_scales;                 // [rows, scale words] with the strides below, or null
+    float* out_weights;                   // [rows, topk] (layout token) or [rows] (packed), or null
+    int32_t* counts;                      // [local experts]: rows that select each expert
+    int32_t* total_counts;                // [local experts], to which counts are added; or null
+    int32_t* first_slots;                 // [local experts + 1]: first row of each expert
+    int32_t* source_counts;               // [ranks, 1 + ranks]: tokens of each source, its rows for each rank
+    uint64_t* token_ranks;                // [max_tokens]: bit r: rank r holds an expert of this token
+    int32_t* tokens_sent;                 // one number: the tokens of this call
+    int32_t* first_rows;                  // [ranks + 1]: first row of each source, then the number of rows
+    int32_t* row_tokens;                  // [ranks * max_tokens]: the source's token of each row
+    int32_t* row_slots;                   // [ranks * max_tokens, topk]: local expert or (packed) row; -1: not here
+    float* row_weights;                   // [ranks * max_tokens, topk]
+    int32_t* own_rows;                    // [max_tokens]: which of this rank's rows for itself a token is
+    const int32_t* num_tokens;            // one number: tokens of this call; null: `tokens`
+    uint32_t* chunk_counts;               // [chunks][ranks + experts]: the plan's counters
+    uint32_t* chunk_epochs;               // [chunks]: whose counters those are
+    Control* control;                     // this op's epoch
+    uint32_t* aborted;                    // this object's abort word
+    Failure* failure;                     // where the host reads what went wrong
+    uint64_t consumed_offset;             // [rank] u32: the last epoch that the peer has finished
+    uint64_t calls_offset;                // where published call words lie in every rank's symmetric memory
+    uint64_t rows_offset;                 // [source][max_tokens] records, each at its token's number
+    uint64_t tags_offset;                 // [source][max_tokens] u64: call word and epoch of the row there
+    uint64_t timeout_ns;                  // how long one wait may take
+    uint64_t x_stride;                    // bytes from one token of x to the next
+    uint64_t counts_offset;               // [source][count pieces]
+    uint64_t entries_offset;              // [source][max_tokens][entry pieces]
+    uint64_t scale_row_stride;            // words from one row's scales to the next's
+    uint64_t scale_word_stride;           // words from one scale word of a row to the next
+    Blocks senders;                       // blocks that send
+    Blocks receivers;                     // blocks that plan and receive; the same one if there is only one
+    uint32_t rank;                        // this rank
+    uint32_t tokens;                      // rows of this rank's token tensor
+    uint32_t max_tokens;                  // capacity: tokens that a rank may send
+    uint32_t capacity;                    // rows of `out`
+    uint32_t alignment;                   // an expert's first row is a multiple of this
+    uint32_t tokens_wanted;               // tokens that this rank has and this object has no room for, or 0
+    uint32_t wide_ids;                    // 1: topk_idx is int64
+    static constexpr uint32_t kCall = 0;  // call word: the phase, which is equal on all ranks
 };
 
 static_assert(sizeof(Params) == 384);
 
 constexpr uint32_t kScaleWords = 56;       // of a row; they follow it
 constexpr bool kOwnRowsAreStaged = false;  // this rank's own rows are read where they lie
-
 using Watch = PlainWatch;
-
-// Where `from` publishes its call word to `rank`.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
-}
-
-// The phase, which is equal on all ranks that make the same call.
-__device__ __forceinline__ uint32_t call_word(const Params&) { return 0; }
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
-
-// What a row's tag is.
-__device__ __forceinline__ uint64_t tag_of(const Params& p, const Watch& watch) {
-    return with_call(call_word(p), watch.epoch);
-}
-
-// By one block, once the epoch is open (all ranks have finished the one before, so none reads its word any more) and
-// ahead of any row. A peer that makes a different call then fails at once, where it would wait for rows until it times
-// out. Out of line: inlined, dispatch spills.
-__device__ __noinline__ void publish_call(const Params& p, uint32_t epoch) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_relaxed_sys(call_at(p, epoch, peer, p.rank), with_call(call_word(p), epoch));
-    }
-}
-
-// The last epoch that `from` has finished: a word in the symmetric memory of `rank`.
-__device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
-}
-
-// Nothing is written to a peer before it has finished the epoch before; one that waits for nothing of this rank may be
-// ahead. All threads of the block call this; whether it may go on: not if a peer did not come, now or in an earlier
-// launch.
-__device__ __forceinline__ bool open_epoch(const Params& p, const Watch& watch) {
-    const uint32_t needed = epoch_before(watch.epoch);
-    bool ready = load_relaxed_sys(p.aborted) == 0;
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        const uint32_t* word = consumed_at(p, p.rank, peer);
-        ready &= wait_for(watch, Awaited{kPeerReady, peer, -1}, needed, [=] {
-            const uint32_t seen = load_acquire_sys(word);
-            return int32_t(seen - needed) >= 0 ? needed : seen;
-        });
-    }
-    return __syncthreads_and(ready) != 0;
-}
-
-// Every block ends with this. The last of them has seen all rows read: the peers are told, and the next launch is that
-// of the next epoch.
-__device__ __forceinline__ void close_epoch(const Params& p, const Watch& watch) {
-    __shared__ bool last;
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomic_add_acq_rel_gpu(&p.control->blocks_entered, 1) == gridDim.x - 1;
-    __syncthreads();
-    if (!last) return;
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_release_sys(consumed_at(p, peer, p.rank), watch.epoch);
-    }
-    if (threadIdx.x != 0) return;
-    p.control->blocks_entered = 0;
-    p.control->epoch = epoch_after(watch.epoch);
-}
+using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
 
 constexpr uint32_t kSlotVectors = 462;  // of a row and what travels with it
 
@@ -359,7 +296,7 @@ __device__ __forceinline__ void send_counts(const Params& p, const Watch& watch,
         });
         send_packet(counts_at(p, rank, p.rank) + number, packet);
     }
-    publish_call(p, watch.epoch);
+    publish_call_out_of_line<kRanks, kBlockThreads>(p, watch.epoch);
 }
 
 // Chunks are dealt to the receiving blocks, which have nothing to do yet. All count first; then each adds up what lies
@@ -683,12 +620,12 @@ __device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
 moegen_ht_dispatch_e4m3_packed_r8_h7168_k8_e256_ipc_w32_whole(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
-    if (open_epoch(p, watch)) {
+    const Watch watch = Watch::start(p);
+    if (Epoch::open_single_buffer(p, watch)) {
         const uint32_t tokens = tokens_of_this_call(p);
         if (is_one_of(p.receivers)) plan_rows(p, watch, tokens);
         if (is_one_of(p.senders)) send_rows(p, watch, tokens);
         if (is_one_of(p.receivers)) receive_rows(p, watch);
     }
-    close_epoch(p, watch);
+    Epoch::close_single_buffer(p, watch);
 }

@@ -3,6 +3,7 @@
 // LowLatencyCombine(dtype='bf16', layout='expert', num_ranks=8, hidden=7168, num_topk=8, num_experts=256, path='ipc',
 //     warp_groups=WarpGroups(groups=1, warps=16), wire='inline', phase='whole', weights='atdispatch')
 
+#include <moegen/epoch.cuh>
 #include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/reduce.cuh>
@@ -62,76 +63,17 @@ constexpr uint32_t kSlotVectors = kRowPieces;
 // Small blocks share an SM, so that there is one for each row.
 constexpr uint32_t kResident = 1;
 
-using Watch = PlainWatch;
-// Where `from` publishes its call word to `rank`.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
-}
-
+using PeerWatch = PlainWatch;
+using Watch = PeerWatch;
+using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
 // The flag of a partial sum: its epoch, with the call word (one bit: weights are given to combine) added to the lowest
 // bit. That bit is redundant: it selects the half of the receive buffers.
 constexpr uint32_t kCallWord = 0;
 __device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.epoch ^ kCallWord; }
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    const uint32_t epoch = p.control->epoch;
-    const PlainWatch watch{p.aborted, p.failure, p.timeout_ns, p.rank, epoch};
-    return watch;
-}
 
-// The last block to get here moves on to the next epoch. A warp does this that has little else to do at the start.
-__device__ __forceinline__ void leave_epoch(const Params& p, const Watch& watch) {
-    constexpr uint32_t kThread = kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
-    __syncthreads();  // all of the block have read the epoch
-    if (threadIdx.x == kThread) leave_epoch_to_the_next_launch(p.control, watch.epoch);
-}
-
-// What a receiver has read: the word of `from` in the symmetric memory of `rank`.
-__device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
-}
-
-// The first launch of an epoch has nothing more to read of the one before: the peers are told.
-__device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watch) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_release_sys(consumed_at(p, peer, p.rank), epoch_before(watch.epoch));
-    }
-}
-
-// By one block, once the epoch is open and ahead of any row. A peer that makes a different call then fails at once,
-// where it would wait for rows or weights until it times out.
-__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_relaxed_sys(call_at(p, watch.epoch, peer, p.rank), with_call(kCallWord, watch.epoch));
-    }
-}
-
-// Whether every peer has read epoch `needed`. Out of line: one warp runs this, and the others' instructions stay in a
-// row.
-__device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t needed, PlainWatch watch) {
-    const bool aborted = load_relaxed_sys(watch.aborted) != 0;
-    bool ready = true;
-#pragma unroll 1
-    for (uint32_t peer = lane_id(); peer < kRanks; peer += kWarpSize) {
-        const uint32_t* word = consumed + peer;
-        ready &= wait_for(watch, Awaited{kPeerReady, peer, -1}, needed, [=] {
-            const uint32_t seen = load_acquire_sys(word);
-            return int32_t(seen - needed) >= 0 ? needed : seen;
-        });
-    }
-    return __all_sync(kFullWarp, ready && !aborted);
-}
-
-// Nothing is written to a peer before it has read what this half of its buffers held two epochs ago; that it said in
-// the epoch in between. A peer that neither sends nor receives rows may be epochs ahead. One warp waits, while the
-// others ask for what they need; after the caller's next barrier `opened` tells whether this block may go on: not if a
-// peer did not come, now or in an earlier launch, for then what it would read may not be there.
-__device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, bool& opened) {
-    if (warp_id() != kBlockThreads / kWarpSize - 1) return;
-    const uint32_t needed = epoch_before(epoch_before(watch.epoch));
-    const bool ready = all_have_read(consumed_at(p, p.rank, 0), needed, watch);
-    if (lane_id() == 0) opened = ready;
+// Of a warp that has little else to do when a launch begins.
+__device__ __forceinline__ uint32_t leaving_thread() {
+    return kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
@@ -363,16 +305,16 @@ __device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t work) 
 
 // One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens.
 __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, uint32_t) {
-        __shared__ bool opened;
+        __shared__ Watch::Opened opened;
         __shared__ Terms terms[kWarpGroups];
         Terms& listed = terms[Group::index()];
         const uint32_t groups = Group::number_in(p.senders);
         const uint32_t first_work = Group::first_work(p.senders);
         Outgoing next = outgoing_at(p, first_work);
-        open_epoch(p, watch, opened);
+        Epoch::open_double_buffer(p, watch, opened);
         __syncthreads();
-        if (!opened) return;
-        if (blockIdx.x == p.senders.first) publish_call(p, watch);
+        if (!opened.may_send()) return;
+        if (blockIdx.x == p.senders.first) publish_call<kRanks, kBlockThreads>(p, watch.epoch, kCallWord, opened);
         // Without a limit, because users see none of these numbers.
         const uint32_t end = Others::kNumber * most_rows_of_others<kRanks>(p, ~0u);
 #pragma unroll 1
@@ -386,7 +328,8 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
             Group::sync();
         }
         // The last block has the fewest rows, and this waits for what it has stored.
-        if (blockIdx.x == p.senders.first + p.senders.blocks - 1) tell_consumed(p, watch);
+        if (blockIdx.x == p.senders.first + p.senders.blocks - 1)
+            Epoch::publish_consumed(p, watch, epoch_before(watch.epoch));
     }
 
 constexpr uint32_t kPartialsInFlight = 2;  // of a thread
@@ -437,16 +380,16 @@ __device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch
 
 // What the first token needs is loaded while the epoch opens.
 __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
-    __shared__ bool opened;
+    __shared__ Watch::Opened opened;
     const uint32_t groups = Group::number_in(p.receivers);
     uint32_t token = Group::first_work(p.receivers);
     uint64_t ranks = token < tokens ? p.token_ranks[token] : 0;
     __shared__ Terms terms[kWarpGroups];
     const uint64_t first_own = uint64_t(kRanks - 1) * p.max_tokens;
     Selection selection = load_selection(p, first_own + min(token, p.max_tokens - 1));
-    open_epoch(p, watch, opened);
+    Epoch::open_double_buffer(p, watch, opened);
     __syncthreads();
-    if (!opened) return;
+    if (!opened.may_send()) return;
 #pragma unroll 1
     while (token < tokens) {
         if ((ranks >> p.rank & 1) != 0) list_terms(p, watch, p.rank, token, selection, terms[Group::index()]);
@@ -462,8 +405,8 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident)
 moegen_ll_combine_bf16_expert_r8_h7168_k8_e256_ipc_w1x16_inline_whole_atdispatch(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
-    leave_epoch(p, watch);
+    const Watch watch = Watch::start(p);
+    leave_epoch(p.control, watch.epoch, leaving_thread());
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     if (is_one_of(p.senders)) send_partials(p, watch, tokens);
     if (is_one_of(p.receivers)) reduce_tokens(p, watch, tokens);

@@ -3,6 +3,7 @@
 // LowLatencyCombine(dtype='bf16', layout='expert', num_ranks=8, hidden=7168, num_topk=8, num_experts=256, path='ipc',
 //     warp_groups=WarpGroups(groups=1, warps=16), wire='inline', phase='whole', peers='masked', weights='atdispatch')
 
+#include <moegen/epoch.cuh>
 #include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/reduce.cuh>
@@ -69,86 +70,17 @@ constexpr uint32_t kSlotVectors = kRowPieces;
 // Small blocks share an SM, so that there is one for each row.
 constexpr uint32_t kResident = 1;
 
-using Watch = WatchOf<Params>;
-// Where `from` publishes its call word to `rank`.
-__device__ __forceinline__ uint64_t* call_at(const Params& p, uint32_t epoch, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint64_t*>(p.peers[rank] + p.calls_offset) + place_of_call(epoch, from);
-}
-
+using PeerWatch = WatchOf<Params>;
+using Watch = PeerWatch;
+using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
 // The flag of a partial sum: its epoch, with the call word (one bit: weights are given to combine) added to the lowest
 // bit. That bit is redundant: it selects the half of the receive buffers.
 constexpr uint32_t kCallWord = 0;
 __device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.epoch ^ kCallWord; }
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    const uint32_t epoch = p.control->epoch;
-    const WatchOf<Params> watch{p.active, &p, global_timer_ns(), p.rank, epoch};
-    return watch;
-}
 
-// The last block to get here moves on to the next epoch. A warp does this that has little else to do at the start.
-__device__ __forceinline__ void leave_epoch(const Params& p, const Watch& watch) {
-    constexpr uint32_t kThread = kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
-    __syncthreads();  // all of the block have read the epoch
-    if (threadIdx.x == kThread) leave_epoch_to_the_next_launch(p.control, watch.epoch);
-}
-
-// What a receiver has read: the word of `from` in the symmetric memory of `rank`.
-__device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
-}
-
-// The first launch of an epoch has nothing more to read of the one before: the peers are told.
-__device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watch) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if (!is_active(watch, peer)) continue;
-        store_release_sys(consumed_at(p, peer, p.rank), epoch_before(watch.epoch));
-    }
-}
-
-// By one block, once the epoch is open and ahead of any row. A peer that makes a different call then fails at once,
-// where it would wait for rows or weights until it times out.
-__device__ __forceinline__ void publish_call(const Params& p, const Watch& watch, uint64_t opened) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        if ((opened >> peer & 1) == 0) continue;
-        store_relaxed_sys(call_at(p, watch.epoch, peer, p.rank), with_call(kCallWord, watch.epoch));
-    }
-}
-
-// Bit r: rank r is active and has read epoch `needed`. One that does not in time is left out. Out of line: one warp
-// runs this, and the others' instructions stay in a row.
-__device__ __noinline__ uint64_t ranks_that_have_read(const uint32_t* consumed, uint32_t needed, uint64_t active,
-                                                      Watch watch) {
-    uint64_t ready = uint64_t(1) << watch.rank;
-#pragma unroll 1
-    for (uint32_t first = 0; first < kRanks; first += kWarpSize) {
-        const uint32_t peer = first + lane_id();
-        bool has_read = peer < kRanks && peer != watch.rank && (active >> peer & 1) != 0;
-        if (has_read) {
-            const uint32_t* word = consumed + peer;
-            has_read = wait_for(watch, Awaited{kPeerReady, peer, -1}, needed, [=] {
-                const uint32_t seen = load_acquire_sys(word);
-                return int32_t(seen - needed) >= 0 ? needed : seen;
-            });
-        }
-        ready |= uint64_t(__ballot_sync(kFullWarp, has_read)) << first;
-    }
-    return ready;
-}
-
-// Nothing is written to a peer before it has read what this half of its buffers held two epochs ago, and nothing to one
-// that is missing. One warp waits, while the others ask for what they need; after the caller's next barrier `opened`
-// has a bit for each rank that this block may write to, itself included. A launch first publishes what this rank has
-// read, and whom it has left out: ranks that are active again, after epochs without such words, wait for those of this
-// launch.
-__device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, uint64_t& opened) {
-    if (warp_id() != kBlockThreads / kWarpSize - 1) return;
-    const uint32_t needed = epoch_before(epoch_before(watch.epoch));
-    const uint64_t active = ranks_that_are_active<kRanks>(watch);
-    if (active != kAllRanks<kRanks> && lane_id() == 0) publish_left_out(watch, kAllRanks<kRanks> & ~active);
-    const uint64_t ready = ranks_that_have_read(consumed_at(p, p.rank, 0), needed, active, watch);
-    if (lane_id() == 0) opened = ready;
+// Of a warp that has little else to do when a launch begins.
+__device__ __forceinline__ uint32_t leaving_thread() {
+    return kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
@@ -380,17 +312,17 @@ __device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t work) 
 
 // One partial sum per (token, rank) crosses the link. What the first row needs is loaded while the epoch opens.
 __device__ __forceinline__ void send_partials(const Params& p, const Watch& watch, uint32_t) {
-        __shared__ uint64_t opened;
+        __shared__ Watch::Opened opened;
         __shared__ Terms terms[kWarpGroups];
         Terms& listed = terms[Group::index()];
-        if (blockIdx.x == p.senders.first) tell_consumed(p, watch);
+        if (blockIdx.x == p.senders.first) Epoch::publish_consumed(p, watch, epoch_before(watch.epoch));
         const uint32_t groups = Group::number_in(p.senders);
         const uint32_t first_work = Group::first_work(p.senders);
         Outgoing next = outgoing_at(p, first_work);
-        open_epoch(p, watch, opened);
+        Epoch::open_double_buffer(p, watch, opened);
         __syncthreads();
-        if (!opened) return;
-        if (blockIdx.x == p.senders.first) publish_call(p, watch, opened);
+        if (!opened.may_send()) return;
+        if (blockIdx.x == p.senders.first) publish_call<kRanks, kBlockThreads>(p, watch.epoch, kCallWord, opened);
         // Without a limit, because users see none of these numbers.
         const uint32_t end = Others::kNumber * most_rows_of_others<kRanks>(p, ~0u);
 #pragma unroll 1
@@ -399,7 +331,7 @@ __device__ __forceinline__ void send_partials(const Params& p, const Watch& watc
             if (row.exists) list_terms(p, watch, row.source, row.token, row.selection, listed);
             if (work + groups < end) next = outgoing_at(p, work + groups);
             if (!row.exists) continue;
-            if ((opened >> row.source & 1) == 0 || listed.count == 0) {
+            if (!opened.may_send_to(row.source) || listed.count == 0) {
                 Group::sync();  // the terms are looked at
                 continue;
             }
@@ -518,8 +450,8 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident)
 moegen_ll_combine_bf16_expert_r8_h7168_k8_e256_ipc_w1x16_inline_whole_masked_atdispatch(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
-    leave_epoch(p, watch);
+    const Watch watch = Watch::start(p);
+    leave_epoch(p.control, watch.epoch, leaving_thread());
     const uint32_t tokens = min(uint32_t(*p.tokens_sent), p.tokens);
     if (is_one_of(p.senders)) send_partials(p, watch, tokens);
     if (is_one_of(p.receivers)) reduce_tokens(p, watch, tokens);

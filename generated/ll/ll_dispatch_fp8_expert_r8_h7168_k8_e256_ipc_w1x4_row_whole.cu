@@ -4,6 +4,7 @@
 //     warp_groups=WarpGroups(groups=1, warps=4), wire='row', phase='whole')
 
 #include <moegen/quantize.cuh>
+#include <moegen/epoch.cuh>
 #include <moegen/packets.cuh>
 #include <moegen/ptx.cuh>
 #include <moegen/rows.cuh>
@@ -79,56 +80,12 @@ constexpr uint32_t kSlotVectors = kHeadPieces + kRowPieces;
 // Small blocks share a multiprocessor, so that there is one for each row.
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
-using Watch = PlainWatch;
-__device__ __forceinline__ Watch start_watch(const Params& p) {
-    return Watch{p.aborted, p.failure, p.timeout_ns, p.rank, p.control->epoch};
-}
-
-// The last block to get here moves on to the next epoch. A warp does this that has little else to do at the start.
-__device__ __forceinline__ void leave_epoch(const Params& p, const Watch& watch) {
-    constexpr uint32_t kThread = kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
-    __syncthreads();  // all of the block have read the epoch
-    if (threadIdx.x == kThread) leave_epoch_to_the_next_launch(p.control, watch.epoch);
-}
-
-// What a receiver has read: the word of `from` in the symmetric memory of `rank`.
-__device__ __forceinline__ uint32_t* consumed_at(const Params& p, uint32_t rank, uint32_t from) {
-    return reinterpret_cast<uint32_t*>(p.peers[rank] + p.consumed_offset) + from;
-}
-
-// The first launch of an epoch has nothing more to read of the one before: the peers are told.
-__device__ __forceinline__ void tell_consumed(const Params& p, const Watch& watch) {
-#pragma unroll 1
-    for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-        store_release_sys(consumed_at(p, peer, p.rank), epoch_before(watch.epoch));
-    }
-}
-
-// Whether every peer has read epoch `needed`. Out of line: one warp runs this, and the others' instructions stay in a
-// row.
-__device__ __noinline__ bool all_have_read(const uint32_t* consumed, uint32_t needed, PlainWatch watch) {
-    const bool aborted = load_relaxed_sys(watch.aborted) != 0;
-    bool ready = true;
-#pragma unroll 1
-    for (uint32_t peer = lane_id(); peer < kRanks; peer += kWarpSize) {
-        const uint32_t* word = consumed + peer;
-        ready &= wait_for(watch, Awaited{kPeerReady, peer, -1}, needed, [=] {
-            const uint32_t seen = load_acquire_sys(word);
-            return int32_t(seen - needed) >= 0 ? needed : seen;
-        });
-    }
-    return __all_sync(kFullWarp, ready && !aborted);
-}
-
-// Nothing is written to a peer before it has read what this half of its buffers held two epochs ago; that it said in
-// the epoch in between. A peer that neither sends nor receives rows may be epochs ahead. One warp waits, while the
-// others ask for what they need; after the caller's next barrier `opened` tells whether this block may go on: not if a
-// peer did not come, now or in an earlier launch, for then what it would read may not be there.
-__device__ __forceinline__ void open_epoch(const Params& p, const Watch& watch, bool& opened) {
-    if (warp_id() != kBlockThreads / kWarpSize - 1) return;
-    const uint32_t needed = epoch_before(epoch_before(watch.epoch));
-    const bool ready = all_have_read(consumed_at(p, p.rank, 0), needed, watch);
-    if (lane_id() == 0) opened = ready;
+using PeerWatch = PlainWatch;
+using Watch = PeerWatch;
+using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
+// Of a warp that has little else to do when a launch begins.
+__device__ __forceinline__ uint32_t leaving_thread() {
+    return kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
 }
 
 constexpr uint32_t kSteps = (kRowPieces + kGroupThreads - 1) / kGroupThreads;  // pieces of a thread
@@ -221,8 +178,8 @@ __device__ __forceinline__ Packet* routes_at(const Params& p, const Watch& watch
 }
 
 // Tells every rank what a token selects, this one first: stores behind those that wait for the link wait too.
-__device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, uint32_t token,
-                                           const Ids<kTopk>& given) {
+__device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, uint32_t token, const Ids<kTopk>& given,
+                                           Watch::Opened opened) {
     uint32_t words[kRoutePackets * kPacketWords];
 #pragma unroll
     for (uint32_t word = 0; word < kRoutePackets * kPacketWords; ++word) words[word] = ~0u;
@@ -239,8 +196,9 @@ __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, 
     if (!known) report_unknown_id(p, token);
 #pragma unroll 1
     for (uint32_t step = 0; step < kRanks; ++step) {
-        Packet* to =
-            routes_at(p, watch, rank_after<kRanks>(p.rank, step), p.rank) + 1 + uint64_t(token) * kRoutePackets;
+        const uint32_t rank = rank_after<kRanks>(p.rank, step);
+        if (!opened.may_send_to(rank)) continue;
+        Packet* to = routes_at(p, watch, rank, p.rank) + 1 + uint64_t(token) * kRoutePackets;
 #pragma unroll
         for (uint32_t number = 0; number < kRoutePackets; ++number) {
             send_packet(to + number, packet_of(number, watch.epoch, [&](uint32_t word) { return words[word]; }));
@@ -253,27 +211,30 @@ __device__ __forceinline__ void tell_route(const Params& p, const Watch& watch, 
 // many tokens there are, also if there are none, for every rank hears from every rank in every epoch; and then the
 // peers that this rank has read what came before this epoch, a release that waits for everything that was stored here.
 __device__ __forceinline__ void tell_routes(const Params& p, const Watch& watch, uint32_t tokens) {
-    __shared__ bool opened;
+    __shared__ Watch::Opened opened;
     uint32_t token = blockIdx.x * kBlockThreads + threadIdx.x;
     Ids<kTopk> ids = load_ids<Experts, kTopk>(p, token, tokens);
-    open_epoch(p, watch, opened);
+    Epoch::open_double_buffer(p, watch, opened);
     __syncthreads();
-    if (!opened) return;
+    if (!opened.may_send()) return;
     if (blockIdx.x == 0) {
 #pragma unroll 1
         for (uint32_t peer = threadIdx.x; peer < kRanks; peer += kBlockThreads) {
-            send_packet(routes_at(p, watch, peer, p.rank), Packet{{tokens, 0, 0}, watch.epoch});
+            if (!opened.may_send_to(peer)) continue;
+            const uint64_t missing = opened.missing<kRanks>();
+            send_packet(routes_at(p, watch, peer, p.rank),
+                        Packet{{tokens, uint32_t(missing), uint32_t(missing >> 32)}, watch.epoch});
         }
     }
 #pragma unroll 1
     while (token < tokens) {
-        tell_route(p, watch, token, ids);
+        tell_route(p, watch, token, ids, opened);
         token += p.tellers * kBlockThreads;
         if (token < tokens) ids = load_ids<Experts, kTopk>(p, token, tokens);
     }
     if (blockIdx.x != 0) return;
     if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
-    tell_consumed(p, watch);
+    Epoch::publish_consumed(p, watch, epoch_before(watch.epoch));
 }
 
 // How many tokens a source says that it has; none, if they are more than this call has room for: it makes another one.
@@ -546,17 +507,17 @@ __device__ __forceinline__ Outgoing ask_for_unit(const Params& p, uint32_t work,
 
 // Where a row goes needs no plan. What the first token needs is asked for while the epoch opens.
 __device__ __forceinline__ void send_tokens(const Params& p, const Watch& watch, uint32_t tokens) {
-    __shared__ bool opened;
+    __shared__ Watch::Opened opened;
     __shared__ Head heads[kWarpGroups];
     const uint32_t groups = Group::number_in(p.senders);
     uint32_t work = Group::first_work(p.senders);
     Outgoing next = ask_for_unit(p, work, tokens);
-    open_epoch(p, watch, opened);
+    Epoch::open_double_buffer(p, watch, opened);
     __syncthreads();
-    if (!opened) return;
+    if (!opened.may_send()) return;
 #pragma unroll 1
     while (work < tokens * p.shares) {
-        send_token(p, watch, next.unit, next.ranks, next.token, heads[Group::index()]);
+        send_token(p, watch, next.unit, opened.among(next.ranks), next.token, heads[Group::index()]);
         work += groups;
         if (work < tokens * p.shares) next = ask_for_unit(p, work, tokens);
     }
@@ -721,8 +682,8 @@ __device__ __forceinline__ void receive_tokens(const Params& p, const Watch& wat
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident)
 moegen_ll_dispatch_fp8_expert_r8_h7168_k8_e256_ipc_w1x4_row_whole(const __grid_constant__ Params p) {
     await_launch_before();
-    const Watch watch = start_watch(p);
-    leave_epoch(p, watch);
+    const Watch watch = Watch::start(p);
+    leave_epoch(p.control, watch.epoch, leaving_thread());
     if (blockIdx.x < p.tellers) tell_routes(p, watch, tokens_of_this_call(p));
     if (is_one_of(p.senders)) send_tokens(p, watch, tokens_of_this_call(p));
     if (is_one_of(p.receivers)) receive_tokens(p, watch);

@@ -238,7 +238,7 @@ class CollectiveReturn(_Chunked, RowCombine, family="coll", op="return"):
                 _RANK,
                 _MAX_TOKENS,
                 Param("uint32_t", "rows", "of `y`; more may have come to a dispatch that had no room for them"),
-                Param("uint32_t", "word", "the call word"),
+                Param("uint32_t", "call", "the call word"),
             )
         )
 
@@ -271,7 +271,7 @@ class CollectiveReduce(CollectiveReturn, family="coll", op="reduce"):
                 _MAX_TOKENS,
                 Param("uint32_t", "tokens", "rows of this rank's token tensor"),
                 Param("uint32_t", "rows", "of `y`; more may have come to a dispatch that had no room for them"),
-                Param("uint32_t", "word", "the call word"),
+                Param("uint32_t", "call", "the call word"),
             )
         )
 

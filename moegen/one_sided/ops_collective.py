@@ -52,14 +52,14 @@ def _varying(spec: Spec) -> tuple[str, ...]:
     if isinstance(spec, CollectiveSum):
         return ("out", *(param.name for param in spec.result_params), *OF_HANDLE[:3], "tokens", "first_rows")
     if isinstance(spec, CollectiveOpen):
-        return ("headers", "own_headers", "counts", "exchanged", "gathered", "stride", "slots", "stats_words", "word")
+        return ("headers", "own_headers", "counts", "exchanged", "gathered", "stride", "slots", "stats_words", "call")
     if isinstance(spec, CollectiveMove):
         places = ("chunks", "line", "begins", "planes", "chunk_bytes", "rows")
         return (*places, "slots", *_UNUSED_IDS) if spec.to == "planes" else places
     assert isinstance(spec, CollectivePack)
     if spec.exact:
         return ("line", "begins", "rows", "active", "payloads", *_ROUTED, "tokens", "wide_ids")
-    sizes = ("chunk_bytes", "tokens", "slots", "stats_words", *_UNUSED_IDS, "wide_ids", "word")
+    sizes = ("chunk_bytes", "tokens", "slots", "stats_words", *_UNUSED_IDS, "wide_ids", "call")
     return ("chunks", "payloads", "planes", *_ROUTED, "tokens_sent", "stats", *sizes)
 
 

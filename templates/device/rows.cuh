@@ -2,6 +2,7 @@
 // Rows: where they lie in tensors and in the receive buffers of all ranks, and how warp groups copy them.
 #pragma once
 
+#include <moegen/epoch.cuh>
 #include <moegen/work.cuh>
 
 namespace moegen {
@@ -42,8 +43,6 @@ struct Slot {
 __device__ __forceinline__ uint64_t number_of(Slot slot) { return uint64_t(slot.source) * slot.capacity + slot.row; }
 
 // Double-buffered memory is [parity][source]: epochs that follow each other use different halves.
-__device__ __forceinline__ uint32_t parity_of(uint32_t epoch) { return epoch & 1; }
-
 template <uint32_t kRanks>
 __device__ __forceinline__ uint32_t source_in_half(uint32_t epoch, uint32_t source) {
     return parity_of(epoch) * kRanks + source;

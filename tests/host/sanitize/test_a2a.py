@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from host.sanitize.a2a_kernels import Variant, headers, variant
 from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
-from host.sanitize.edits import REPORT, ROUTING, barrier_before, entering, relaxed_load, relaxed_store
+from host.sanitize.edits import EPOCH, LAUNCH, REPORT, ROUTING, barrier_before, leaving, relaxed_load, relaxed_store
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, Sanitizer, built_once, race_in, run
 
 from moegen.codegen.spec import WarpGroups
@@ -29,9 +29,13 @@ BULK = variant(WarpGroups(2, 1), 3, copy="bulk")
 TWO_RANKS = variant(WarpGroups(2, 1), 3, ranks=2)
 
 
-def no_wait(word: str) -> Edit:
+WORDS = "moegen/presence.cuh"
+"""Where words of progress are published and waited for."""
+
+
+def no_wait(word: str, file: str = KERNEL) -> Edit:
     """Looks once, and takes whatever is there for what was waited for."""
-    return Edit(KERNEL, rf"(return load_acquire_sys\({word}\));", r"\1, watch.epoch;")
+    return Edit(file, rf"(return load_acquire_sys\({word}\));", r"\1, watch.epoch;")
 
 
 def no_wait_for_packet(phase: str, place: str, packet: str) -> Edit:
@@ -41,14 +45,14 @@ def no_wait_for_packet(phase: str, place: str, packet: str) -> Edit:
 
 
 PRESENCE = {
-    "presence_store": relaxed_store(r"presence_at\("),
-    "presence_load": relaxed_load("word"),
+    "presence_store": relaxed_store(r"presence_at\(", WORDS),
+    "presence_load": relaxed_load("word", file=LAUNCH),
 }
 """How ranks know that what they overwrite has been read."""
 
 CALLS = {
-    "call_store": relaxed_store("to, "),
-    "call_load": relaxed_load("word"),
+    "call_store": relaxed_store("to, ", WORDS),
+    "call_load": relaxed_load("word", file=WORDS),
 }
 """The same in combine, whose words of progress are two: one statement stores both."""
 
@@ -82,13 +86,13 @@ PLANS = {
 }
 """How they plan."""
 
-ENTERING = {
-    "entering": entering("__ATOMIC_RELAXED"),
-    "entering_release": entering("__ATOMIC_ACQUIRE"),
-    "entering_acquire": entering("__ATOMIC_RELEASE"),
-    "entering_barrier": Edit(KERNEL, r"__syncthreads_and\(sound\) != 0", "sound"),
+LEAVING = {
+    "leaving": leaving("__ATOMIC_RELAXED"),
+    "leaving_release": leaving("__ATOMIC_ACQUIRE"),
+    "leaving_acquire": leaving("__ATOMIC_RELEASE"),
+    "leaving_barrier": Edit(EPOCH, r"__syncthreads_and\(sound\) != 0", "sound"),
 }
-"""How the last block to enter knows that all threads have read the epoch; and, in dispatch, how its threads learn what
+"""How the last block to leave knows that all threads have read the epoch; and, in dispatch, how its threads learn what
 each warp has counted.
 """
 
@@ -103,8 +107,8 @@ Its lists of copies grow in one thread of a block and shrink in another, which T
 kernels are for AddressSanitizer.
 """
 
-NO_PRESENCE = {"presence_wait": Edit(KERNEL, r"int32_t\(seen - needed\) >= 0", "seen != needed")}
-NO_CALLS = {"call_wait": no_wait("word")}
+NO_PRESENCE = {"presence_wait": Edit(LAUNCH, r"int32_t\(seen - needed\) >= 0", "seen != needed")}
+NO_CALLS = {"call_wait": no_wait("word", WORDS)}
 NO_ROWS = {"counts_wait": no_wait_for_packet("kCounts", "row_count_at", "first"), "flag_wait": no_wait("flag")}
 NO_PARTIALS = {
     "tag_wait": no_wait("tag"),
@@ -114,7 +118,7 @@ NO_PARTIALS = {
 
 PULLING = {
     **{f"pulled_{name}": edit for name, edit in {**CALLS, **NO_CALLS}.items()},
-    "pulled_entering_barrier": ENTERING["entering_barrier"],
+    "pulled_leaving_barrier": LEAVING["leaving_barrier"],
 }
 """How a block learns that others have made the rows that it reads; its barrier is that of the epoch."""
 
@@ -123,8 +127,8 @@ WEAKENED = [
     *without(APART, "combine", CALLS, TAGS),
 ]
 MORE = [
-    *without(APART, "dispatch", PLANS, ENTERING, NO_PRESENCE, NO_ROWS),
-    *without(APART, "combine", ENTERING, NO_CALLS, NO_PARTIALS),
+    *without(APART, "dispatch", PLANS, LEAVING, NO_PRESENCE, NO_ROWS),
+    *without(APART, "combine", LEAVING, NO_CALLS, NO_PARTIALS),
     *without(ONE_TEAM, "combine", {f"{name}_of_block": TAGS[name] for name in ("tag_barrier", "tag_vote")}),
     *without(PULLED, "combine", PULLING),
     *without(TOGETHER, "combine", {f"{name}_of_team": TAGS[name] for name in ("tag_barrier", "tag_vote")}),

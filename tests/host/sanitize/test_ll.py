@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
-from host.sanitize.edits import REPORT, barrier_before, entering, relaxed_load, relaxed_store
+from host.sanitize.edits import CONSUMED, REPORT, barrier_before, leaving, relaxed_load, relaxed_store
 from host.sanitize.ll_kernels import Variant, headers, variant
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, built_once, race_in, run
 
@@ -36,9 +36,8 @@ MASKED = RIGHT[-1]
 
 ORDERS = {
     "tag_load": relaxed_load("tag"),
-    "consumed_store": relaxed_store(r"consumed_at\("),
-    "consumed_load": relaxed_load("word"),
-    "entering": entering("__ATOMIC_RELAXED"),
+    **CONSUMED,
+    "leaving": leaving("__ATOMIC_RELAXED"),
 }
 """What wire format `row` rests on, by name, and how to take it away. `inline` has no such order: its payload crosses in
 relaxed 16-byte atomics, which are no data race.
@@ -56,8 +55,8 @@ OF_COMBINE = {
 WEAKENED = [
     *without(ROW, "dispatch", ORDERS | OF_DISPATCH),
     *without(ROW, "combine", ORDERS | OF_COMBINE),
-    weakened(ROW, "dispatch", "entering_release", entering("__ATOMIC_ACQUIRE")),
-    weakened(ROW, "dispatch", "entering_acquire", entering("__ATOMIC_RELEASE")),
+    weakened(ROW, "dispatch", "leaving_release", leaving("__ATOMIC_ACQUIRE")),
+    weakened(ROW, "dispatch", "leaving_acquire", leaving("__ATOMIC_RELEASE")),
 ]
 UNORDERED_REPORT = weakened(ROW, "dispatch", "report", REPORT)
 BEYOND = weakened(
