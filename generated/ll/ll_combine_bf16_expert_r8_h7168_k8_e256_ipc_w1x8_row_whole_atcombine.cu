@@ -66,12 +66,12 @@ constexpr uint32_t kSlotVectors = kRowPieces;
 constexpr uint32_t kResident = 2;
 
 using PeerWatch = PlainWatch;
-using Watch = PeerWatch;
-using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
-// The flag of a partial sum: its epoch, with the call word (one bit: weights are given to combine) added to the lowest
-// bit. That bit is redundant: it selects the half of the receive buffers.
+// A partial sum is marked by its epoch, to whose lowest bit the call word (one bit: weights are given to combine) is
+// added: that bit is redundant, because it is the parity of the receive buffer.
 constexpr uint32_t kCallWord = 1;
+using Watch = PeerWatch;
 __device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.epoch ^ kCallWord; }
+using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
 
 // Of a warp that has little else to do when a launch begins.
 __device__ __forceinline__ uint32_t leaving_thread() {
@@ -336,16 +336,21 @@ __device__ __forceinline__ Outgoing outgoing_at(const Params& p, uint32_t work) 
             Epoch::publish_consumed(p, watch, epoch_before(watch.epoch));
     }
 
+// What a warp group adds up of this rank's own experts.
+__device__ __forceinline__ Terms& own_terms() {
+    __shared__ Terms terms[kWarpGroups];
+    return terms[Group::index()];
+}
+
 constexpr uint32_t kPartialsInFlight = 2;  // of a thread
 
 // Adds the partial sums of one token in the order of the ranks.
 // This rank's own never leaves fp32.
-__device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch, uint32_t token,
-                                             uint64_t ranks, Terms& terms) {
+__device__ __forceinline__ void reduce_token(const Params& p, const Watch& watch, uint32_t token, uint64_t ranks) {
     Sums<Bf16> sums[kSteps] = {};
     const bool own = (ranks >> p.rank & 1) != 0;
     Sums<Bf16> own_sums[kSteps] = {};
-    if (own) partial_sums(terms, load_term(terms, 0), own_sums);
+    if (own) partial_sums(own_terms(), load_term(own_terms(), 0), own_sums);
     const uint64_t awaited = ranks & ~(uint64_t(1) << p.rank);
 #pragma unroll 1
     for (uint32_t rank = Group::thread(); rank < kRanks; rank += kGroupThreads) {
@@ -389,7 +394,6 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
     const uint32_t groups = Group::number_in(p.receivers);
     uint32_t token = Group::first_work(p.receivers);
     uint64_t ranks = token < tokens ? p.token_ranks[token] : 0;
-    __shared__ Terms terms[kWarpGroups];
     const uint64_t first_own = uint64_t(kRanks - 1) * p.max_tokens;
     Selection selection = load_selection(p, first_own + min(token, p.max_tokens - 1));
     Epoch::open_double_buffer(p, watch, opened);
@@ -397,8 +401,8 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
     if (!opened.may_send()) return;
 #pragma unroll 1
     while (token < tokens) {
-        if ((ranks >> p.rank & 1) != 0) list_terms(p, watch, p.rank, token, selection, terms[Group::index()]);
-        reduce_token(p, watch, token, ranks, terms[Group::index()]);
+        if ((ranks >> p.rank & 1) != 0) list_terms(p, watch, p.rank, token, selection, own_terms());
+        reduce_token(p, watch, token, ranks);
         token += groups;
         if (token >= tokens) break;
         ranks = p.token_ranks[token];

@@ -83,8 +83,11 @@ constexpr uint32_t kSlotVectors = kHeadPieces + kRowPieces;
 constexpr uint32_t kResident = kBlockThreads <= 256 ? 3 : 1;
 
 using PeerWatch = WatchOf<Params>;
+// What crosses is marked by its epoch.
 using Watch = PeerWatch;
+__device__ __forceinline__ uint32_t mark_of(const Watch& watch) { return watch.epoch; }
 using Epoch = EpochOf<kRanks, kBlockThreads, kPeerReady>;
+
 // Of a warp that has little else to do when a launch begins.
 __device__ __forceinline__ uint32_t leaving_thread() {
     return kBlockThreads > 2 * kWarpSize ? kBlockThreads - 2 * kWarpSize : 0;
@@ -143,7 +146,7 @@ __device__ __forceinline__ bool complete_row(const uint4*, const Watch&, Awaited
 
 __device__ __forceinline__ bool wait_for_tag(const Params& p, const Watch& watch, Awaited what) {
     const uint64_t* tag = tag_at<uint64_t>(p, p.rank, slot_of(p, watch, what.peer, uint32_t(what.index)));
-    return wait_for(watch, what, watch.epoch, [=] { return uint32_t(load_acquire_sys(tag)); });
+    return wait_for(watch, what, mark_of(watch), [=] { return uint32_t(load_acquire_sys(tag)); });
 }
 
 __device__ __forceinline__ Row as_pieces(const Row& row, uint32_t epoch) {
@@ -500,7 +503,7 @@ __device__ __forceinline__ Unit unit_at(const Params& p, uint32_t work, uint32_t
 __device__ __forceinline__ void send_token(const Params& p, const Watch& watch, Unit unit, uint64_t ranks,
                                            const Token& token, Head& head) {
     if (Group::thread() < kTopk) head.words[Group::thread()] = __float_as_uint(token.weight);
-    const Row pieces = as_pieces(row_of(token, head), watch.epoch);
+    const Row pieces = as_pieces(row_of(token, head), mark_of(watch));
     Group::sync();  // the head is complete
 #pragma unroll 1
     for (uint32_t step = 1 + unit.share; step <= kDestinations; step += p.shares) {
@@ -509,7 +512,7 @@ __device__ __forceinline__ void send_token(const Params& p, const Watch& watch, 
         uint4* slot = staged_at(p, watch, rank, p.rank, unit.token);
 #pragma unroll 1
         for (uint32_t at = kGroupThreads - 1 - Group::thread(); at < kHeadPieces; at += kGroupThreads) {
-            send_piece(slot + at, as_piece(head.words + at * kPieceWords, watch.epoch));
+            send_piece(slot + at, as_piece(head.words + at * kPieceWords, mark_of(watch)));
         }
         send_pieces(pieces, slot + kHeadPieces);
     }
@@ -520,7 +523,7 @@ __device__ __forceinline__ void send_token(const Params& p, const Watch& watch, 
          step += p.shares * kGroupThreads) {
         const uint32_t rank = rank_after<kRanks>(p.rank, step);
         if ((ranks >> rank & 1) == 0) continue;
-        store_release_sys(tag_at<uint64_t>(p, rank, slot_of(p, watch, p.rank, unit.token)), uint64_t(watch.epoch));
+        store_release_sys(tag_at<uint64_t>(p, rank, slot_of(p, watch, p.rank, unit.token)), uint64_t(mark_of(watch)));
     }
 }
 
