@@ -14,7 +14,12 @@ from scripts.house.cpp import without_comments
 from scripts.house.finding import ROOT, Finding, relative
 from scripts.house.kernels import seam
 
-_FUNCTION = re.compile(r"__device__(?:[^;{}()]|__launch_bounds__\([^)]*\))*?\b(\w+)\s*\(")
+# No members: those of two types have one name where templates take either type.
+_FUNCTION = re.compile(
+    r"^(?:template\s*<[^;{}]*>\s*)?"
+    r"__device__(?:[^;{}()]|__launch_bounds__\([^)]*\))*?(?<![\w:])(\w+)\s*\(",
+    re.MULTILINE,
+)
 # Every kernel has a struct Params of its own.
 _STRUCT = re.compile(
     r"^\s*(?:template\s*<[^;{}]*>\s*)?struct\s+(?:alignas\(\w+\)\s*)?(?!Params\b)(\w+)\s*[:{]", re.MULTILINE

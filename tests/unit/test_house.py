@@ -176,7 +176,8 @@ def test_a_name_for_a_test_of_the_family_counts_wherever_it_is_mentioned() -> No
 
 
 def test_what_two_templates_define() -> None:
-    text = "__device__ __forceinline__ const T& twice(int a) { once(); }\nstruct Twice {};\nstruct Params {};\n"
+    text = "__device__ __forceinline__ const T& twice(int a) { once(); }\nstruct Params {};\n"
+    text += "struct Twice {\n    __device__ int member() const;\n};\n__device__ int Twice::member() const {}\n"
     texts = {
         "parts/a.cuh.jinja": text + "__device__ void once() {}\n__device__ void once(int) {}\nstruct Once;\n",
         "parts/b.cuh.jinja": text + "// __device__ void once() {}\n//% set x = 1\nstruct Once {};\n",
