@@ -90,10 +90,6 @@ struct Arrivals {
     bool belong[kRanks];                      // whether what a source has sent belongs to this call
 };
 
-__device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t source) {
-    return arrivals.first_row[source + 1] - arrivals.first_row[source];
-}
-
 // Reads what every source tells first.
 __device__ __forceinline__ void read_counts(const Params& p, Arrivals& arrivals) {
 #pragma unroll 1

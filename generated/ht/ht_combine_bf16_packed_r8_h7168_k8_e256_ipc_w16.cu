@@ -80,18 +80,6 @@ __device__ __forceinline__ uint64_t* incoming_tag(const Params& p, uint32_t sour
     return tag_at<uint64_t>(p, p.rank, Slot{source, p.max_tokens, token});
 }
 
-// A warp's wait for the row of (source, token) here.
-__device__ __forceinline__ bool wait_for_row(const Params& p, const Watch& watch, Awaited what) {
-    bool arrived = true;
-    if (lane_id() == 0) {
-        const uint64_t* tag = incoming_tag(p, what.peer, uint32_t(what.index));
-        arrived = wait_for(watch, what, tag_of(p, watch), [=] { return load_acquire_sys(tag); });
-    }
-    const bool verdict = __all_sync(kFullWarp, arrived) != 0;
-    __syncwarp();  // lane 0 has acquired the row, and a vote orders nothing
-    return verdict;
-}
-
 using Terms = TermList<kRanks - 1 + kTopk + 2>;  // of the other ranks, of this one's experts, and biases
 
 // Lists the rows of `y` that make up a partial sum, behind `number` others; how many there are then. With weights each

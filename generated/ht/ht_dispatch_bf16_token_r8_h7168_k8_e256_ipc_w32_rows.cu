@@ -128,17 +128,17 @@ struct Arrivals {
     uint32_t first_row[kRanks + 1];
 };
 
-__device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t source) {
-    const uint32_t begin = arrivals.first_row[source];
-    return max(arrivals.first_row[source + 1], begin) - begin;
-}
-
 __device__ __forceinline__ void recall_counts(const Params& p, Arrivals& arrivals) {
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source <= kRanks; source += kBlockThreads) {
         arrivals.first_row[source] = min(uint32_t(p.first_rows[source]), rows_at_most<kRanks>(p));
     }
     __syncthreads();
+}
+
+__device__ __forceinline__ uint32_t rows_of(const Arrivals& arrivals, uint32_t source) {
+    const uint32_t begin = arrivals.first_row[source];
+    return max(arrivals.first_row[source + 1], begin) - begin;
 }
 
 // A row, and this lane's selection of it.

@@ -127,10 +127,6 @@ __device__ __forceinline__ uint4 to_piece(uint4 vector, uint32_t epoch) {
                       epoch);
 }
 
-__device__ __forceinline__ uint4 as_piece(const uint32_t* words, uint32_t epoch) {
-    return make_uint4(words[0], words[1], words[2], epoch);
-}
-
 __device__ __forceinline__ void send_piece(uint4* to, uint4 piece) { store_whole_relaxed_sys(to, piece); }
 
 __device__ __forceinline__ uint4 to_vector(uint4 piece) {

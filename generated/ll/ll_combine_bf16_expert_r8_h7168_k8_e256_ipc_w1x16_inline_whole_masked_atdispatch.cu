@@ -134,10 +134,6 @@ __device__ __forceinline__ uint4 to_piece(uint4 vector, uint32_t epoch) {
                       epoch);
 }
 
-__device__ __forceinline__ uint4 as_piece(const uint32_t* words, uint32_t epoch) {
-    return make_uint4(words[0], words[1], words[2], epoch);
-}
-
 __device__ __forceinline__ void send_piece(uint4* to, uint4 piece) { store_whole_relaxed_sys(to, piece); }
 
 __device__ __forceinline__ uint4 to_vector(uint4 piece) {
@@ -171,16 +167,6 @@ __device__ __forceinline__ Row ask_for_row(const uint4* from) {
         row.vectors[step] = piece_at(step) < kRowPieces ? load_whole_relaxed_sys(from + piece_at(step)) : uint4{};
     }
     return row;
-}
-
-// One lane of each warp polls for the last piece that it is sent; most others are here before.
-__device__ __forceinline__ void await_row(const uint4* from, const Watch& watch, Awaited what) {
-    if (lane_id() == 0 && piece_at(0) < kRowPieces) {
-        const uint32_t last_step = (kRowPieces - 1 - Group::thread()) / kGroupThreads;
-        uint4 piece;
-        receive_piece(from + piece_at(last_step), watch, what, piece);
-    }
-    __syncwarp();
 }
 
 // Waits for the pieces that were not here when they were asked for; whether all of this thread's have come.

@@ -106,18 +106,9 @@ __device__ __forceinline__ uint32_t vector_at(uint32_t step) {
 }
 
 __device__ __forceinline__ uint4 to_piece(uint4 vector, uint32_t) { return vector; }
-__device__ __forceinline__ uint4 as_piece(const uint32_t* words, uint32_t) {
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 __device__ __forceinline__ void send_piece(uint4* to, uint4 piece) { *to = piece; }
 
 // The row's tag was awaited before: all of it is here.
-__device__ __forceinline__ bool receive_piece(const uint4* from, const Watch&, Awaited, uint4& piece) {
-    piece = *from;
-    return true;
-}
-
 __device__ __forceinline__ Row ask_for_row(const uint4* from) {
     Row row;
 #pragma unroll

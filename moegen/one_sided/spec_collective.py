@@ -51,6 +51,7 @@ class CollectivePack(OneSidedDispatch, family="coll", op="pack"):
 
     path: str = tag(one_of=("collective",))
     exchange: str = rare("padded", "exact")
+    copy: str = rare("vec")
 
     @property
     def awaited(self) -> Mapping[str, bool]:
