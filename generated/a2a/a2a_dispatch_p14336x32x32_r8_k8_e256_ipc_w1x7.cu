@@ -184,7 +184,8 @@ __device__ __forceinline__ Token ask_token(const Params& p, uint32_t token) {
     return asked;
 }
 
-__device__ __forceinline__ void send_token(const Params& p, const Token& asked, uint64_t ranks, const uint32_t* slots) {
+__device__ __forceinline__ void send_payloads(const Params& p, const Token& asked, uint64_t ranks,
+                                              const uint32_t* slots) {
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0;) {
         const uint32_t rank = take_destination<kCrossesLinks>(p, rest);
@@ -330,7 +331,7 @@ __device__ __forceinline__ void await_rows(const Params& p, const Watch& watch, 
     }
 }
 
-__device__ __forceinline__ void receive_rows(const Params& p, const Watch& watch) {
+__device__ __forceinline__ void await_arrivals(const Params& p, const Watch& watch) {
     __shared__ Arrivals arrivals;
     await_row_counts(p, watch, arrivals);
     if (p.unused_ids != nullptr) fill_unused_ids(p, arrivals);
@@ -377,7 +378,7 @@ __device__ __forceinline__ void send_share(const Params& p, const Start& start, 
         for (uint32_t index = Group::index(); index < min(kWarpSize, share.end - begin); index += kWarpGroups) {
             const uint32_t token = begin + index;
             if (token != share.begin + Group::index()) asked = ask_token(p, token);
-            send_token(p, asked, chunk.ranks[index], chunk.slots[index]);
+            send_payloads(p, asked, chunk.ranks[index], chunk.slots[index]);
         }
         __syncthreads();  // the chunk is used, and all its rows are on their way
     }
@@ -407,5 +408,5 @@ moegen_a2a_dispatch_p14336x32x32_r8_k8_e256_ipc_w1x7(const __grid_constant__ Par
         if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
     }
     if (is_one_of(p.senders)) send_share(p, start, before, watch, ready);
-    if (is_one_of(p.receivers)) receive_rows(p, watch);
+    if (is_one_of(p.receivers)) await_arrivals(p, watch);
 }

@@ -71,7 +71,7 @@ __device__ __forceinline__ void move_rows(const Params& p, uint32_t rank, uint32
 }
 
 // Ids behind a rank's rows become one that names no expert here.
-__device__ __forceinline__ void fill_unused_ids(const Params& p, uint32_t rank) {
+__device__ __forceinline__ void fill_plane_ids(const Params& p, uint32_t rank) {
     int32_t* ids = reinterpret_cast<int32_t*>(p.chunks + rank * p.chunk_bytes + p.planes[p.ids_payload]);
     const uint64_t end = uint64_t(p.slots) * p.id_words;
 #pragma unroll 1
@@ -88,6 +88,6 @@ moegen_coll_move_toplanes_p14336x32x32_r8_collective_w1x7(const __grid_constant_
         move_rows(p, rank, 0, 14336);
         move_rows(p, rank, 1, 32);
         move_rows(p, rank, 2, 32);
-        fill_unused_ids(p, rank);
+        fill_plane_ids(p, rank);
     }
 }

@@ -39,7 +39,7 @@ struct Header {
 };
 
 // Of one rank, in `headers` from all or for all.
-__device__ __forceinline__ const Header* header_at(const Params& p, const uint8_t* headers, uint32_t rank) {
+__device__ __forceinline__ const Header* given_header(const Params& p, const uint8_t* headers, uint32_t rank) {
     return reinterpret_cast<const Header*>(headers + rank * p.stride);
 }
 
@@ -49,18 +49,18 @@ moegen_coll_open_r8_collective_w1x8(const __grid_constant__ Params p) {
     await_launch_before();
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
-        const Header header = *header_at(p, p.headers, source);
+        const Header header = *given_header(p, p.headers, source);
         const uint64_t call = uint64_t(header.call[1]) << 32 | header.call[0];
         const bool fits = belongs_here(p, source, header.object, header.number, call);
         const int32_t rows = fits ? int32_t(min(header.rows, p.slots)) : 0;
         p.counts[source] = rows;
         if (p.exchanged == nullptr) continue;
         p.exchanged[source] = rows;
-        p.exchanged[kRanks + source] = fits ? int32_t(header_at(p, p.own_headers, source)->rows) : 0;
+        p.exchanged[kRanks + source] = fits ? int32_t(given_header(p, p.own_headers, source)->rows) : 0;
     }
 #pragma unroll 1
     for (uint32_t at = threadIdx.x; at < kRanks * p.stats_words; at += kBlockThreads) {
-        const Header* header = header_at(p, p.headers, at / p.stats_words);
+        const Header* header = given_header(p, p.headers, at / p.stats_words);
         p.gathered[at] = reinterpret_cast<const int32_t*>(header + 1)[at % p.stats_words];
     }
 }

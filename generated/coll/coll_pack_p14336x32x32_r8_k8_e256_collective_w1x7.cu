@@ -170,7 +170,8 @@ __device__ __forceinline__ Token ask_token(const Params& p, uint32_t token) {
     return asked;
 }
 
-__device__ __forceinline__ void send_token(const Params& p, const Token& asked, uint64_t ranks, const uint32_t* slots) {
+__device__ __forceinline__ void send_payloads(const Params& p, const Token& asked, uint64_t ranks,
+                                              const uint32_t* slots) {
 #pragma unroll 1
     for (uint64_t rest = ranks; rest != 0;) {
         const uint32_t rank = take_destination<kCrossesLinks>(p, rest);
@@ -219,7 +220,7 @@ __device__ __forceinline__ void send_share(const Params& p, const Start& start, 
         for (uint32_t index = Group::index(); index < min(kWarpSize, share.end - begin); index += kWarpGroups) {
             const uint32_t token = begin + index;
             if (token != share.begin + Group::index()) asked = ask_token(p, token);
-            send_token(p, asked, chunk.ranks[index], chunk.slots[index]);
+            send_payloads(p, asked, chunk.ranks[index], chunk.slots[index]);
         }
         __syncthreads();  // the chunk is used, and all its rows are on their way
     }
@@ -235,12 +236,12 @@ struct Header {
     uint32_t unused[8 - 7];
 };
 
-__device__ __forceinline__ Header* header_at(const Params& p, uint32_t rank) {
+__device__ __forceinline__ Header* chunk_header(const Params& p, uint32_t rank) {
     return reinterpret_cast<Header*>(p.chunks + rank * p.chunk_bytes);
 }
 
 // Ids behind the rows of a chunk become one that names no expert of its rank.
-__device__ __forceinline__ void fill_unused_ids(const Params& p, uint32_t rank, uint32_t rows) {
+__device__ __forceinline__ void fill_chunk_ids(const Params& p, uint32_t rank, uint32_t rows) {
     int32_t* ids = reinterpret_cast<int32_t*>(p.chunks + rank * p.chunk_bytes + p.planes[p.ids_payload]);
 #pragma unroll 1
     for (uint64_t at = uint64_t(rows) * p.id_words + threadIdx.x; at < uint64_t(p.slots) * p.id_words;
@@ -249,18 +250,19 @@ __device__ __forceinline__ void fill_unused_ids(const Params& p, uint32_t rank, 
     }
 }
 
-__device__ __forceinline__ void write_headers(const Params& p, uint32_t tokens, uint32_t number, const Counts& all) {
+__device__ __forceinline__ void write_chunk_headers(const Params& p, uint32_t tokens, uint32_t number,
+                                                    const Counts& all) {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < kRanks; rank += kBlockThreads) {
-        *header_at(p, rank) = Header{
+        *chunk_header(p, rank) = Header{
             sum_of_warps(all, rank), tokens, p.slots, p.object, number, {uint32_t(p.call), uint32_t(p.call >> 32)}, {}};
     }
 #pragma unroll 1
     for (uint32_t rank = 0; rank < kRanks; ++rank) {
-        fill_unused_ids(p, rank, sum_of_warps(all, rank));
+        fill_chunk_ids(p, rank, sum_of_warps(all, rank));
 #pragma unroll 1
         for (uint32_t word = threadIdx.x; word < p.stats_words; word += kBlockThreads) {
-            reinterpret_cast<int32_t*>(header_at(p, rank) + 1)[word] = p.stats[word];
+            reinterpret_cast<int32_t*>(chunk_header(p, rank) + 1)[word] = p.stats[word];
         }
     }
 }
@@ -277,7 +279,7 @@ moegen_coll_pack_p14336x32x32_r8_k8_e256_collective_w1x7(const __grid_constant__
     if (is_one_of(p.receivers)) count_tokens(p, tokens, tokens, all);
     leave_epoch(p.control, number, kBlockThreads - 1);
     if (is_one_of(p.receivers)) {
-        write_headers(p, tokens, number, all);
+        write_chunk_headers(p, tokens, number, all);
         if (threadIdx.x == 0) *p.tokens_sent = int32_t(tokens);
     }
     if (is_one_of(p.senders)) send_share(p, start, before);

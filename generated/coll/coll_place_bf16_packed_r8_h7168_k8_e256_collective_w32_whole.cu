@@ -245,7 +245,7 @@ __device__ __forceinline__ void place_row(const Params& p, const Arrival& arriva
     __syncwarp();  // the next row's list overwrites this one
 }
 
-__device__ __forceinline__ void receive_rows(const Params& p) {
+__device__ __forceinline__ void place_rows(const Params& p) {
     __shared__ Arrivals arrivals;
 #pragma unroll 1
     for (uint32_t source = threadIdx.x; source < kRanks; source += kBlockThreads) {
@@ -269,5 +269,5 @@ __device__ __forceinline__ void receive_rows(const Params& p) {
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
 moegen_coll_place_bf16_packed_r8_h7168_k8_e256_collective_w32_whole(const __grid_constant__ Params p) {
     await_launch_before();
-    receive_rows(p);
+    place_rows(p);
 }

@@ -438,7 +438,8 @@ __device__ __forceinline__ void reduce_tokens(const Params& p, const Watch& watc
 }
 
 extern "C" __global__ void __launch_bounds__(kBlockThreads, kResident)
-moegen_ll_combine_bf16_expert_r8_h7168_k8_e256_ipc_w1x16_inline_whole_masked_atdispatch(const __grid_constant__ Params p) {
+moegen_ll_combine_bf16_expert_r8_h7168_k8_e256_ipc_w1x16_inline_whole_masked_atdispatch(
+    const __grid_constant__ Params p) {
     await_launch_before();
     const Watch watch = Watch::start(p);
     leave_epoch(p.control, watch.epoch, leaving_thread());

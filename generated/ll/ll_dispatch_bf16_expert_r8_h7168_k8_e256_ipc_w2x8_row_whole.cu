@@ -358,7 +358,7 @@ __device__ __noinline__ void count_routes(const Packet* routes, uint64_t stride,
 }
 
 // The first block tells the user how much comes from whom.
-__device__ __forceinline__ void tell_user(const Params& p, const Watch& watch) {
+__device__ __forceinline__ void report_arrivals(const Params& p, const Watch& watch) {
     __shared__ uint32_t first[kRanks + 1];
     __shared__ Tally sums[kRanks];
     receive_sources(p, watch, first);
@@ -419,7 +419,7 @@ __device__ __forceinline__ Token load_token(const Params& p, uint32_t index, uin
     return token;
 }
 
-__device__ __forceinline__ Row row_of(const Token& token, const Head&) {
+__device__ __forceinline__ Row row_from(const Token& token, const Head&) {
     Row row;
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) row.vectors[step] = token.vectors[step];
@@ -444,7 +444,7 @@ __device__ __forceinline__ Unit unit_at(const Params& p, uint32_t work, uint32_t
 __device__ __forceinline__ void send_token(const Params& p, const Watch& watch, Unit unit, uint64_t ranks,
                                            const Token& token, Head& head) {
     if (Group::thread() < kTopk) head.words[Group::thread()] = __float_as_uint(token.weight);
-    const Row pieces = as_pieces(row_of(token, head), mark_of(watch));
+    const Row pieces = as_pieces(row_from(token, head), mark_of(watch));
     Group::sync();  // the head is complete
 #pragma unroll 1
     for (uint32_t step = 1 + unit.share; step <= kDestinations; step += p.shares) {
@@ -530,7 +530,8 @@ __device__ __forceinline__ Origin origin_of(const Params& p, const uint32_t (&fi
 }
 
 // Lists where a row goes and records it for combine.
-__device__ __forceinline__ void list_targets(const Params& p, const Tally& before, Origin origin, Incoming& incoming) {
+__device__ __forceinline__ void list_expert_rows(const Params& p, const Tally& before, Origin origin,
+                                                 Incoming& incoming) {
     if (Group::thread() >= kWarpSize) return;
     const uint32_t k = Group::thread();
     const int32_t selected = k < kTopk ? incoming.selections.experts[k] : -1;
@@ -603,13 +604,13 @@ __device__ __forceinline__ Row receive_row(const Params& p, const Watch& watch, 
 __device__ __forceinline__ void receive_token(const Params& p, const Watch& watch, const Tally& before, Origin origin,
                                               Incoming& incoming) {
     Token own = load_token(p, origin.token, origin.source == p.rank ? p.tokens : 0);
-    list_targets(p, before, origin, incoming);
+    list_expert_rows(p, before, origin, incoming);
     Group::sync();
     if (incoming.num_targets == 0) return;
     Row row;
     if (origin.source == p.rank) {
         if (Group::thread() < kTopk) incoming.head.words[Group::thread()] = __float_as_uint(own.weight);
-        row = row_of(own, incoming.head);
+        row = row_from(own, incoming.head);
     } else {
         row = receive_row(p, watch, origin, incoming);
     }
@@ -655,5 +656,5 @@ moegen_ll_dispatch_bf16_expert_r8_h7168_k8_e256_ipc_w2x8_row_whole(const __grid_
     if (blockIdx.x < p.tellers) tell_routes(p, watch, tokens_of_this_call(p));
     if (is_one_of(p.senders)) send_tokens(p, watch, tokens_of_this_call(p));
     if (is_one_of(p.receivers)) receive_tokens(p, watch);
-    if (blockIdx.x == 0) tell_user(p, watch);
+    if (blockIdx.x == 0) report_arrivals(p, watch);
 }

@@ -84,7 +84,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"\}\n(?=//)", "}\n\n", text)
     text = re.sub(r"\n{3,}", "\n\n", text)
     text = re.sub(r"\{\n\n", "{\n", text).lstrip("\n")
-    return re.sub(_COMMENTED, _in_a_column, re.sub(_KERNEL, _on_two_lines, text))
+    return re.sub(_COMMENTED, _in_a_column, re.sub(_KERNEL, _on_lines, text))
 
 
 _KERNEL = re.compile(r'^(extern "C" __global__ .*?\)) (\w+\(.*)$', re.MULTILINE)
@@ -92,9 +92,12 @@ _COMMENTED = re.compile(r"(?:^.*\S  +// .*\n)+", re.MULTILINE)
 """Lines with a comment behind their code, one below the other."""
 
 
-def _on_two_lines(kernel: re.Match[str]) -> str:
+def _on_lines(kernel: re.Match[str]) -> str:
     """The kernel's name, which holds the whole Spec, on a line of its own where it does not fit."""
-    return kernel[0] if len(kernel[0]) <= COLUMNS else f"{kernel[1]}\n{kernel[2]}"
+    if len(kernel[0]) <= COLUMNS:
+        return kernel[0]
+    named = kernel[2] if len(kernel[2]) <= COLUMNS else kernel[2].replace("(", "(\n    ", 1)
+    return f"{kernel[1]}\n{named}"
 
 
 def _in_a_column(lines: re.Match[str]) -> str:
