@@ -46,8 +46,8 @@ def test_references_and_kernels_which_state_groups_themselves_agree() -> None:
     assert {form.group for form in ROWS.values() if form.group} == {reference.FP8_GROUP}
     assert RESULTS["mxfp8"].group == reference_quantize.MXFP8_GROUP
     assert RESULTS["nvfp4"].group == reference_quantize.NVFP4_GROUP
-    kernels = (ROOT / "templates/shared/quantise.cuh.jinja").read_text()
-    assert f"kGroup = {reference.FP8_GROUP};" in kernels
+    kernels = (ROOT / "templates/device/quantize.cuh").read_text()
+    assert f"kScaleGroup = {reference.FP8_GROUP};" in kernels
 
 
 def test_the_table_is_read_without_torch(python: Run) -> None:
