@@ -12,30 +12,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
-    from moegen.high_throughput.api import HighThroughput as HighThroughput
-    from moegen.high_throughput.results import DispatchedRows as DispatchedRows
-    from moegen.high_throughput.results import RowsHandle as RowsHandle
-    from moegen.low_latency.api import ExpertParallel as ExpertParallel
-    from moegen.low_latency.results import Dispatched as Dispatched
-    from moegen.low_latency.results import Handle as Handle
-    from moegen.one_sided.api import OneSided as OneSided
-    from moegen.one_sided.results import DispatchedPayloads as DispatchedPayloads
-    from moegen.one_sided.results import PayloadsHandle as PayloadsHandle
-    from moegen.one_sided.results import Quantised as Quantised
+    from moegen.expert_parallel import ExpertParallel as ExpertParallel
+    from moegen.handle import Dispatched as Dispatched
+    from moegen.handle import Handle as Handle
+    from moegen.high_throughput import HighThroughput as HighThroughput
+    from moegen.one_sided import OneSided as OneSided
+    from moegen.payloads import DispatchedPayloads as DispatchedPayloads
+    from moegen.payloads import PayloadsHandle as PayloadsHandle
+    from moegen.payloads import Quantised as Quantised
+    from moegen.rows import DispatchedRows as DispatchedRows
+    from moegen.rows import RowsHandle as RowsHandle
     from moegen.runtime.worlds import GroupWorld as GroupWorld
     from moegen.runtime.worlds import LocalWorld as LocalWorld
 
 _HOMES = {
-    "ExpertParallel": "moegen.low_latency.api",
-    "Dispatched": "moegen.low_latency.results",
-    "Handle": "moegen.low_latency.results",
-    "HighThroughput": "moegen.high_throughput.api",
-    "OneSided": "moegen.one_sided.api",
-    "DispatchedPayloads": "moegen.one_sided.results",
-    "PayloadsHandle": "moegen.one_sided.results",
-    "Quantised": "moegen.one_sided.results",
-    "DispatchedRows": "moegen.high_throughput.results",
-    "RowsHandle": "moegen.high_throughput.results",
+    "ExpertParallel": "moegen.expert_parallel",
+    "Dispatched": "moegen.handle",
+    "Handle": "moegen.handle",
+    "HighThroughput": "moegen.high_throughput",
+    "OneSided": "moegen.one_sided",
+    "DispatchedPayloads": "moegen.payloads",
+    "PayloadsHandle": "moegen.payloads",
+    "Quantised": "moegen.payloads",
+    "DispatchedRows": "moegen.rows",
+    "RowsHandle": "moegen.rows",
     "LocalWorld": "moegen.runtime.worlds",
     "GroupWorld": "moegen.runtime.worlds",
     "errors": "moegen.errors",

@@ -23,7 +23,7 @@ from moegen.bench.ll import SCHEMA, nodes_of, row_of, seed_of, time_case, world_
 from moegen.bench.machine import machine, versions
 from moegen.bench.stats import over_ranks
 from moegen.bench.timing import OpClock, meet
-from moegen.one_sided.api import OneSided
+from moegen.one_sided import OneSided
 from moegen.runtime.worlds import RankWorld
 
 log = logging.getLogger(__name__)

@@ -10,13 +10,13 @@ from functools import partial
 
 import torch
 
-from moegen.base.reference import expert_ranges
 from moegen.bench.a2a_config import OneSidedConfig
 from moegen.bench.failure import BenchError
 from moegen.bench.inputs import TABLE_ROWS, Batch, Rotation
 from moegen.bench.timing import Step, meet
-from moegen.one_sided.api import OneSided
-from moegen.one_sided.results import DispatchedPayloads
+from moegen.one_sided import OneSided
+from moegen.payloads import DispatchedPayloads
+from moegen.reference import expert_ranges
 from moegen.runtime.worlds import RankWorld
 
 _BUFFERS = 16

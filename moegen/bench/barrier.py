@@ -7,13 +7,15 @@ from collections.abc import Sequence
 
 import torch
 
-from moegen.bench.spec import BARRIER_PHASES, BenchBarrier
 from moegen.bench.timing import meet
-from moegen.limits import CONTROL_WORDS
+from moegen.kernels.bench import BARRIER_PHASES, BenchBarrier
 from moegen.runtime.bound import BoundKernel
 from moegen.runtime.kernel import load
 from moegen.runtime.watchdog import Watchdog
 from moegen.runtime.worlds import RankWorld
+
+_CONTROL_WORDS = 32
+"""32-bit words of struct Control, on a 128-byte line of its own."""
 
 _FLAG_BYTES = 4
 
@@ -30,13 +32,13 @@ class DeviceBarrier:
         kernel = load(spec, world.device)
         self.spec = spec
         self._memory = world.allocate(world.size * _FLAG_BYTES)
-        self._control = torch.zeros(CONTROL_WORDS, dtype=torch.int32, device=world.device)
+        self._control = torch.zeros(_CONTROL_WORDS, dtype=torch.int32, device=world.device)
         self._control[0] = 1
         self._watchdog = Watchdog([spec.stem], BARRIER_PHASES, timeout, pinned=world.device.type == "cuda")
         fixed: dict[str, int | Sequence[int]] = {
             "peers": self._memory.peers,
             "control": self._control.data_ptr(),
-            "aborted": self._control.data_ptr() + 4 * (CONTROL_WORDS - 1),
+            "aborted": self._control.data_ptr() + 4 * (_CONTROL_WORDS - 1),
             "failure": self._watchdog.address(0),
             "flags_offset": 0,
             "timeout_ns": int(timeout * 1e9),

@@ -12,8 +12,8 @@ import torch
 from moegen.bench.inputs import Batch, Buffers
 from moegen.bench.timing import Step, meet
 from moegen.bench.verify import Verifier
-from moegen.low_latency.api import ExpertParallel
-from moegen.low_latency.results import Dispatched
+from moegen.expert_parallel import ExpertParallel
+from moegen.handle import Dispatched
 
 OPS = {
     "dispatch": "dispatch",

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from moegen.bench.report import columns, figures, titled
-from moegen.low_latency.select import row_bytes
+from moegen.select import row_bytes
 from moegen.tuning import Choice, Entry, Measured, Rule, Run, Table
 
 Json = dict[str, Any]

@@ -114,16 +114,6 @@ def share(run: Run, op: str, tokens: int, routing: str = "uniform", **more: Any)
     return value
 
 
-def beyond_link(run: Run, op: str, tokens: int, **more: Any) -> Value:
-    """Microseconds that an op takes more than its bytes need on the link."""
-    return lambda results: us(run, op, tokens, **more)(results) * (1 - share(run, op, tokens, **more)(results))
-
-
-def megabytes(run: Run, what: str, op: str, tokens: int, routing: str = "uniform", **more: Any) -> Value:
-    """MB of a rank, on average. `what`: unique_remote, unique_with_self, selections."""
-    return lambda results: results.case(run, op=op, tokens=tokens, routing=routing, **more)["bytes"][what] / 1e6
-
-
 def link(run: Run) -> Value:
     """GB/s per rank and direction, every rank pushing to every other at once."""
     return lambda results: float(results.of(run)["link"]["gbps"]["push"])
@@ -132,13 +122,6 @@ def link(run: Run) -> Value:
 def eager(run: Run, what: str, tokens: int, op: str = "eager", routing: str = "uniform") -> Value:
     """A figure of calls from Python, average over ranks."""
     return lambda results: float(results.case(run, "eager", op=op, tokens=tokens, routing=routing)[what]["avg"])
-
-
-def stage(run: Run, what: str, tokens: int, op: str = "eager_padded", routing: str = "uniform") -> Value:
-    """Microseconds on the device of one stage of a call over collectives, average over ranks."""
-    return lambda results: float(
-        results.case(run, "eager", op=op, tokens=tokens, routing=routing)["stages_us"][what]["avg"]
-    )
 
 
 def exact(run: Run, what: str, layout: str, dtype: str, tokens: int = 4096, routing: str = "uniform") -> Value:

@@ -23,8 +23,7 @@ _MACHINE = re.compile(r"(?:\b(one|two|four|eight) )?(NVIDIA H\d00)(?:.*?GPUs: (\
 
 
 def parse(text: str, part: str, section: str) -> Json:
-    """What the tables need of a result: `cases`, `machine`, `date`, and those of `link`, `command`, `seconds` that the
-    text has.
+    """What the tables need of a result: `cases`, `machine`, `date`, and `link` if the text has it.
 
     Args:
         part: of a suite, whose cases alone are wanted; empty: all.
@@ -70,14 +69,10 @@ def _origin(text: str) -> Json:
         raise InputError("the text must say on which GPUs and when it was measured")
     gpus = int(machine[3]) if machine[3] else _COUNTS[(machine[1] or "one").lower()]
     push = re.search(r"direction: push ([\d,.]+),", text)
-    command = re.search(r"^moegen bench (.*--.*\n)+", text, re.MULTILINE)  # wrapped where it is long
-    seconds = re.search(r"^all +estimated .* ([\d,.]+)$", text, re.MULTILINE)
     return {
         "machine": {"name": machine[2], "gpus": gpus},
         "date": date[0],
         **({"link": {"gbps": {"push": _number(push[1])}}} if push else {}),
-        **({"command": " ".join(command[0].split())} if command else {}),
-        **({"seconds": _number(seconds[1])} if seconds else {}),
     }
 
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moegen.bench.routing import ROUTINGS
+from moegen.checks import MAX_SLOTS
 from moegen.errors import InputError
-from moegen.formats import BF16, QUANTIZED, ROWS, Format
-from moegen.limits import MAX_SLOTS
+from moegen.kernels.ll import QUANTIZED, scale_words
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class LinkConfig:
         bytes: that each rank sends, to all others together.
         blocks: of a launch.
         threads: per block.
-        in_flight: 16-byte accesses that a thread has in flight.
+        in_flight: 16-byte accesses that a thread has under way.
         ops: pushes in a graph.
         replays: of that graph.
     """
@@ -97,7 +97,7 @@ class LowLatencyConfig:
     @property
     def row_bytes(self) -> int:
         """Payload of one token and of one partial sum: bf16."""
-        return BF16.row_bytes(self.hidden)
+        return 2 * self.hidden
 
     @property
     def combine_row_bytes(self) -> int:
@@ -107,12 +107,9 @@ class LowLatencyConfig:
     @property
     def dispatch_row_bytes(self) -> int:
         """Payload of one token as dispatch sends it, its scales included."""
-        return self.sent.moved_bytes(self.hidden)
-
-    @property
-    def sent(self) -> Format:
-        """How dispatch sends tokens."""
-        return ROWS[QUANTIZED[self.quantize]] if self.quantize else BF16
+        if not self.quantize:
+            return self.row_bytes
+        return self.hidden + 4 * scale_words(self.hidden, QUANTIZED[self.quantize])
 
     @property
     def virtual(self) -> bool:

@@ -11,10 +11,10 @@ from moegen.bench.a2a_config import OneSidedConfig
 from moegen.bench.eager import measure_eager
 from moegen.bench.stats import over_ranks
 from moegen.bench.timing import meet
-from moegen.codegen.problem import Problem
-from moegen.one_sided.exchange_rule import ExchangeRule
-from moegen.one_sided.spec_collective import chunk_planes
+from moegen.kernels.coll import chunk_planes
+from moegen.kernels.problem import Problem
 from moegen.runtime.worlds import RankWorld
+from moegen.tuning.exchange import ExchangeRule
 
 Json = dict[str, Any]
 

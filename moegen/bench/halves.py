@@ -8,8 +8,8 @@ from functools import partial
 from moegen.bench.case import Case
 from moegen.bench.inputs import Batch, Buffers
 from moegen.bench.timing import Step
-from moegen.low_latency.api import ExpertParallel
-from moegen.low_latency.split_calls import Hook
+from moegen.expert_parallel import ExpertParallel
+from moegen.runtime.halves import Hook
 
 HALVES = {
     "dispatch": ("dispatch_send", "dispatch_receive"),

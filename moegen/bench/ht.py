@@ -20,7 +20,7 @@ from moegen.bench.machine import machine, versions
 from moegen.bench.stats import over_ranks, quantile, quantiles, slowest
 from moegen.bench.timing import OpClock, meet
 from moegen.bench.traffic import bandwidths, byte_summary, matrices, traffic_of
-from moegen.high_throughput.api import HighThroughput
+from moegen.high_throughput import HighThroughput
 from moegen.runtime.worlds import RankWorld
 
 log = logging.getLogger(__name__)

@@ -11,15 +11,13 @@ from functools import partial
 
 import torch
 
-from moegen.base.reference import BF16_ROUNDING, FP32_ROUNDING, SMALLEST_BF16, expert_ranges
 from moegen.bench.failure import BenchError
-from moegen.bench.ht_config import DTYPES, HighThroughputConfig
+from moegen.bench.ht_config import HighThroughputConfig
 from moegen.bench.inputs import TABLE_ROWS, Batch
 from moegen.bench.timing import Step, meet
-from moegen.formats import ROWS, Format
-from moegen.high_throughput.api import HighThroughput
-from moegen.high_throughput.results import DispatchedRows
-from moegen.low_latency.reference import quantise
+from moegen.high_throughput import HighThroughput
+from moegen.reference import BF16_ROUNDING, FP32_ROUNDING, expert_ranges, quantise
+from moegen.rows import DispatchedRows
 from moegen.runtime.worlds import RankWorld
 
 ROTATION = {"cuda": 4, "cpu": 2}
@@ -37,11 +35,9 @@ class Inputs:
 
     def __init__(self, world: RankWorld, config: HighThroughputConfig, tokens: int, dtype: str) -> None:
         self.tokens, self.count = tokens, ROTATION[world.device.type]
-        self._form = ROWS[DTYPES[dtype]]
+        self._given = dtype == "fp8_given"
         self._all = [_tokens(rank, tokens + self.count, config, world.device) for rank in range(config.ranks)]
-        self._scales = [
-            _scales(self._form, rank, tokens + self.count, config, world.device) for rank in range(config.ranks)
-        ]
+        self._scales = [_scales(rank, tokens + self.count, config, world.device) for rank in range(config.ranks)]
         self.x = [self._clone(self.x_of(world.rank, index)) for index in range(self.count)]
         generator = torch.Generator(device="cpu").manual_seed(config.seed)
         table = torch.randn(TABLE_ROWS, config.hidden, generator=generator, device="cpu", dtype=torch.float32)
@@ -51,7 +47,7 @@ class Inputs:
         """The index-th input of any rank."""
         window = slice(index, index + self.tokens)
         part = self._all[rank][window]
-        return (part.to(self._form.dtype), self._scales[rank][window]) if self._form.given else part
+        return (part.to(torch.float8_e4m3fn), self._scales[rank][window]) if self._given else part
 
     def table_rows(self, rank: int, rows: torch.Tensor, index: int) -> torch.Tensor:
         """Which row of the table each row of a rank's index-th expert output is."""
@@ -165,8 +161,8 @@ class RowsCase:
         if isinstance(given[0], tuple):
             scales = torch.stack([part[1] for part in given])[mine.sources, mine.tokens]
         elif found.scales is not None:
-            quantized, scales = quantise(tokens[mine.sources, mine.tokens], "fp8")
-            wanted = quantized.view(torch.uint8)
+            quantised, scales = quantise(tokens[mine.sources, mine.tokens], "fp8")
+            wanted = quantised.view(torch.uint8)
         self._require(torch.equal(found.tokens.view(torch.uint8)[mine.places], wanted), "dispatch: rows differ")
         if scales is not None and found.scales is not None:
             self._require(torch.equal(found.scales[mine.places], scales), "dispatch: scales differ")
@@ -196,7 +192,7 @@ class RowsCase:
         found = self._combined[index][:, columns].double()
         additions = self._config.num_topk + self._config.ranks
         bound = BF16_ROUNDING * (rounded + exact.abs()) + additions * FP32_ROUNDING * magnitude
-        bound = bound * (1 + 2.0**-6) + SMALLEST_BF16  # as moegen.high_throughput.reference.combine_rows
+        bound = bound * (1 + 2.0**-6) + 2.0**-133  # as moegen.reference_rows.combine_rows
         share = ((found - exact).abs() / bound).nan_to_num(nan=float("inf")).max().item()
         self._require(share <= 1.0, f"combine: an error of {share:.3g} times the bound")
         self.worst = max(self.worst, share)
@@ -252,7 +248,7 @@ def _tokens(rank: int, rows: int, config: HighThroughputConfig, device: torch.de
     return torch.cat(turned)[:rows]
 
 
-def _scales(form: Format, rank: int, rows: int, config: HighThroughputConfig, device: torch.device) -> torch.Tensor:
-    words = form.scale_words(config.hidden)
+def _scales(rank: int, rows: int, config: HighThroughputConfig, device: torch.device) -> torch.Tensor:
+    words = max(1, config.hidden // 128)
     generator = torch.Generator(device="cpu").manual_seed(config.seed + rank)
     return torch.rand(rows, words, generator=generator, device="cpu", dtype=torch.float32).to(device)

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from moegen.bench.config import LowLatencyConfig
 from moegen.errors import InputError
-from moegen.formats import ROWS
+from moegen.kernels.ht import FORMATS
+from moegen.kernels.ll import FP8_GROUP
 
 LAYOUTS = ("token", "packed")
 DTYPES = {"bf16": "bf16", "fp8": "fp8", "fp8_given": "e4m3"}
-"""How dispatch's tokens are given and travel: bfloat16; quantized on the way; quantized by the caller."""
+"""How dispatch's tokens are given and travel: bfloat16; quantised on the way; quantised by the caller."""
 
 OPS = ("dispatch", "cached", "combine")
 """Dispatch of a new routing; of the same routing again, by its handle; combine, always of bfloat16."""
@@ -41,21 +44,21 @@ class HighThroughputConfig(LowLatencyConfig):
                 raise InputError(f"{name} are of {', '.join(known)}; got {', '.join(given) or 'none'}")
         if not self.num_sms or min(self.num_sms) < 0:
             raise InputError("give at least one of --num-sms, which is 0 (all) or more")
-        group = max(ROWS[DTYPES[dtype]].group for dtype in self.dtypes)
-        if group and self.hidden % group:
-            raise InputError(f"hidden is a multiple of {group} in FP8; got {self.hidden}")
+        if any(FORMATS[DTYPES[dtype]].scales_per_word for dtype in self.dtypes) and self.hidden % FP8_GROUP:
+            raise InputError(f"hidden is a multiple of {FP8_GROUP} in FP8; got {self.hidden}")
 
     def moved_bytes(self, dtype: str) -> int:
         """Of one token as dispatch sends it, its scales included."""
-        return ROWS[DTYPES[dtype]].moved_bytes(self.hidden)
+        form = FORMATS[DTYPES[dtype]]
+        scales = 4 * (self.hidden // FP8_GROUP) if form.scales_per_word else 0
+        return self.hidden * form.element_bytes + scales
 
     @staticmethod
     def options(dtype: str) -> dict[str, object]:
         """Of `HighThroughput`."""
-        form = ROWS[DTYPES[dtype]]
-        if form.given:
-            return {"dtype": form.dtype}
-        return {"quantize": form.quantize} if form.quantized_here else {}
+        if dtype == "fp8_given":
+            return {"dtype": torch.float8_e4m3fn}
+        return {"quantize": dtype} if dtype == "fp8" else {}
 
     @property
     def command(self) -> str:

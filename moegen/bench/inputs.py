@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moegen.base.reference import expert_ranges
 from moegen.bench.config import LowLatencyConfig
 from moegen.bench.routing import draw
+from moegen.reference import expert_ranges
 from moegen.runtime.worlds import RankWorld
 
 TABLE_ROWS = 251
@@ -106,7 +106,8 @@ class Buffers:
         self.x = [self.x_of(world.rank, index).clone() for index in range(count)]
         self.combined = [torch.empty(tokens, config.hidden, dtype=dtype, device=device) for _ in range(count)]
         self.quantize = config.quantize
-        self.out = [torch.empty(shape, dtype=config.sent.dtype, device=device) for _ in range(rows)]
+        received = torch.float8_e4m3fn if config.quantize else dtype
+        self.out = [torch.empty(shape, dtype=received, device=device) for _ in range(rows)]
         self.y = [table[self.table_rows(world.rank, index).to(device)] for index in range(rows)]
 
     def x_of(self, rank: int, index: int) -> torch.Tensor:

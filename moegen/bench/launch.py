@@ -13,9 +13,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from moegen import env
+from moegen import env, leftovers
 from moegen.bench.failure import BenchError
-from moegen.compile import leftovers
 from moegen.errors import InputError
 from moegen.runtime.worlds import GroupWorld, LocalWorld, RankWorld
 

@@ -15,10 +15,9 @@ import torch
 
 from moegen.bench.config import LinkConfig
 from moegen.bench.failure import BenchError
-from moegen.bench.spec import BenchPull, BenchPush
 from moegen.bench.stats import gigabytes_per_second, median_of_slowest
 from moegen.bench.timing import OpClock, Recording, meet, synchronize, time_replays
-from moegen.limits import VECTOR_BYTES
+from moegen.kernels.bench import VECTOR_BYTES, BenchPull, BenchPush
 from moegen.runtime.bound import BoundKernel
 from moegen.runtime.kernel import load
 from moegen.runtime.worlds import RankWorld

@@ -22,9 +22,9 @@ from moegen.bench.machine import machine, versions
 from moegen.bench.stats import gigabytes_per_second, over_ranks, quantile, quantiles, slowest
 from moegen.bench.timing import OpClock, meet, record, time_replays
 from moegen.bench.traffic import bandwidths, byte_summary, matrices, traffic_of
-from moegen.low_latency.api import ExpertParallel
-from moegen.low_latency.select import Selection
+from moegen.expert_parallel import ExpertParallel
 from moegen.runtime.worlds import RankWorld
+from moegen.select import Selection
 
 log = logging.getLogger(__name__)
 

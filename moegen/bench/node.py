@@ -20,7 +20,7 @@ from moegen.bench.node_config import NodeConfig
 from moegen.bench.node_summary import summary
 from moegen.bench.part_world import PartWorld, run_part
 from moegen.codegen.render import render
-from moegen.compile import ninja_build
+from moegen.compile import binary
 from moegen.compile.target import Target
 from moegen.runtime.worlds import RankWorld
 
@@ -71,7 +71,7 @@ def prepare(world: RankWorld, config: NodeConfig) -> Json:
     """Compiles, on rank 0 by as many processes as there are cores, what no pack and no cache has. Collective."""
     counts: dict[str, int] = {}
     if world.rank == 0:
-        made = ninja_build.obtain_many([render(spec) for spec in config.specs], _target(world.device))
+        made = binary.obtain_many([render(spec) for spec in config.specs], _target(world.device))
         origins = [each.origin for each in made]
         counts = {origin: origins.count(origin) for origin in sorted(set(origins))}
     found: Json = {"kernels": len(config.specs), "origins": counts}

@@ -14,8 +14,8 @@ from moegen.bench.config import LowLatencyConfig
 from moegen.bench.ht_config import OPS as HT_OPS
 from moegen.bench.ht_config import HighThroughputConfig
 from moegen.bench.stems import specs_of
-from moegen.codegen.spec import Spec
 from moegen.errors import InputError
+from moegen.kernels.spec import Spec
 
 LL_TOKENS = (1, 128, 512)
 HT_TOKENS = (4096,)
@@ -64,7 +64,7 @@ COSTS: dict[type[LowLatencyConfig], Cost] = {
     OneSidedConfig: Cost(0.05, 0.0, 6.8e-5),
 }
 """By family, fitted to the seconds that the parts took with two, four and eight GPUs (61, 119 and 226 s in all; 90 with
-two others, see bench/results/history.md): nearly all is verification, of which every rank has more with more ranks.
+two others, see bench/results): nearly all of it is verification, of which every rank has more with more ranks.
 """
 
 START_SECONDS = 20.0

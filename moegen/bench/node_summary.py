@@ -76,5 +76,5 @@ def _judged(op: Op, us: float, of_push: float | None) -> Json | None:
     aim = target(op)
     if aim is None:
         return None
-    stated = {key: value for key, value in asdict(aim).items() if key != "of" and value is not None}
-    return {**stated, "met": aim.met(us, of_push)}
+    met = us <= aim.us if aim.us is not None else of_push is not None and aim.share is not None and of_push >= aim.share
+    return {key: value for key, value in asdict(aim).items() if key != "of" and value is not None} | {"met": met}

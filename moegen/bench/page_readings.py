@@ -5,74 +5,52 @@ from __future__ import annotations
 
 from moegen.bench.committed import (
     Results,
+    Run,
     Value,
-    beyond_link,
     difference,
     eager,
     excess,
     least,
     link,
-    megabytes,
     most,
     seconds,
     speed,
-    stage,
     us,
 )
 from moegen.bench.page_runs import (
     A2A,
-    A2A_FOUR,
-    ALONE_H100,
     COLL,
     HT,
-    HT_FOUR,
-    HT_LARGER_SHARE,
-    HT_SHARE,
     HT_TOKENS,
+    IN_TURN_A2A,
+    IN_TURN_HT,
     LL,
-    LL_FOUR,
     LL_FP8,
-    LL_SWEEP_BEFORE,
-    LL_SWEEP_OF_TWO,
     MOST,
-    NODE_FOUR,
-    NODE_H100,
-    PARTS_H100,
+    SHARE_26,
+    before,
 )
 from moegen.bench.page_tables import A2A_TARGETS
-from moegen.bench.pages import (
-    BENCHMARKS,
-    COLLECTIVE,
-    DESIGN,
-    HIGH_THROUGHPUT,
-    HISTORY,
-    INDEX,
-    LOW_LATENCY,
-    ONE_SIDED,
-    README,
-    Reading,
+from moegen.bench.pages import Reading
+from moegen.bench.published import FLASHINFER, Op, stated_us
+
+README, RESULTS, DESIGN, BENCHMARKS = "README.md", "bench/results/README.md", "docs/design.md", "docs/benchmarks.md"
+SUITE = ("ll", "ll_fp8", "ht", "a2a", "coll", "coll_many")
+LL_IN_TURN_R2 = Run("sweeps/ll_h200_r4_announced_later.txt", section="Two of them, the same kernels:")
+LL_BEFORE_R2 = Run(
+    "sweeps/ll_h200_r4_announced_later.txt", section="Two of them, the kernels before rows went back in turn:"
 )
-from moegen.bench.published import DEEPEP_V1, FLASHINFER, NCCL_EP, PPLX, Op, meets, stated_us, target_us
-
-
-def _stated(op: Op, who: str) -> Value:
-    return lambda _: stated_us(op, who)
-
-
-def _aimed(op: Op) -> Value:
-    return lambda _: target_us(op)
+LL_R8_SWEEP = Run("sweeps/ll_h200_r8_before_turns.txt")
+BEFORE_ROUTES = tuple(Run(f"before_routes/{run.file}") for run in (LL, LL_FP8))
 
 
 def _met(results: Results) -> float:
-    return float(sum(meets(value(results), aim) for value, aim in A2A_TARGETS))
-
-
-def _flashinfer(tokens: int) -> Value:
-    return _stated(Op(2, "rank", "bf16", "pair_in_place", tokens), FLASHINFER)
+    return float(sum(value(results) <= target for value, target in A2A_TARGETS))
 
 
 def _less_than_flashinfer(tokens: int) -> Value:
-    return lambda results: -excess(us(A2A, "pair_in_place", tokens), _flashinfer(tokens))(results)
+    stated = stated_us(Op(2, "rank", "bf16", "pair_in_place", tokens), FLASHINFER)
+    return lambda results: 1 - us(A2A, "pair_in_place", tokens)(results) / stated
 
 
 def _by_handle(routing: str) -> Value:
@@ -83,6 +61,13 @@ def _by_handle(routing: str) -> Value:
             excess(*(us(HT, op, MOST, routing, layout=layout, dtype=dtype, num_sms=0) for op in ("cached", "dispatch")))
             for layout, dtype in kinds
         )
+    )
+
+
+def _hot(ranks: int, layout: str) -> Value:
+    """How much longer dispatch of `ht` takes with one hot rank, before turns."""
+    return excess(
+        *(us(before(ranks, "ht"), "dispatch", MOST, to, layout=layout, dtype="bf16") for to in ("hot", "uniform"))
     )
 
 
@@ -97,149 +82,117 @@ def _ht_fp8_256(op: str) -> Value:
     return us(HT_TOKENS, op, 256, layout="token", dtype="fp8_given")
 
 
-def _sent(what: str, layout: str, dtype: str) -> Value:
-    return megabytes(HT, what, "dispatch", MOST, layout=layout, dtype=dtype, num_sms=24)
-
-
-_MOVED, _PLACED = _sent("unique_remote", "token", "bf16"), _sent("unique_with_self", "token", "bf16")
-
-
-def _moved_by_an_sm(results: Results) -> float:
-    """GB/s of one of 24 SMs that dispatch, bytes sent and placed."""
-    took = us(HT, "dispatch", MOST, layout="token", dtype="bf16", num_sms=24)(results)
-    return (_MOVED(results) + _PLACED(results)) / took * 1e3 / 24
-
-
+_FOUR_LINKS = [link(before(4, part)) for part in SUITE]
+_FOUR_LINKS += [link(IN_TURN_HT)]
+_EIGHT_LINKS = [link(before(8, part)) for part in SUITE]
 _TWO_LINKS = [link(run) for run in (LL, LL_FP8, HT, HT_TOKENS, A2A, COLL)]
-_H100_LINKS = [link(run) for run in (*PARTS_H100, *ALONE_H100)]
-_BEYOND = [beyond_link(run, op, 128) for run, op in ((LL, "dispatch"), (LL, "combine"), (LL_FP8, "dispatch"))]
+_R8_COMBINE = [us(LL_R8_SWEEP, "combine", 128, variant=name) for name in ("4x8 both", "1x16 base")]
 _DISPATCH_SPEED = speed(HT, "dispatch", MOST, layout="token", dtype="bf16", num_sms=0)
-_ONE_TOKEN = tuple(
-    us(run, "dispatch", 1, variant="4x8 base", dtype="bf16") for run in (LL_SWEEP_OF_TWO, LL_SWEEP_BEFORE)
-)
+_COMBINE_SPEED = speed(before(8, "ll"), "combine", 512)
 
 READINGS = (
     Reading(
         README,
         "`HighThroughput` dispatch {:.0f} us in bfloat16 (`token`), combine {:.0f}; `OneSided` dispatch {:.0f}.",
         (
-            us(HT_SHARE, "dispatch", MOST, layout="token", dtype="bf16"),
-            us(HT_FOUR, "combine", MOST, layout="token", dtype="bf16"),
-            us(A2A_FOUR, "dispatch", MOST),
-        ),
-    ),
-    Reading(README, "`ll` dispatch of 1 token {:.1f} in place of {:.1f} us", _ONE_TOKEN),
-    # ---- the index ----
-    Reading(
-        INDEX,
-        "to every other at once: {:.0f} to {:.0f} GB/s per rank and direction between two H200, {:.0f} between two "
-        "H100, {:.0f} between four H200.",
-        (least(*_TWO_LINKS), most(*_TWO_LINKS), least(*_H100_LINKS), link(HT_FOUR)),
-    ),
-    Reading(INDEX, "between two H200, {:.0f} between two H100,", (most(*_H100_LINKS),)),
-    # ---- low latency ----
-    Reading(
-        LOW_LATENCY,
-        "DeepEP 1.2.1 took {:.1f} us for the pair with FP8 dispatch of 128 tokens, on two H200 on 2026-11-23; moegen "
-        "takes {:.1f}.",
-        (_stated(Op(2, "expert", "fp8", "pair", 128), DEEPEP_V1), us(LL_FP8, "pair", 128)),
-    ),
-    Reading(
-        LOW_LATENCY,
-        "NCCL EP takes {:.0f} us for dispatch and {:.0f} for combine in bfloat16, pplx {:.0f} and {:.0f} with FP8 "
-        "dispatch",
-        tuple(
-            _stated(Op(8, "expert", sent, op, 128), who)
-            for sent, who in (("bf16", NCCL_EP), ("fp8", PPLX))
-            for op in ("dispatch", "combine")
+            us(SHARE_26, "dispatch", MOST, layout="token", dtype="bf16"),
+            us(IN_TURN_HT, "combine", MOST, layout="token", dtype="bf16"),
+            us(IN_TURN_A2A, "dispatch", MOST),
         ),
     ),
     Reading(
-        LOW_LATENCY,
-        "an op takes {:.0f} to {:.0f} us more than its bytes need on the link, and {:.0f} us more between four H200.",
-        (least(*_BEYOND), most(*_BEYOND), beyond_link(LL_FOUR, "dispatch", 128)),
+        README,
+        "`ll` dispatch of 1 token {:.1f} in place of {:.1f} us",
+        tuple(us(run, "dispatch", 1, variant="4x8 base", dtype="bf16") for run in (LL_IN_TURN_R2, LL_BEFORE_R2)),
     ),
-    Reading(LOW_LATENCY, "and {:.0f} us more between four H200.", (beyond_link(LL_FOUR, "combine", 128),)),
-    Reading(LOW_LATENCY, "(dispatch of 1 token in bfloat16: {:.1f} us in place of {:.1f})", _ONE_TOKEN),
     Reading(
-        LOW_LATENCY,
-        "The goal with eight GPUs is {:.0f} us for the pair with FP8 dispatch of 128 tokens",
-        (_aimed(Op(8, "expert", "fp8", "pair", 128)),),
+        RESULTS,
+        "that is {:.0f} of {:.0f} GB/s",
+        (_DISPATCH_SPEED, link(HT)),
     ),
-    # ---- high throughput ----
-    Reading(HIGH_THROUGHPUT, "that is {:.0f} of {:.0f} GB/s", (_DISPATCH_SPEED, link(HT))),
     Reading(
-        HIGH_THROUGHPUT,
+        RESULTS,
         "it takes up to {:.0%} longer with uniform routing and up to {:.0%} with zipf (both FP8 given, `token`); with "
         "256 tokens less (the same: {:.1f} in place of {:.1f} us)",
         (_by_handle("uniform"), _by_handle("zipf"), _ht_fp8_256("cached"), _ht_fp8_256("dispatch")),
     ),
     Reading(
-        HIGH_THROUGHPUT,
-        "{:.0f} here (24 blocks, bf16 `token`: {:.1f} MB sent and {:.0f} MB placed)",
-        (_moved_by_an_sm, _MOVED, _PLACED),
-    ),
-    Reading(
-        HIGH_THROUGHPUT,
-        "Dispatch `packed` in FP8 sends {:.0f} MB per rank and places {:.0f}:",
-        (_sent("unique_remote", "packed", "fp8_given"), _sent("selections", "packed", "fp8_given")),
-    ),
-    Reading(
-        HIGH_THROUGHPUT,
-        "with 42% it takes {:.0f} us in bfloat16 and {:.0f} in FP8.",
-        tuple(us(HT_LARGER_SHARE, "dispatch", MOST, layout="token", dtype=dtype) for dtype in ("bf16", "fp8")),
-    ),
-    # ---- one-sided ----
-    Reading(
-        ONE_SIDED,
+        RESULTS,
         "a pair took {:.0%} less than with that commit for 1 token, {:.0%} less for 128 and {:.0%} less for 512.",
         tuple(map(_less_than_flashinfer, (1, 128, 512))),
     ),
     Reading(
-        ONE_SIDED,
+        RESULTS,
         "but {:.1f} us for 512 tokens are more than the {:.1f} of rows made in FlashInfer's workspace.",
-        (us(A2A, "pair", 512), _flashinfer(512)),
+        (us(A2A, "pair", 512), lambda _: stated_us(Op(2, "rank", "bf16", "pair_in_place", 512), FLASHINFER)),
     ),
-    Reading(ONE_SIDED, "Targets met: {:.0f} of {:.0f}.", (_met, lambda _: float(len(A2A_TARGETS)))),
+    Reading(RESULTS, "Targets met: {:.0f} of {:.0f}.", (_met, lambda _: float(len(A2A_TARGETS)))),
     Reading(
-        ONE_SIDED,
+        RESULTS,
         "with 2,048 the two take the same time ({:.1f} and {:.1f} us), with 4,096 pushing is faster "
         "({:.1f} in place of {:.1f})",
         tuple(us(A2A, op, tokens) for tokens in (2048, 4096) for op in ("pair", "pair_in_place")),
     ),
     Reading(
-        ONE_SIDED,
-        "where one of a single token takes {:.1f}.",
-        (lambda results: us(A2A, "pair_in_place", 1)(results) / 2,),
-    ),
-    # ---- collective ----
-    Reading(COLLECTIVE, "Exact calls cost {:.0f} to {:.0f} us more", (least(*_eager_costs()), most(*_eager_costs()))),
-    Reading(
-        COLLECTIVE,
-        "With 8,192 tokens packing rows takes {:.0f} us and summing them {:.0f}, beside {:.0f} and {:.0f} us of the "
-        "exchanges",
-        tuple(
-            stage(COLL, what, 8192)
-            for what in ("dispatch_pack", "combine_reduce", "dispatch_collective", "combine_collective")
-        ),
-    ),
-    # ---- what the history says of the other pages' figures ----
-    Reading(
-        HISTORY,
+        RESULTS,
         "took 9.3 us there and {:.1f} here for 1 token, 181.4 and {:.1f} for 2,048",
         tuple(us(A2A, "pair_in_place", tokens) for tokens in (1, 2048)),
     ),
     Reading(
-        HISTORY,
-        "on the machine of the page's table {:.1f} to {:.1f}",
+        RESULTS,
+        "on the machine of the table above {:.1f} to {:.1f}",
         tuple(us(A2A, "pair_in_place", tokens) for tokens in (1, 4096)),
     ),
     Reading(
-        HISTORY,
+        RESULTS,
+        "where one of a single token takes {:.1f}.",
+        (lambda results: us(A2A, "pair_in_place", 1)(results) / 2,),
+    ),
+    Reading(RESULTS, "Exact calls cost {:.0f} to {:.0f} us more", (least(*_eager_costs()), most(*_eager_costs()))),
+    Reading(
+        RESULTS,
+        "Link: {:.0f} to {:.0f} GB/s per rank if all four push to all at once, {:.0f} to {:.0f} with eight "
+        "({:.0f} to {:.0f} between two)",
+        tuple(bound(*links) for links in (_FOUR_LINKS, _EIGHT_LINKS, _TWO_LINKS) for bound in (least, most)),
+    ),
+    Reading(
+        RESULTS,
+        "`ll` combine between eight moved {:.0f} GB/s of {:.0f}",
+        (_COMBINE_SPEED, link(before(8, "ll"))),
+    ),
+    Reading(RESULTS, "(`sweeps/ll_h200_r8_before_turns`: {:.0f} to {:.0f} us)", tuple(_R8_COMBINE)),
+    Reading(
+        RESULTS,
+        "with 1 token took {:.1f} us more with eight ranks than with two",
+        (difference(us(before(8, "ll"), "dispatch", 1), us(LL, "dispatch", 1)),),
+    ),
+    Reading(
+        RESULTS,
+        "nothing in layout `token` and {:.0%} in `packed`, where that rank writes four times the rows; with eight it "
+        "cost {:.0%} and {:.0%}.",
+        (_hot(4, "packed"), _hot(8, "token"), _hot(8, "packed")),
+    ),
+    Reading(RESULTS, "({:.0f} s for the suite, all routings;", (seconds(Run("node_h100_processes_r2.json")),)),
+    Reading(
+        RESULTS,
+        "has {:.1f} and {:.1f} us in bf16, {:.1f} and {:.1f} in FP8.",
+        tuple(us(run, "dispatch", tokens) for run in BEFORE_ROUTES for tokens in (128, 512)),
+    ),
+    Reading(
+        RESULTS,
         "in place of {:.1f} and {:.1f}.",
         tuple(us(LL, "combine_weighted", tokens) for tokens in (128, 512)),
     ),
-    # ---- documents ----
+    Reading(
+        RESULTS,
+        "four and eight H200, {:.0f} and {:.0f} s;",
+        tuple(seconds(Run(f"before_turns/node_h200_processes_r{ranks}.json")) for ranks in (4, 8)),
+    ),
+    Reading(
+        DESIGN,
+        "combine between eight H200 moved {:.0f} GB/s of {:.0f} that way",
+        (_COMBINE_SPEED, link(before(8, "ll"))),
+    ),
     Reading(
         DESIGN,
         "; a pair of 4,096 is not ({:.0f} us, pushed {:.0f})",
@@ -247,7 +200,14 @@ READINGS = (
     ),
     Reading(
         BENCHMARKS,
-        "two H100 took {:.0f} s; four H200, with one routing and without collectives, {:.0f};",
-        (seconds(NODE_H100), seconds(NODE_FOUR)),
+        "two H100 took {:.0f} s, four H200 {:.0f} and eight {:.0f};",
+        tuple(
+            seconds(Run(f"{name}.json"))
+            for name in (
+                "node_h100_processes_r2",
+                "before_turns/node_h200_processes_r4",
+                "before_turns/node_h200_processes_r8",
+            )
+        ),
     ),
 )

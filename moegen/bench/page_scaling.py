@@ -1,142 +1,127 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published tables of other machines than two H200: four H200, and two H100. Each family's page has its own."""
+"""Published tables of the suite: between four and eight H200, and between two H100."""
 
 from __future__ import annotations
 
 from moegen.bench.committed import Run, share, us
-from moegen.bench.page_runs import (
-    A2A_FOUR,
-    A2A_H100,
-    COLL_H100,
-    COLL_MANY_H100,
-    HT_FOUR,
-    HT_H100,
-    HT_SHARE,
-    LL_FP8_H100,
-    LL_H100,
-    LL_SWEEP,
-    LL_SWEEP_OF_TWO,
-    MOST,
-)
+from moegen.bench.page_runs import IN_TURN_A2A, IN_TURN_HT, LL_IN_TURN, MOST, SHARE_26, before, h100
 from moegen.bench.pages import Cell, Table, joined, number, with_percent
+from moegen.bench.published import Op, target_us
 
-LAYOUTS = ("token", "packed")
 
-
-def _of_link(run: Run, op: str, tokens: int, **more: str) -> Cell:
+def _scaled(run: Run, op: str, tokens: int, **more: str) -> Cell:
     """Microseconds, and the share of the link."""
     return with_percent(us(run, op, tokens, **more), share(run, op, tokens, **more))
 
 
-# ---- four H200 ----
-
-_SWEPT = (1, 128, 512)
-
-
-def _swept(title: str, op: str, dtype: str, four: tuple[str, ...], two: tuple[str, ...]) -> tuple[Cell, ...]:
-    """`four`, `two`: the variants of the sweep that are launched for each number of tokens."""
-
-    def cell(tokens: int, of_four: str, of_two: str) -> Cell:
-        return joined(
-            number(us(LL_SWEEP, op, tokens, variant=of_four, dtype=dtype)),
-            number(us(LL_SWEEP_OF_TWO, op, tokens, variant=of_two, dtype=dtype)),
-        )
-
-    return title, *map(cell, _SWEPT, four, two)
+def _layouts(run: Run, op: str, dtype: str, token_run: Run | None = None) -> Cell:
+    runs = {"token": token_run or run, "packed": run}
+    return joined(*(_scaled(one, op, MOST, layout=layout, dtype=dtype) for layout, one in runs.items()))
 
 
-_SENDS = ("4x8 base", "1x4 base", "1x4 base")
-_ADDS, _ADDS_OF_TWO = ("1x8 base", "1x8 send share 0.7", "1x8 send share 0.7"), ("1x8 base",) * 3
+def _a2a_ops(run: Run, tokens: int, *ops: str) -> Cell:
+    return joined(*(_scaled(run, op, tokens) if op else "as before" for op in ops))
 
-_LL_FOUR = Table(
-    "low-latency-four",
-    ("us, four GPUs / two of them; tokens per rank", *map(str, _SWEPT)),
+
+def _ll_ops(ranks: int, tokens: int) -> Cell:
+    fp8 = [us(before(ranks, "ll_fp8"), "dispatch", tokens)] if tokens > 1 else []
+    bf16 = [us(before(ranks, "ll"), op, tokens) for op in ("dispatch", "combine")]
+    return joined(*(number(value) for value in (*fp8, *bf16)))
+
+
+def _ll_sweep(tokens: int, dispatch: str, combine: str) -> Cell:
+    fp8 = [us(LL_IN_TURN, "dispatch", tokens, variant=dispatch, dtype="fp8")] if tokens > 1 else []
+    bf16 = [
+        us(LL_IN_TURN, op, tokens, variant=variant, dtype="bf16")
+        for op, variant in (("dispatch", dispatch), ("combine", combine))
+    ]
+    return joined(*(number(value) for value in (*fp8, *bf16)))
+
+
+def _a2a_scaling(tokens: int) -> tuple[Cell, ...]:
+    """Combine that pushes is again as it was before turns."""
+    ops = ("dispatch", "combine", "combine_in_place")
+    four, eight = (_a2a_ops(before(ranks, "a2a"), tokens, *ops) for ranks in (4, 8))
+    in_turn = _a2a_ops(IN_TURN_A2A, tokens, "dispatch", "", "combine_in_place")
+    return f"`a2a`, {tokens:,} tokens, dispatch / pushed / in place", four, in_turn, eight
+
+
+_PAIR_OF_EIGHT = target_us(Op(8, "expert", "fp8", "pair", 128))
+
+SCALING = Table(
+    "four-and-eight",
+    ("us; share of the link", "four, before", "four, in turn", "eight, before"),
     (
-        _swept("dispatch, bfloat16", "dispatch", "bf16", _SENDS, _SENDS),
-        _swept("dispatch, FP8", "dispatch", "fp8", _SENDS, _SENDS),
-        _swept("combine, bfloat16", "combine", "bf16", _ADDS, _ADDS_OF_TWO),
-    ),
-)
-
-_HT_FOUR = Table(
-    "high-throughput-four",
-    ("us, share of the link; layout", *(f"`{layout}`" for layout in LAYOUTS)),
-    tuple(
+        *(
+            (
+                title,
+                _layouts(before(4, "ht"), op, f"{dtype}{given}"),
+                # The share of senders that is shipped is of dispatch of layout token alone.
+                _layouts(IN_TURN_HT, op, dtype, SHARE_26 if op == "dispatch" else None),
+                _layouts(before(8, "ht"), op, f"{dtype}{given}"),
+            )
+            for title, op, dtype, given in (
+                ("`ht`, 4,096 tokens, dispatch bf16 `token` / `packed`", "dispatch", "bf16", ""),
+                ("dispatch FP8 (given) `token` / `packed`", "dispatch", "fp8", "_given"),
+                ("combine bf16 `token` / `packed`", "combine", "bf16", ""),
+            )
+        ),
+        *map(_a2a_scaling, (4096, 512, 128)),
         (
-            title,
-            # The share of senders that is shipped was swept for dispatch of layout token alone.
-            _of_link(HT_SHARE if op == "dispatch" else HT_FOUR, op, MOST, layout="token", dtype=dtype),
-            _of_link(HT_FOUR, op, MOST, layout="packed", dtype=dtype),
-        )
-        for title, op, dtype in (
-            ("dispatch, bfloat16", "dispatch", "bf16"),
-            ("dispatch, FP8 (given)", "dispatch", "fp8"),
-            ("combine, bfloat16", "combine", "bf16"),
-        )
+            "`ll`, 512 tokens, dispatch FP8 / bf16, combine",
+            _ll_ops(4, 512),
+            _ll_sweep(512, "1x4 base", "1x8 send share 0.7"),
+            _ll_ops(8, 512),
+        ),
+        (
+            "`ll`, 128 tokens, dispatch FP8 / bf16, combine",
+            _ll_ops(4, 128),
+            _ll_sweep(128, "1x4 base", "1x8 send share 0.7"),
+            _ll_ops(8, 128),
+        ),
+        ("`ll`, 1 token, dispatch bf16, combine", _ll_ops(4, 1), _ll_sweep(1, "4x8 base", "1x8 base"), _ll_ops(8, 1)),
+        (
+            f"`ll`, 128 tokens, the pair with FP8 dispatch (goal with eight: {_PAIR_OF_EIGHT:g})",
+            number(us(before(4, "ll_fp8"), "pair", 128)),
+            "",
+            number(us(before(8, "ll_fp8"), "pair", 128)),
+        ),
+        (
+            "collective, 4,096 tokens, pair / bare exchanges",
+            joined(*(number(us(before(4, "coll_many"), op, MOST), 0) for op in ("pair", "pair_of_exchanges"))),
+            "",
+            joined(*(number(us(before(8, "coll_many"), op, MOST), 0) for op in ("pair", "pair_of_exchanges"))),
+        ),
     ),
 )
 
-_NODE_TOKENS = (1, 64, 128, 512, MOST)
-
-_A2A_FOUR = Table(
-    "one-sided-four",
-    ("us, share of the link; tokens per rank", *map(str, _NODE_TOKENS)),
-    tuple(
-        (title, *(_of_link(A2A_FOUR, op, tokens) for tokens in _NODE_TOKENS))
-        for title, op in (
-            ("dispatch", "dispatch"),
-            ("combine, in place", "combine_in_place"),
-            ("pair, in place", "pair_in_place"),
-        )
+H100 = Table(
+    "two-h100",
+    ("us; tokens per rank", "1", "128", "512", "4096"),
+    (
+        *(
+            (title, *(number(us(h100(part), op, tokens)) for tokens in (1, 128, 512)), "")
+            for title, part, op in (
+                ("`ll`, dispatch FP8", "ll_fp8", "dispatch"),
+                ("`ll`, dispatch bf16", "ll", "dispatch"),
+                ("`ll`, combine", "ll", "combine"),
+            )
+        ),
+        *(
+            (
+                f"`ht`, {title} `token` / `packed`",
+                *[""] * 3,
+                joined(*(number(us(h100("ht"), op, MOST, layout=to, dtype=dtype)) for to in ("token", "packed"))),
+            )
+            for title, op, dtype in (
+                ("dispatch bf16", "dispatch", "bf16"),
+                ("dispatch FP8 (given)", "dispatch", "fp8_given"),
+                ("combine bf16", "combine", "bf16"),
+            )
+        ),
+        *(
+            (f"`a2a`, pair, {title}", *(number(us(h100("a2a"), op, tokens)) for tokens in (1, 128, 512, MOST)))
+            for title, op in (("rows from any memory", "pair"), ("in place", "pair_in_place"))
+        ),
     ),
 )
-
-# ---- two H100 ----
-
-_LL_H100 = Table(
-    "low-latency-h100",
-    ("us; tokens per rank", *map(str, _SWEPT)),
-    tuple(
-        (title, *(number(us(run, op, tokens)) for tokens in _SWEPT))
-        for title, run, op in (
-            ("dispatch, bfloat16", LL_H100, "dispatch"),
-            ("dispatch, FP8", LL_FP8_H100, "dispatch"),
-            ("combine, bfloat16, weights given at dispatch", LL_H100, "combine"),
-            ("combine, bfloat16, weights given at combine", LL_H100, "combine_weighted"),
-            ("the pair, FP8 dispatch", LL_FP8_H100, "pair"),
-        )
-    ),
-)
-
-_HT_H100 = Table(
-    "high-throughput-h100",
-    ("us; layout", *(f"`{layout}`" for layout in LAYOUTS)),
-    tuple(
-        (title, *(number(us(HT_H100, op, MOST, layout=layout, dtype=dtype)) for layout in LAYOUTS))
-        for title, op, dtype in (
-            ("dispatch, bfloat16", "dispatch", "bf16"),
-            ("dispatch, FP8 (given)", "dispatch", "fp8_given"),
-            ("combine, bfloat16", "combine", "bf16"),
-        )
-    ),
-)
-
-_A2A_H100 = Table(
-    "one-sided-h100",
-    ("pair, us; tokens per rank", *map(str, _NODE_TOKENS)),
-    tuple(
-        (title, *(number(us(A2A_H100, op, tokens)) for tokens in _NODE_TOKENS))
-        for title, op in (("rows from any memory", "pair"), ("in place", "pair_in_place"))
-    ),
-)
-
-_COLL_H100 = Table(
-    "collective-h100",
-    ("us", "64 tokens, 16 experts, top-4", "4096 tokens, 256 experts, top-8"),
-    tuple(
-        (title, number(us(COLL_H100, op, 64)), number(us(COLL_MANY_H100, op, MOST)))
-        for title, op in (("bare exchanges", "pair_of_exchanges"), ("dispatch, then combine", "pair"))
-    ),
-)
-
-SCALING = (_LL_FOUR, _HT_FOUR, _A2A_FOUR, _LL_H100, _HT_H100, _A2A_H100, _COLL_H100)

@@ -14,9 +14,9 @@ from moegen.bench.committed import (
     padding,
     us,
 )
-from moegen.bench.page_runs import A2A, A2A_FEW_EXPERTS, COLL, FILES, HT, LL, LL_FP8, MOST
-from moegen.bench.page_scaling import LAYOUTS, SCALING
-from moegen.bench.pages import Cell, Table, joined, machine, number, over, percent, stem, with_percent
+from moegen.bench.page_runs import A2A, A2A_FEW_EXPERTS, COLL, HT, LL, LL_FP8, MOST
+from moegen.bench.page_scaling import H100, SCALING
+from moegen.bench.pages import Cell, Table, joined, number, over, percent, with_percent
 from moegen.bench.published import (
     COLLECTIVE_FACTOR,
     COLLECTIVE_US,
@@ -31,15 +31,6 @@ from moegen.bench.published import (
     stated_us,
     target_us,
 )
-
-# ---- the index ----
-
-
-def _file_row(run: Run) -> tuple[Cell, ...]:
-    return f"`{stem(run)}`", lambda results: machine(results, run), lambda results: f"`{results.of(run)['command']}`"
-
-
-_FILES = Table("files", ("file", "GPUs, day", "command"), tuple(map(_file_row, FILES)), figures="")
 
 # ---- low latency ----
 
@@ -147,7 +138,7 @@ _HT_SHORT = Table(
     "high-throughput-short",
     ("us; layout", "`token`", "`packed`"),
     tuple(
-        (title, *(number(_ht(op, layout, dtype)) for layout in LAYOUTS))
+        (title, *(number(_ht(op, layout, dtype)) for layout in ("token", "packed")))
         for title, op, dtype in (
             ("dispatch, bfloat16", "dispatch", "bf16"),
             ("dispatch, FP8", "dispatch", "fp8_given"),
@@ -192,7 +183,7 @@ _HT_EXACT = Table(
             *(number(exact(HT, what, layout, dtype), 0) for what in ("us_over_ranks", "host_us_over_ranks")),
         )
         for title, dtype in (("bf16", "bf16"), ("FP8 (given)", "fp8_given"))
-        for layout in LAYOUTS
+        for layout in ("token", "packed")
     ),
     figures="averages over ranks of calls from Python",
 )
@@ -320,6 +311,6 @@ TABLES = (
     _A2A_ROUTINGS,
     _A2A_SHORT,
     _COLL,
-    *SCALING,
-    _FILES,
+    SCALING,
+    H100,
 )

@@ -16,15 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moegen.bench.committed import Results, Run, Value
-from moegen.bench.published import meets
 from moegen.errors import InputError
 
-README, BENCHMARKS, DESIGN = "README.md", "docs/benchmarks.md", "docs/design.md"
-INDEX, LOW_LATENCY, HIGH_THROUGHPUT, ONE_SIDED, COLLECTIVE, HISTORY = (
-    f"bench/results/{name}.md"
-    for name in ("README", "low_latency", "high_throughput", "one_sided", "collective", "history")
-)
-PAGES = (README, BENCHMARKS, DESIGN, INDEX, LOW_LATENCY, HIGH_THROUGHPUT, ONE_SIDED, COLLECTIVE, HISTORY)
+PAGES = ("README.md", "bench/results/README.md", "docs/benchmarks.md", "docs/design.md")
 _BLOCK = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 _WIDTH = 120
 
@@ -39,7 +33,7 @@ class Table:
         name: in the page's marker.
         head: titles of the columns.
         rows: cells, as many as `head`.
-        figures: what the figures are, for the line below; empty: there are none, and no line.
+        figures: what the figures are, for the line below.
     """
 
     name: str
@@ -57,7 +51,7 @@ class Table:
                 )
         lines = [self.head, ["---"] * len(self.head), *rows]
         table = "\n".join(re.sub(r"  +", " ", f"| {' | '.join(line)} |") for line in lines)
-        return f"{table}\n\n{_origin(results, self.figures)}\n" if self.figures else f"{table}\n"
+        return f"{table}\n\n{_origin(results, self.figures)}\n"
 
 
 @dataclass(frozen=True)
@@ -87,11 +81,11 @@ def percent(value: Value) -> Cell:
 
 
 def over(value: Value, target: float) -> Cell:
-    """How much more than the target, or that it is met."""
+    """How much more than the target, or that it is met: only if the figure itself, not its rounding, is."""
 
     def text(results: Results) -> str:
         measured = value(results)
-        if meets(measured, target):
+        if measured <= target:
             return "met"
         share = f"{measured / target - 1:.0%}"
         return "< 1%" if share == "0%" else share
@@ -171,7 +165,7 @@ def _origin(results: Results, figures: str) -> str:
     """Files, GPUs, days and routings of everything that was read; the link's limit where it is one file's."""
     runs = list(dict.fromkeys(run for run, _ in results.read))
     routings = list(dict.fromkeys(routing for _, routing in results.read))
-    machines = list(dict.fromkeys(machine(results, run) for run in runs))
+    machines = list(dict.fromkeys(_machine(results, run) for run in runs))
     limits = [results.of(run)["link"]["gbps"]["push"] for run in runs if "link" in results.of(run)]
     names = ", ".join(dict.fromkeys(f"`{_stem(run)}`" for run in runs))
     words = [" and ".join(machines), f"{' and '.join(routings)} routing", figures]
@@ -182,17 +176,12 @@ def _origin(results: Results, figures: str) -> str:
 
 
 def _stem(run: Run) -> str:
-    """The file's name, and the line in it where its figures begin if they are not the first."""
-    return f"{stem(run)}, {run.section.rstrip(':')}" if run.section else stem(run)
-
-
-def stem(run: Run) -> str:
     """A file's name without its ending, unless only the text was kept."""
-    return run.file.removesuffix(".json")
+    name = run.file.removesuffix(".json")
+    return f"{name}, {run.section}" if run.section else name
 
 
-def machine(results: Results, run: Run) -> str:
-    """How many GPUs of which kind, and the day."""
+def _machine(results: Results, run: Run) -> str:
     result = results.of(run)
     at, day = result["machine"], result["date"][:10]
     return f"{at['gpus']} {at['name'].removesuffix(' 80GB HBM3')}, {day}"

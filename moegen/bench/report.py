@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from moegen.bench.machine import short_name
-from moegen.presets import PRESETS
+from moegen.kernels.presets import PRESETS
 
 Json = dict[str, Any]
 Parts = Callable[[Json], Iterator[RenderableType]]
@@ -48,30 +48,9 @@ def save_json(result: Json, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{file_stem(result)}.json"
     being_written = path.with_suffix(".tmp")
-    being_written.write_text(text_of(result))
+    being_written.write_text(json.dumps(result, indent=1) + "\n")
     being_written.replace(path)
     return path
-
-
-def text_of(result: Json) -> str:
-    """JSON with a line for each case, and for each other entry of a result's fields: small, and a diff shows what
-    differs. The parts of a suite are results themselves.
-    """
-    return _broken(result, 2) + "\n"
-
-
-def _broken(value: Any, levels: int) -> str:
-    """Its outer `levels` with one entry per line, what is deeper inside without breaks and spaces."""
-    if not levels or not value or not isinstance(value, dict | list):
-        return json.dumps(value, separators=(",", ":"))
-    if isinstance(value, list):
-        opening, entries, closing = "[", [_broken(one, levels - 1) for one in value], "]"
-    else:
-        # Of parts: their names, the fields of each, the fields of its result, their entries.
-        below = {"parts": levels + 2}
-        entries = [f"{json.dumps(key)}:{_broken(one, below.get(key, levels - 1))}" for key, one in value.items()]
-        opening, closing = "{", "}"
-    return "\n".join((opening, ",\n".join(entries), closing))
 
 
 def show(result: Json, console: Console, parts: Parts | None = None) -> None:

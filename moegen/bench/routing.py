@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from moegen.base.reference import expert_ranges
+from moegen.reference import expert_ranges
 
 ZIPF_EXPONENT = 1.0
 _CERTAIN = 100.0

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from moegen.bench.a2a_config import OneSidedConfig
 from moegen.bench.config import LowLatencyConfig
 from moegen.bench.ht_config import DTYPES, HighThroughputConfig
-from moegen.bench.spec import BenchBarrier, BenchPull, BenchPush
-from moegen.codegen.problem import Problem
-from moegen.codegen.spec import Spec
-from moegen.high_throughput.select import select_rows
-from moegen.low_latency.select import select
-from moegen.one_sided.select import combine_spec, dispatch_spec, open_spec
-from moegen.one_sided.spec_collective import for_exact
+from moegen.kernels.bench import BenchBarrier, BenchPull, BenchPush
+from moegen.kernels.coll import for_exact
+from moegen.kernels.ll import QUANTIZED
+from moegen.kernels.problem import Problem
+from moegen.kernels.spec import Spec
+from moegen.select import combine_spec, dispatch_spec, open_spec, select, select_rows
 
 
 def specs_of(config: LowLatencyConfig) -> list[Spec]:
@@ -35,9 +34,10 @@ def specs_of(config: LowLatencyConfig) -> list[Spec]:
 
 
 def _low_latency(config: LowLatencyConfig) -> Iterator[Spec]:
+    dtype = QUANTIZED[config.quantize] if config.quantize else "bf16"
     for tokens in config.tokens:
         capacity = config.max_tokens or tokens
-        yield from select(_problem(config, capacity, config.sent.word, "expert", hooks=config.halves > 1)).specs
+        yield from select(_problem(config, capacity, dtype, "expert", hooks=config.halves > 1)).specs
 
 
 def _high_throughput(config: HighThroughputConfig) -> Iterator[Spec]:

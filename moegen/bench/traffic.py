@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from moegen.base.reference import expert_ranges
 from moegen.bench.stats import gigabytes_per_second
+from moegen.reference import expert_ranges
 
 
 @dataclass(frozen=True)

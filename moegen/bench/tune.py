@@ -20,17 +20,16 @@ from moegen.bench.inputs import Batch, Buffers
 from moegen.bench.link import measure_link
 from moegen.bench.ll import nodes_of, seed_of, world_of
 from moegen.bench.machine import machine, versions
-from moegen.bench.spec import BenchBarrier, BenchPull, BenchPush
 from moegen.bench.stats import median_of_slowest
 from moegen.bench.timing import OpClock, meet
-from moegen.codegen.problem import Problem
-from moegen.codegen.spec import WarpGroups
 from moegen.compile.target import Target
 from moegen.errors import InputError, SpecError
-from moegen.formats import ROWS
-from moegen.low_latency.api import ExpertParallel
-from moegen.low_latency.select import fitted, row_bytes, select
+from moegen.expert_parallel import ExpertParallel
+from moegen.kernels.bench import BenchBarrier, BenchPull, BenchPush
+from moegen.kernels.problem import Problem
+from moegen.kernels.spec import WarpGroups
 from moegen.runtime.worlds import RankWorld
+from moegen.select import fitted, row_bytes, select
 from moegen.tuning import Choice
 
 log = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ Json = dict[str, Any]
 FORMS = {"dispatch": ("dispatch",), "combine": ("combine", "combine_weighted")}
 """Op -> what is timed of it; its figure is the mean, because one choice serves all forms."""
 
-QUANTIZE = {word: ROWS[word].quantize for word in tuning.DTYPES["dispatch"]}
+QUANTIZE = {"bf16": "", "fp8": "fp8"}
 """Dtype of dispatch -> the user's word. What comes back is bf16 in any case, so combine is timed with the first."""
 
 

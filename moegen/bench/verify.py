@@ -12,7 +12,7 @@ import torch
 from moegen import reference
 from moegen.bench.failure import BenchError
 from moegen.bench.inputs import Batch, Buffers
-from moegen.low_latency.results import Dispatched
+from moegen.handle import Dispatched
 
 MAX_COLUMNS = 256
 """Columns of a combined token that one check compares with the reference."""

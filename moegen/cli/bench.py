@@ -366,7 +366,7 @@ def _places(device: str, ranks: int, world: str) -> tuple[str, int, bool]:
 def _shape(preset_name: str, hidden: int, experts: int, topk: int) -> tuple[str, int, int, int]:
     """Preset (or ""), hidden, experts, topk."""
     from moegen.errors import InputError
-    from moegen.presets import preset
+    from moegen.kernels.presets import preset
 
     numbers = (hidden, experts, topk)
     if any(numbers):

@@ -23,7 +23,7 @@ def build(
     preset: Annotated[str, typer.Option(help="All kernels of a published model, e.g. deepseek-v3.")] = "",
     ranks: Annotated[str, typer.Option(help="Numbers of ranks for the preset.")] = "2,4,8",
     family: Annotated[str, typer.Option(help="Only this family of the preset.")] = "",
-    catalog: Annotated[bool, typer.Option("--catalog", help="The kernels in the manifest of generated/.")] = False,
+    catalog: Annotated[bool, typer.Option("--catalog", help="The kernels of generated/.")] = False,
     jobs: Annotated[int, typer.Option("-j", "--jobs", min=0, help="Processes; 0: as many as cores.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write a pack (FILE.moepack).")] = None,
 ) -> None:
@@ -48,9 +48,9 @@ def build(
 def _wanted(
     target: Target, stems: list[str], preset: str, ranks: list[int], family: str, catalog: bool
 ) -> list[tuple[Source, Target]]:
-    from moegen.catalog import catalog as all_specs
-    from moegen.catalog import preset_specs
     from moegen.cli import common
+    from moegen.codegen.catalog import catalog as all_specs
+    from moegen.codegen.catalog import preset_specs
     from moegen.codegen.render import render
     from moegen.errors import InputError
 

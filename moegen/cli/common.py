@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moegen.codegen.render import Source
-    from moegen.codegen.spec import Spec
     from moegen.compile.ninja_build import Progress
     from moegen.compile.target import Target
+    from moegen.kernels.spec import Spec
 
 PIPE_WIDTH = 200
 """Columns of a table that goes into a file or pipe, so that no stem is cut."""
@@ -55,11 +55,11 @@ def numbers(text: str) -> list[int]:
 
 def parse(stem: str) -> Spec:
     """The Spec of a stem, of any family."""
-    import moegen.catalog  # noqa: F401  registers the families
-    from moegen.codegen.spec import Spec
+    import moegen.codegen.catalog  # noqa: F401  registers the families
+    from moegen.kernels.spec import Spec
 
     if stem.startswith("bench_"):
-        from moegen.bench import spec  # noqa: F401  registers what only the benchmark uses
+        from moegen.kernels import bench  # noqa: F401  registers what only the benchmark uses
 
     return Spec.parse(stem)
 

@@ -29,48 +29,46 @@ def generate(
 
 
 def _write_text(root: Path) -> bool:
-    from moegen.catalog import catalog, shown
     from moegen.codegen import generated
 
-    for change in generated.write(root, catalog(), shown()):
+    for change in generated.write(root, generated.specs()):
         typer.echo(f"{'removed' if change.kind == 'orphaned' else 'wrote'} generated/{change.path}")
-    typer.echo(f"generated/ holds {len(shown())} kernels, its manifest {len(catalog())}")
+    typer.echo(f"generated/ holds {len(generated.specs())} kernels")
     return True
 
 
 def _check_text(root: Path) -> bool:
-    from moegen.catalog import catalog, shown
     from moegen.codegen import generated
 
-    found = generated.differences(root, catalog(), shown())
+    found = generated.differences(root, generated.specs())
     for difference in found:
         typer.echo(f"{difference.kind}: generated/{difference.path}")
         typer.echo(difference.diff)
     if found:
         typer.echo(f"{len(found)} files differ; run `moegen generate` and commit the result")
         return False
-    typer.echo(f"generated/ is up to date: {len(shown())} kernels, {len(catalog())} in its manifest")
+    typer.echo(f"generated/ is up to date: {len(generated.specs())} kernels")
     return True
 
 
 def _write_resources(root: Path) -> bool:
-    from moegen.catalog import catalog
     from moegen.cli import common
+    from moegen.codegen import generated
     from moegen.compile import manifest, nvrtc
 
     with common.progress("compiling") as progress:
-        found = manifest.record(root, catalog(), progress)
+        found = manifest.record(root, generated.specs(), progress)
     typer.echo(f"recorded the resources of {len(found)} kernels by {nvrtc.identity()}")
     return True
 
 
 def _check_resources(root: Path) -> bool:
-    from moegen.catalog import catalog
     from moegen.cli import common
+    from moegen.codegen import generated
     from moegen.compile import manifest
 
     with common.progress("compiling") as progress:
-        result = manifest.compare(root, catalog(), progress)
+        result = manifest.compare(root, generated.specs(), progress)
     if result.pinned is None:
         typer.echo("the manifest has no resources; run `moegen generate --resources`")
         return False

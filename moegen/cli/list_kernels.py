@@ -18,8 +18,8 @@ def list_kernels(
     cached: Annotated[bool, typer.Option("--cached", help="What the cache holds, with its targets.")] = False,
 ) -> None:
     """List kernels: the catalog's, a preset's, or those in the cache. One stem per line."""
-    from moegen.catalog import catalog, preset_specs
     from moegen.cli import common
+    from moegen.codegen.catalog import catalog, preset_specs
 
     if cached:
         _list_cached()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moegen.compile import leftovers
+from moegen import leftovers
 
 if TYPE_CHECKING:
     from moegen.codegen.render import Source

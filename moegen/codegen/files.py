@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where templates and headers are: beside the package in a checkout, inside it in a wheel. Committed kernels are in a
-checkout alone.
-"""
+"""Where templates, headers and committed kernels are: beside the package in the source tree, inside it in a wheel."""
 
 from __future__ import annotations
 
@@ -10,21 +8,12 @@ from pathlib import Path
 
 
 def find(folder: str) -> Path:
-    """The folder `templates`, in the installed package or in the checkout around it."""
+    """The folder `templates` or `generated`, in the installed package or in the source tree around it."""
     package = Path(__file__).resolve().parent.parent
     for candidate in (package / folder, package.parent / folder):
         if candidate.is_dir():
             return candidate
     raise FileNotFoundError(f"moegen's folder {folder!r} is missing beside {package}; reinstall moegen")
-
-
-def checkout() -> Path | None:
-    """The folder of the checkout that this package is part of; None if it was installed from a wheel.
-
-    A wheel holds its templates in the package; what lies beside an installed package is not moegen's.
-    """
-    around = find("templates").parent
-    return None if around == Path(__file__).resolve().parent.parent else around
 
 
 @functools.cache

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The committed folder `generated/`: a few of the catalog's kernels as text, and a manifest of all.
+"""The committed folder `generated/`: the catalog's kernels as text, and a manifest.
 
 `generated/<family>/<stem>.cu`, and `generated/manifest.json`:
 
     schema     number of the naming scheme
-    kernels    stem -> sha256 of its text
+    kernels    stem -> path and sha256 of its text
     nvrtc      identity of the NVRTC that `resources` is from, or null
     resources  stem -> target -> sha256 of the cubin, registers, shared memory, spills (compile/manifest.py)
 """
@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moegen.codegen.files import checkout
+from moegen.codegen.files import find
 from moegen.codegen.render import render
-from moegen.codegen.spec import SCHEMA, Spec
-from moegen.errors import InputError
+from moegen.kernels.spec import SCHEMA, Spec
 
 MANIFEST = "manifest.json"
 
@@ -35,29 +34,27 @@ class Difference:
     diff: str
 
 
+def specs() -> list[Spec]:
+    """The catalog."""
+    from moegen.codegen.catalog import catalog
+
+    return list(catalog())
+
+
 def folder() -> Path:
-    """The folder `generated` of the checkout.
-
-    Raises:
-        InputError: moegen was installed from a wheel, which has none.
-    """
-    if (around := checkout()) is None:
-        raise InputError(
-            "generated/ is part of a checkout, not of an installed package: run `moegen generate` in a clone; "
-            "`moegen show STEM` prints the same text anywhere"
-        )
-    return around / "generated"
+    """The folder `generated` of this installation or source tree."""
+    return find("generated")
 
 
-def expected(root: Path, kernels: Sequence[Spec], shown: Sequence[Spec] | None = None) -> dict[str, str]:
-    """What generated/ should hold: text by path. Resources are carried over where the kernel's text is unchanged.
-
-    Args:
-        kernels: those of the manifest.
-        shown: of these, the ones whose text is there; None: all.
-    """
-    entries = {spec.stem: {"sha256": render(spec).digest} for spec in kernels}
-    files = {f"{spec.family}/{spec.stem}.cu": render(spec).text for spec in (kernels if shown is None else shown)}
+def expected(root: Path, kernels: Sequence[Spec]) -> dict[str, str]:
+    """What generated/ should hold: text by path. Resources are carried over where the kernel's text is unchanged."""
+    files: dict[str, str] = {}
+    entries: dict[str, dict[str, str]] = {}
+    for spec in kernels:
+        source = render(spec)
+        path = f"{spec.family}/{spec.stem}.cu"
+        files[path] = source.text
+        entries[spec.stem] = {"path": path, "sha256": source.digest}
     old = read_manifest(root)
     known = old.get("kernels", {})
     kept = {stem: found for stem, found in old.get("resources", {}).items() if known.get(stem) == entries.get(stem)}
@@ -65,10 +62,10 @@ def expected(root: Path, kernels: Sequence[Spec], shown: Sequence[Spec] | None =
     return {**files, MANIFEST: manifest_text(manifest)}
 
 
-def write(root: Path, kernels: Sequence[Spec], shown: Sequence[Spec] | None = None) -> list[Difference]:
+def write(root: Path, kernels: Sequence[Spec]) -> list[Difference]:
     """Makes generated/ what it should be; gives what was changed."""
-    found = differences(root, kernels, shown)
-    files = expected(root, kernels, shown)
+    found = differences(root, kernels)
+    files = expected(root, kernels)
     for difference in found:
         path = root / difference.path
         if difference.kind == "orphaned":
@@ -79,9 +76,9 @@ def write(root: Path, kernels: Sequence[Spec], shown: Sequence[Spec] | None = No
     return found
 
 
-def differences(root: Path, kernels: Sequence[Spec], shown: Sequence[Spec] | None = None) -> list[Difference]:
+def differences(root: Path, kernels: Sequence[Spec]) -> list[Difference]:
     """Every stale, missing or orphaned file of generated/; nothing is written."""
-    wanted = expected(root, kernels, shown)
+    wanted = expected(root, kernels)
     there = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
     found: list[Difference] = []
     for name, text in sorted(wanted.items()):

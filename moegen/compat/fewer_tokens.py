@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from moegen.base import arguments
-from moegen.limits import MAX_TOKENS_PER_RANK
-from moegen.low_latency.api import ExpertParallel
+from moegen import checks
+from moegen.expert_parallel import ExpertParallel
+from moegen.kernels.ll import MAX_TOKENS_PER_RANK
 
 MOST_KEPT = 64
 """Numbers whose bound kernels are kept, 20 to 100 KB of the host's memory each; any other is bound again."""
@@ -78,7 +78,7 @@ class Sizes:
 
     def add(self, max_tokens: int, make: Callable[[int], ExpertParallel]) -> ExpertParallel:
         """For a number that is new. `make` gives an object for so many tokens per rank, on all ranks together."""
-        arguments.in_range("num_max_dispatch_tokens_per_rank", max_tokens, 1, MAX_TOKENS_PER_RANK)
+        checks.in_range("num_max_dispatch_tokens_per_rank", max_tokens, 1, MAX_TOKENS_PER_RANK)
         room = self._wholes[-1].problem.max_tokens if self._wholes else 0
         if max_tokens > room:
             room = max(max_tokens, min(2 * room, MAX_TOKENS_PER_RANK))

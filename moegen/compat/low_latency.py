@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from moegen.base import admission, arguments
+from moegen import admission, checks
 from moegen.compat.fewer_tokens import Sizes, whole_of
 from moegen.compat.groups import rank_and_size, usual_device
 from moegen.errors import HandleError, InputError, LeftOutError
-from moegen.low_latency.api import ExpertParallel
-from moegen.low_latency.results import Dispatched
+from moegen.expert_parallel import ExpertParallel
+from moegen.handle import Dispatched
 from moegen.runtime.ownership import ProcessBound, lasting
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ class Layers(ProcessBound):
             raise InputError(
                 f"x is [tokens, hidden], topk_idx [tokens, topk]; got {list(x.shape)}, {list(topk_idx.shape)}"
             )
-        num_experts = arguments.integer("num_experts", num_experts)
-        max_tokens = arguments.integer("num_max_dispatch_tokens_per_rank", max_tokens)
+        num_experts = checks.integer("num_experts", num_experts)
+        max_tokens = checks.integer("num_max_dispatch_tokens_per_rank", max_tokens)
         if num_experts % self.size != 0:
             raise InputError(f"num_experts is a multiple of the {self.size} ranks; got {num_experts}")
         key = (x.shape[1], topk_idx.shape[1], num_experts, quantize, x.device)

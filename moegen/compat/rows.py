@@ -8,18 +8,18 @@ from typing import Any, cast
 
 import torch
 
-from moegen.base import arguments
-from moegen.codegen.integers import settle_integers
-from moegen.codegen.problem import Problem
+from moegen import checks
 from moegen.errors import CapacityError, HandleError, InputError
-from moegen.high_throughput.api import HighThroughput
-from moegen.high_throughput.layout import LayoutOp
-from moegen.high_throughput.results import DispatchedRows, Given, Layout, RowsHandle
-from moegen.high_throughput.select import layout_spec
+from moegen.high_throughput import HighThroughput
+from moegen.kernels.integers import settle_integers
+from moegen.kernels.problem import Problem
+from moegen.rows import DispatchedRows, Given, Layout, RowsHandle
 from moegen.runtime.kernel import load
+from moegen.runtime.layout import LayoutOp
 from moegen.runtime.ownership import ProcessBound
 from moegen.runtime.streams import CommStream
 from moegen.runtime.worlds import RankWorld, as_rank_world
+from moegen.select import layout_spec
 
 Tensor = torch.Tensor
 
@@ -65,7 +65,7 @@ class Counts(ProcessBound):
 
     def __call__(self, topk_idx: Tensor) -> Layout:
         self._op.raise_what_happened()
-        layout = self._op(arguments.topk_idx(self, topk_idx, topk_idx.shape[0], None))
+        layout = self._op(checks.topk_idx(self, topk_idx, topk_idx.shape[0], None))
         if self.device.type == "cpu":
             self._op.raise_what_happened()
         return layout
@@ -105,7 +105,7 @@ class RowLayers(ProcessBound):
         return self._world
 
     def counts(self, num_topk: int, num_experts: int) -> Counts:
-        key = (num_topk, arguments.integer("num_experts", num_experts))
+        key = (num_topk, checks.integer("num_experts", num_experts))
         if key not in self._counts:
             self._counts[key] = Counts(self.world, *key)
         return self._counts[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +63,19 @@ def obtain(source: Source, target: Target) -> Binary:
     if found is not None:
         return found
     return make(permitted(recipe, source.stem, target))
+
+
+def obtain_many(sources: Sequence[Source], target: Target, jobs: int | None = None) -> list[Binary]:
+    """`obtain` for many kernels, in their order; what is missing is compiled by `jobs` processes (default: the cores).
+
+    Raises: as `obtain`; of several kernels that do not compile, the first one's error.
+    """
+    from moegen.compile import ninja_build
+
+    looked = {source.stem: look_up(source, target) for source in sources}
+    missing = [permitted(recipe, stem, target) for stem, (found, recipe) in looked.items() if found is None]
+    made = {binary.stem: binary for binary in ninja_build.make_all(missing, jobs)}
+    return [looked[source.stem][0] or made[source.stem] for source in sources]
 
 
 def read(binary: Binary) -> bytes:

@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moegen import env
-from moegen.codegen.spec import SCHEMA
-from moegen.compile import leftovers, safety
+from moegen import env, leftovers
+from moegen.compile import safety
 from moegen.compile.recipe import KEY_WORD
 from moegen.compile.target import TARGETS, Target
 from moegen.errors import CacheError
+from moegen.kernels.spec import SCHEMA
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from moegen import env
+from moegen import env, leftovers
 from moegen.codegen.files import host_files, host_headers
 from moegen.codegen.render import Source
-from moegen.compile import elf, failure, leftovers
+from moegen.compile import elf, failure
 from moegen.compile.recipe import Compiled, Recipe, reachable
 from moegen.compile.target import Target
 from moegen.errors import CompileError, UnsupportedPlatformError

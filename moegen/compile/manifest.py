@@ -15,11 +15,11 @@ from typing import Any
 from moegen import env
 from moegen.codegen import generated
 from moegen.codegen.render import render
-from moegen.codegen.spec import Spec
 from moegen.compile import ninja_build, nvrtc
 from moegen.compile.binary import Binary
 from moegen.compile.target import Target
 from moegen.errors import InputError
+from moegen.kernels.spec import Spec
 
 TARGETS = (Target("sm90"), Target("sm100"))
 

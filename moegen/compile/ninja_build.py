@@ -108,17 +108,6 @@ def make_all(recipes: Sequence[Recipe], jobs: int | None = None, progress: Progr
     return binaries
 
 
-def obtain_many(sources: Sequence[Source], target: Target, jobs: int | None = None) -> list[Binary]:
-    """`obtain` for many kernels, in their order; what is missing is compiled by `jobs` processes (default: the cores).
-
-    Raises: as `obtain`; of several kernels that do not compile, the first one's error.
-    """
-    looked = {source.stem: binary.look_up(source, target) for source in sources}
-    missing = [binary.permitted(recipe, stem, target) for stem, (found, recipe) in looked.items() if found is None]
-    made = {one.stem: one for one in make_all(missing, jobs)}
-    return [looked[source.stem][0] or made[source.stem] for source in sources]
-
-
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from moegen import env
-from moegen.codegen.spec import SCHEMA
 from moegen.compile import safety
 from moegen.compile.resources import Resources
 from moegen.compile.target import TARGETS, Target
 from moegen.errors import CacheError
+from moegen.kernels.spec import SCHEMA
 
 MOST_MANIFEST_BYTES = 64 << 20
 MOST_BINARY_BYTES = 256 << 20

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from moegen.codegen.spec import SCHEMA
 from moegen.compile.resources import Resources
 from moegen.compile.target import Target
+from moegen.kernels.spec import SCHEMA
 
 _INCLUDE = re.compile(rb"^[ \t]*#[ \t]*include[ \t]*<(moegen/[^>]+)>", re.MULTILINE)
 KEY_WORD = 16

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from moegen.base.reference import BF16_ROUNDING, FP32_ROUNDING, SMALLEST_BF16
 from moegen.demo.layer import make_expert
 from moegen.demo.plan import Plan
 from moegen.demo.progress import reported
 from moegen.demo.ranks import RankResult
+from moegen.reference import BF16_ROUNDING, FP32_ROUNDING
 
 
 @dataclass(frozen=True)
@@ -92,4 +92,4 @@ class _Dense:
         remote = self._partials.abs().sum(dim=0) - own.abs()
         terms = self._plan.preset.num_topk + self._plan.num_ranks
         combine = BF16_ROUNDING * (remote + self.exact.abs()) + terms * FP32_ROUNDING * self._magnitude
-        return (self._expert_error + combine) * (1 + 2.0**-6) + SMALLEST_BF16
+        return (self._expert_error + combine) * (1 + 2.0**-6) + 2.0**-133

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import silu
 
-from moegen.base.reference import FP32_ROUNDING
-from moegen.presets import Preset
+from moegen.kernels.presets import Preset
 
 CONTEXT = 4
 """Bytes that make one token: its own and those before it, so that equal bytes need not go to equal experts."""
 
 _SEED = 20_240
+FP32_ROUNDING = 2.0**-24
 
 
 @dataclass(frozen=True)

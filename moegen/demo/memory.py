@@ -11,14 +11,14 @@ import torch
 
 from moegen.demo.plan import Plan
 from moegen.errors import CapacityError
-from moegen.low_latency.regions import regions
-from moegen.low_latency.select import select
-from moegen.presets import PRESETS
+from moegen.kernels.ll import regions
+from moegen.kernels.presets import PRESETS
+from moegen.select import select
 
 PROCESS_BYTES = 300 * 10**6
 """Of one Python process with torch, on the CPU."""
 
-_BF16, _FP32, _FP64 = torch.bfloat16.itemsize, torch.float32.itemsize, torch.float64.itemsize
+_BF16, _FP32, _FP64 = 2, 4, 8
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,15 @@ from typing import Literal
 
 import torch
 
-from moegen.codegen.problem import Problem
 from moegen.codegen.render import render
 from moegen.compile import host
-from moegen.compile.binary import obtain
-from moegen.compile.ninja_build import obtain_many
+from moegen.compile.binary import obtain, obtain_many
 from moegen.compile.target import Target
 from moegen.errors import InputError, UnsupportedPlatformError
-from moegen.low_latency.select import select
-from moegen.presets import Preset, preset
+from moegen.kernels.presets import Preset, preset
+from moegen.kernels.problem import Problem
 from moegen.runtime.worlds import LocalWorld
+from moegen.select import select
 
 FULL_SIZE_BYTES = 40 * 2**30
 """GPU memory that deepseek-v3 with its 22.5 GB of expert weights runs in with room to spare."""

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from moegen.compile import leftovers
+from moegen import leftovers
 from moegen.demo.layer import CONTEXT, Expert, make_embedding, make_expert, make_router
 from moegen.demo.plan import Plan
 from moegen.demo.progress import reported
 from moegen.demo.text import piece, text
-from moegen.low_latency.api import ExpertParallel
+from moegen.expert_parallel import ExpertParallel
 from moegen.runtime.worlds import GroupWorld, LocalWorld, RankWorld
 
 OPS = ("dispatch", "experts", "combine")

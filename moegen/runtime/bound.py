@@ -5,21 +5,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from itertools import compress
 
 import torch
 
-from moegen.codegen.params import ParamStruct
-from moegen.codegen.spec import Spec
+from moegen.kernels.params import ParamStruct
+from moegen.kernels.spec import Spec
 from moegen.runtime.kernel import LoadedKernel
 from moegen.runtime.watchdog import Watchdog
 
 
 class BoundKernel:
-    """Calling it launches the kernel with new values for the members, or arrays, named `varying`, in that order.
-
-    `fixed` and `varying` may describe the whole op: values of what the kernel leaves out are dropped.
-    """
+    """Calling it launches the kernel with new values for the members, or arrays, named `varying`, in that order."""
 
     def __init__(
         self,
@@ -38,30 +34,18 @@ class BoundKernel:
             places[member.name] = len(self._values)
             value = fixed.get(member.name, 0 if member.length is None else (0,) * member.length)
             self._values += [value] if isinstance(value, int) else list(value)
-        _check_names(params, fixed, varying)
-        numbers = {param.name: param.numbers for param in params.declared}
-        self._is_read = [name in places for name in varying for _ in range(numbers[name])]
-        """For each value of a call, whether the kernel reads it."""
-        read = [name for name in varying if name in places]
-        self._places = [places[name] + index for name in read for index in range(numbers[name])]
+        unknown = (set(fixed) | set(varying)) ^ set(places)
+        if unknown or set(fixed) & set(varying):
+            raise AssertionError(f"parameters not bound exactly once: {unknown or set(fixed) & set(varying)}")
+        lengths = {member.name: member.length or 1 for member in params.members}
+        self._places = [places[name] + index for name in varying for index in range(lengths[name])]
 
     def __call__(self, *varying: int) -> None:
-        if len(varying) != len(self._is_read):
-            raise TypeError(f"{len(varying)} values; expected {len(self._is_read)}")
         values = self._values
-        for place, value in zip(self._places, compress(varying, self._is_read), strict=True):
+        for place, value in zip(self._places, varying, strict=True):
             values[place] = value
         self._packer.pack_into(self._buffer, 0, *values)
         self._start()
-
-
-def _check_names(params: ParamStruct, fixed: Mapping[str, object], varying: Sequence[str]) -> None:
-    """Each member has one value, and every other name is one that the kernel leaves out."""
-    given = set(fixed) | set(varying)
-    twice = set(fixed) & set(varying)
-    wrong = twice or (given - params.left_out) ^ {member.name for member in params.members}
-    if wrong:
-        raise AssertionError(f"parameters not bound exactly once: {wrong}")
 
 
 class BoundKernels:

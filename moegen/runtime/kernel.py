@@ -15,10 +15,10 @@ import torch
 
 from moegen import env
 from moegen.codegen.render import render
-from moegen.codegen.spec import Spec
 from moegen.compile import binary
 from moegen.compile.target import Target
 from moegen.errors import KernelFaultError, LaunchError, MissingKernelError, UnsupportedPlatformError
+from moegen.kernels.spec import Spec
 from moegen.runtime.streams import current_stream
 from moegen.runtime.waiting import SLICE_SECONDS, raise_if_pointless
 

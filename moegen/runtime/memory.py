@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from moegen.compile import leftovers
+from moegen import leftovers
 from moegen.errors import CapacityError, MoegenError, UnsupportedPlatformError
 from moegen.runtime.waiting import SETUP_SECONDS
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 
-from moegen.codegen.call_words import REGION_BYTES, differences
 from moegen.errors import (
     CapacityError,
     DifferentCallError,
@@ -15,7 +14,8 @@ from moegen.errors import (
     PeerTimeoutError,
     WorldError,
 )
-from moegen.limits import MAX_RANKS
+from moegen.kernels.call_words import REGION_BYTES, differences
+from moegen.kernels.spec import MAX_RANKS
 from moegen.runtime.memory import HostWords, SymmetricMemory
 
 _FIELDS = (

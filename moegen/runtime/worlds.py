@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from moegen.codegen.integers import as_int
 from moegen.errors import CapacityError, InputError, UnsupportedPlatformError
-from moegen.limits import MAX_LOCAL_RANKS
+from moegen.kernels.integers import as_int
 from moegen.runtime.group_exchange import exchange_in_group
 from moegen.runtime.memory import SymmetricMemory, raise_first, share_between_gpus, share_between_processes
 from moegen.runtime.ownership import ProcessBound
@@ -33,6 +32,9 @@ T = TypeVar("T")
 
 DEFAULT_TIMEOUT = 1800.0
 """Seconds that exchanges wait for ranks, where no object says how long; torch's own default for gloo."""
+
+MAX_LOCAL_RANKS = 1024
+"""Of one process: each is a thread. It is more than any kernel is for, whose Specs say how many that is."""
 
 DEFAULT_CONNECTIONS = 8
 MAX_CONNECTIONS = 32

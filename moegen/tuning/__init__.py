@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moegen.codegen.spec import WarpGroups
 from moegen.errors import InputError
-from moegen.formats import BF16, ROWS
-from moegen.limits import MAX_BLOCK_WARPS
+from moegen.kernels.ll import SCALES_PER_WORD, LowLatencyCombine, LowLatencyDispatch
+from moegen.kernels.spec import MAX_BLOCK_WARPS, Spec, WarpGroups
 
 SCHEMA = 1
 """Number of the layout of the files."""
@@ -24,13 +23,11 @@ SCHEMA = 1
 DEFAULT_ARCH = "sm90"
 """Whose table serves architectures that have none."""
 
-OPS = ("dispatch", "combine")
+OPS: dict[str, type[Spec]] = {"dispatch": LowLatencyDispatch, "combine": LowLatencyCombine}
 DTYPES = {"dispatch": ("bf16", "fp8"), "combine": ("bf16",)}
 """Op -> dtypes that each table has an entry for; the kinds of FP8 differ by a few scales and share one."""
 
-WIRES = ("inline", "row")
-PATHS = ("ipc",)
-"""Words of the Specs of family `ll`, which a test compares."""
+WIRES = LowLatencyDispatch.words("wire")
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Choice:
 
     Attributes:
         wire: a word of the Spec.
-        warp_groups: GROUPSxWARPS; `moegen.low_latency.select` fits the warps to shorter and longer rows.
+        warp_groups: GROUPSxWARPS; `moegen.select` fits the warps to shorter and longer rows.
         num_sms: thread blocks at most; None: as many as are useful.
     """
 
@@ -138,7 +135,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         _require(self.op in OPS and self.dtype in DTYPES[self.op], f"no kernels for {self.op} of {self.dtype}")
-        _require(self.path in PATHS, f"no path {self.path!r}")
+        _require(self.path in OPS[self.op].words("path"), f"no path {self.path!r}")
         _require(self.row_bytes >= 1, f"row_bytes are 1 and more; got {self.row_bytes}")
         limits = [rule.up_to for rule in self.rules]
         _require(bool(limits) and limits[-1] is None, "the last rule of an entry has no limit (null)")
@@ -171,7 +168,7 @@ class Table:
         """The choices for a shape, the best first. Of the lengths of a row that were measured, the one that differs by
         the smallest factor counts. Whether such kernels exist is for the Spec to say.
         """
-        kind = "fp8" if ROWS.get(dtype, BF16).group else BF16.word
+        kind = "fp8" if SCALES_PER_WORD.get(dtype) else "bf16"
         fitting = [entry for entry in self.entries if (entry.op, entry.dtype) == (op, kind)]
         nearest = min(
             fitting, key=lambda entry: (entry.path != path, _factor(entry.row_bytes, row_bytes), entry.row_bytes)

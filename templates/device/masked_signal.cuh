@@ -3,8 +3,7 @@
 // again. A rank that waits is alive, however late it is for its peers: it shows so by a beat that keeps moving.
 #pragma once
 
-#include <moegen/call_words.cuh>
-#include <moegen/routing.cuh>
+#include <moegen/launch.cuh>
 
 namespace moegen {
 
@@ -16,45 +15,15 @@ struct Liveness {
     uint4* const* left_out;  // [ranks]: {ranks low, ranks high, epoch}: whom each rank has left out, and since when
 };
 
-// What opening an epoch gives: leave to send to these ranks, this one included.
-struct SomeRanks {
-    uint64_t ranks;
-
-    __device__ __forceinline__ bool may_send() const { return ranks != 0; }
-    __device__ __forceinline__ bool may_send_to(uint32_t rank) const { return (ranks >> rank & 1) != 0; }
-    __device__ __forceinline__ uint64_t among(uint64_t others) const { return others & ranks; }
-
-    template <uint32_t kRanks>
-    __device__ __forceinline__ uint64_t missing() const {
-        return kAllRanks<kRanks> & ~ranks;
-    }
-};
-
 // What every wait of a launch needs to know. Waits run out of line, where each word of this takes a register: what only
 // their slow path needs is read from the kernel's parameters, through a pointer that the constant cache does not serve.
 template <class Params>
 struct WatchOf {
-    using Opened = SomeRanks;
-
     uint32_t* active;  // [ranks]: 0: this rank neither waits for that one nor sends to it
     const Params* p;
     uint64_t started_ns;
     uint32_t rank;
     uint32_t epoch;
-
-    static __device__ __forceinline__ WatchOf start(const Params& p) {
-        return WatchOf{p.active, &p, global_timer_ns(), p.rank, p.control->epoch};
-    }
-
-    // This rank is always active for itself.
-    __device__ __forceinline__ bool is_active(uint32_t peer) const {
-        return peer == rank || load_relaxed_sys(active + peer) != 0;
-    }
-
-    template <uint32_t kRanks, uint32_t kPhase>
-    __device__ __forceinline__ Opened await_progress(const uint32_t* words, uint32_t needed) const;
-
-    struct Patience;
 };
 
 // A beat moves every 2**17 ns (131 us), and is looked at as often: both touch memory that other ranks read.
@@ -67,6 +36,12 @@ constexpr uint64_t kSilentTimeouts = 2;
 // No sign of life counts for longer than this after a launch: ranks that make different calls wait for each other.
 constexpr uint64_t kPatientTimeouts = 8;
 
+// This rank is always active for itself.
+template <class Watch>
+__device__ __forceinline__ bool is_active(const Watch& watch, uint32_t peer) {
+    return peer == watch.rank || load_relaxed_sys(watch.active + peer) != 0;
+}
+
 // Bit r: rank r is active. For a whole warp.
 template <uint32_t num_ranks, class Watch>
 __device__ __forceinline__ uint64_t ranks_that_are_active(const Watch& watch) {
@@ -74,7 +49,7 @@ __device__ __forceinline__ uint64_t ranks_that_are_active(const Watch& watch) {
 #pragma unroll 1
     for (uint32_t first = 0; first < num_ranks; first += kWarpSize) {
         const uint32_t rank = first + lane_id();
-        const bool here = rank < num_ranks && watch.is_active(rank);
+        const bool here = rank < num_ranks && is_active(watch, rank);
         active |= uint64_t(__ballot_sync(kFullWarp, here)) << first;
     }
     return active;
@@ -101,9 +76,9 @@ __device__ __forceinline__ void leave_out(const Watch& watch, uint32_t peer) {
 template <class Watch>
 __device__ __noinline__ void adopt_left_out(Watch watch, uint64_t ranks) {
 #pragma unroll 1
-    for (uint64_t rest = ranks & ~(uint64_t(1) << watch.rank); rest != 0; drop_first(rest)) {
-        const uint32_t peer = first_rank(rest);
-        if (watch.is_active(peer)) leave_out(watch, peer);
+    for (uint64_t rest = ranks & ~(uint64_t(1) << watch.rank); rest != 0; rest &= rest - 1) {
+        const uint32_t peer = uint32_t(__ffsll(int64_t(rest))) - 1;
+        if (is_active(watch, peer)) leave_out(watch, peer);
     }
 }
 
@@ -129,10 +104,10 @@ __device__ __forceinline__ void report_if_left_out(const Watch& watch, uint32_t 
 template <class Watch>
 __device__ __forceinline__ bool makes_different_call(const Watch& watch, uint32_t peer) {
     if constexpr (requires { watch.p->calls_offset; }) {
-        const uint64_t* word_here = call_at(*watch.p, watch.epoch, watch.rank, watch.rank);
-        const uint64_t* word_there = call_at(*watch.p, watch.epoch, watch.rank, peer);
-        const uint64_t here = load_relaxed_sys(word_here);
-        const uint64_t there = load_relaxed_sys(word_there);
+        const uint8_t* published = watch.p->peers[watch.rank] + watch.p->calls_offset;
+        const uint64_t* calls = reinterpret_cast<const uint64_t*>(published);
+        const uint64_t here = load_relaxed_sys(calls + place_of_call(watch.epoch, watch.rank));
+        const uint64_t there = load_relaxed_sys(calls + place_of_call(watch.epoch, peer));
         if (!are_of_different_calls(here, there, watch.epoch)) return false;
         write_other_call(watch.p->failure, watch.rank, peer, here >> 32, there >> 32);
         return true;
@@ -157,78 +132,36 @@ __device__ __forceinline__ bool is_silent(const Watch& watch, uint32_t peer, uin
     return now_ns > since_ns + kSilentTimeouts * watch.p->timeout_ns;
 }
 
-// Leaves out a peer that does not come, unless another wait has done so. Out of line: few waits end so.
-template <class Watch>
-__device__ __noinline__ void give_up(Watch watch, uint32_t peer) {
-    if (!watch.is_active(peer)) return;
-    report_if_left_out(watch, peer);
-    leave_out(watch, peer);
-}
-
-// How long a wait polls: until its peer is not active (any more), or is left out here. Whenever the beat is due, this
-// rank's moves, and the peer is looked at. What this rank sends itself is not timed: it arrives as soon as its own
+// Polls until `poll()` gives `expected`; false if its peer is not active (any more), or is left out here. Whenever the
+// beat is due, this rank's moves, and the peer is looked at. After that look it is polled for once more: what arrived
+// while this thread was not running counts. What this rank sends itself is not timed: it arrives as soon as its own
 // waits end.
-template <class Params>
-struct WatchOf<Params>::Patience {
-    uint32_t polls = 0;
-    uint32_t looked;  // the beat that was due when this looked last
-    bool has_other_call = false;
-
-    __device__ __forceinline__ explicit Patience(const WatchOf& watch) : looked(watch.started_ns >> kBeatBits) {}
-
-    __device__ __forceinline__ bool is_due(const WatchOf& watch, Awaited what) const {
-        return polls % kPollsPerLook == 0 && what.peer != watch.rank;
-    }
-
-    template <class Watch>
-    __device__ __forceinline__ bool lasts(const Watch& watch, Awaited what, uint32_t, uint32_t) {
-        bool gone = !watch.is_active(what.peer);
+template <class Watch, class Poll>
+__device__ __noinline__ bool keep_polling(Poll poll, Watch watch, Awaited what, uint32_t expected) {
+    uint32_t looked = uint32_t(watch.started_ns >> kBeatBits);
+#pragma unroll 1
+    for (uint32_t polls = 0;; ++polls) {
+        if (poll() == expected) return true;
+        poll_pause();
+        if (polls % kPollsPerCheck != 0 || what.peer == watch.rank) continue;
+        bool gone = !is_active(watch, what.peer);
         const uint64_t now_ns = global_timer_ns();
         const uint32_t due = uint32_t(now_ns >> kBeatBits);
-        if (!gone && due == looked) return true;
+        if (!gone && due == looked) continue;
         looked = due;
         if (!gone) {
             store_relaxed_sys(watch.p->liveness->beats[watch.rank], due);
-            has_other_call = makes_different_call(watch, what.peer);
-            if (has_other_call) return false;
+            if (makes_different_call(watch, what.peer)) return false;
             gone = is_left_out_by(watch, what.peer) || is_silent(watch, what.peer, now_ns);
         }
-        return !gone;
-    }
-
-    // True if it has come after all: what came while this thread was not running counts.
-    template <class Watch, class Poll>
-    __device__ __forceinline__ bool ends(const Watch& watch, Awaited what, uint32_t expected, Poll poll) const {
-        if (has_other_call) return false;
+        if (!gone) continue;
         if (poll() == expected) return true;
-        give_up(watch, what.peer);
+        if (is_active(watch, what.peer)) {
+            report_if_left_out(watch, what.peer);
+            leave_out(watch, what.peer);
+        }
         return false;
     }
-};
-
-// Bit r: rank r is active, and its progress word has come as far as `needed`. One that does not come in time is left
-// out. One warp calls this. Out of line: so the other warps' instructions stay in a row.
-template <uint32_t kRanks, uint32_t kPhase, class Watch>
-__device__ __noinline__ uint64_t ranks_that_have_come(const uint32_t* words, uint32_t needed, uint64_t active,
-                                                      Watch watch) {
-    uint64_t ready = uint64_t(1) << watch.rank;
-#pragma unroll 1
-    for (uint32_t first = 0; first < kRanks; first += kWarpSize) {
-        const uint32_t peer = first + lane_id();
-        bool has_come = peer < kRanks && peer != watch.rank && (active >> peer & 1) != 0;
-        if (has_come) has_come = wait_for_progress(watch, kPhase, peer, words + peer, needed);
-        ready |= uint64_t(__ballot_sync(kFullWarp, has_come)) << first;
-    }
-    return ready;
-}
-
-// A launch first publishes whom this rank has left out.
-template <class Params>
-template <uint32_t kRanks, uint32_t kPhase>
-__device__ __forceinline__ SomeRanks WatchOf<Params>::await_progress(const uint32_t* words, uint32_t needed) const {
-    const uint64_t here = ranks_that_are_active<kRanks>(*this);
-    if (here != kAllRanks<kRanks> && lane_id() == 0) publish_left_out(*this, kAllRanks<kRanks> & ~here);
-    return SomeRanks{ranks_that_have_come<kRanks, kPhase>(words, needed, here, *this)};
 }
 
 // Whether the blocks of this launch say that something has come: as the first of them saw it, which this call may be.

@@ -16,6 +16,23 @@ struct GroupScale {
     float factor;
 };
 
+// MXFP8: the least power of two that brings the group to 448 or less, as E8M0. `amax`: bits of the group's largest
+// magnitude. 448 is 1.75 * 2**8: above that mantissa it takes one more. A group with a NaN or an infinity becomes NaN.
+__device__ __forceinline__ GroupScale mxfp8_scale(uint32_t amax) {
+    if (amax >= kInfinityBits) return GroupScale{0xff, __uint_as_float(kNanBits)};
+    const uint32_t exponent = (amax + 0x1fffffu) >> 23;
+    const uint32_t code = exponent > 8 ? exponent - 8 : 0;
+    return GroupScale{code, __uint_as_float((254 - code) << 23)};
+}
+
+// NVFP4: the scale, in e4m3, that makes the group's largest element 6, all times `output_scale`. Where that rounds to
+// 0, elements become 0. A group with a NaN or an infinity has the scale NaN.
+__device__ __forceinline__ GroupScale nvfp4_scale(uint32_t amax, float output_scale) {
+    const float largest = __uint_as_float(amax >= kInfinityBits ? kNanBits : amax);
+    const uint32_t code = round_to_e4m3x2(output_scale * (largest * (1.0f / 6.0f)), 0.0f) & 0xff;
+    return GroupScale{code, (code & 0x7f) == 0 ? 0.0f : __fdiv_rn(output_scale, e4m3_to_float(code))};
+}
+
 // FP4 e2m1: to nearest, ties to even, at most 6, which every NaN becomes. A number is rounded at a place by adding the
 // power of two whose last place that is: 0.5 below 2, then 1, then 2.
 __device__ __forceinline__ uint32_t round_to_e2m1(float value) {
@@ -26,49 +43,5 @@ __device__ __forceinline__ uint32_t round_to_e2m1(float value) {
     const uint32_t places = __float_as_uint(magnitude + __uint_as_float(power)) - power;
     return (value < 0.0f ? 8u : 0u) | (places + ((exponent - kExponentOfOne) >> 22));
 }
-
-// `amax`: bits of a group's largest magnitude. `words` begin as zeros, and have the elements from the lowest bits on.
-struct Mxfp8 {
-    static constexpr uint32_t kGroup = 32;
-    static constexpr uint32_t kBits = 8;  // of an element
-
-    // The least power of two that brings the group to 448 or less, as E8M0. 448 is 1.75 * 2**8: above that mantissa it
-    // takes one more. A group with a NaN or an infinity becomes NaN.
-    static __device__ __forceinline__ GroupScale scale_of(uint32_t amax, float) {
-        if (amax >= kInfinityBits) return GroupScale{0xff, __uint_as_float(kNanBits)};
-        const uint32_t exponent = (amax + 0x1fffffu) >> 23;
-        const uint32_t code = exponent > 8 ? exponent - 8 : 0;
-        return GroupScale{code, __uint_as_float((254 - code) << 23)};
-    }
-
-    template <uint32_t kElements>
-    static __device__ __forceinline__ void encode(const float (&values)[kElements], float factor, uint32_t* words) {
-#pragma unroll
-        for (uint32_t index = 0; index < kElements; index += 2) {
-            words[index / 4] |= round_to_e4m3x2(values[index] * factor, values[index + 1] * factor) << 8 * (index % 4);
-        }
-    }
-};
-
-struct Nvfp4 {
-    static constexpr uint32_t kGroup = 16;
-    static constexpr uint32_t kBits = 4;
-
-    // The scale, in e4m3, that makes the group's largest element 6, all times `output_scale`. Where that rounds to 0,
-    // elements become 0. A group with a NaN or an infinity has the scale NaN.
-    static __device__ __forceinline__ GroupScale scale_of(uint32_t amax, float output_scale) {
-        const float largest = __uint_as_float(amax >= kInfinityBits ? kNanBits : amax);
-        const uint32_t code = round_to_e4m3x2(output_scale * (largest * (1.0f / 6.0f)), 0.0f) & 0xff;
-        return GroupScale{code, (code & 0x7f) == 0 ? 0.0f : __fdiv_rn(output_scale, e4m3_to_float(code))};
-    }
-
-    template <uint32_t kElements>
-    static __device__ __forceinline__ void encode(const float (&values)[kElements], float factor, uint32_t* words) {
-#pragma unroll
-        for (uint32_t index = 0; index < kElements; ++index) {
-            words[index / 8] |= round_to_e2m1(values[index] * factor) << 4 * (index % 8);
-        }
-    }
-};
 
 }  // namespace moegen

@@ -17,39 +17,4 @@ __device__ __forceinline__ float e4m3_to_float(uint32_t bits) {
     return (bits & 0x80) != 0 ? -value : value;
 }
 
-// Number formats of rows: how many elements a 32-bit word holds, what they are in fp32, and fp32 rounded to such a
-// word.
-struct Bf16 {
-    static constexpr uint32_t kPerWord = 2;
-    static __device__ __forceinline__ float element(uint32_t word, uint32_t index) {
-        return index == 0 ? low_bf16(word) : high_bf16(word);
-    }
-    static __device__ __forceinline__ uint32_t word(const float* values) {
-        return round_to_bf16x2(values[0], values[1]);
-    }
-};
-
-struct Fp16 {
-    static constexpr uint32_t kPerWord = 2;
-    static __device__ __forceinline__ float element(uint32_t word, uint32_t index) {
-        return index == 0 ? low_f16(word) : high_f16(word);
-    }
-    static __device__ __forceinline__ uint32_t word(const float* values) {
-        return round_to_f16x2(values[0], values[1]);
-    }
-};
-
-struct Fp32 {
-    static constexpr uint32_t kPerWord = 1;
-    static __device__ __forceinline__ float element(uint32_t word, uint32_t) { return __uint_as_float(word); }
-    static __device__ __forceinline__ uint32_t word(const float* values) { return __float_as_uint(values[0]); }
-};
-
-struct E4m3 {
-    static constexpr uint32_t kPerWord = 4;
-    static __device__ __forceinline__ float element(uint32_t word, uint32_t index) {
-        return e4m3_to_float(word >> 8 * index);
-    }
-};
-
 }  // namespace moegen

@@ -15,9 +15,8 @@ from support.collective_cases import inputs, make
 from support.layer import Shape
 from support.processes import Processes, make_layer, round_trips
 
-from moegen.base import construction
 from moegen.errors import CapacityError, MissingKernelError, MissingRanksError, WorldError
-from moegen.runtime import memory, worlds
+from moegen.runtime import agreement, memory, worlds
 
 SIZE = 4
 SHAPE = Shape(SIZE, 16, 4, 128, 64)
@@ -70,7 +69,7 @@ def test_a_late_rank_is_named_on_every_rank(group: Processes) -> None:
 
 
 def fail_alone(rank: int, device: str, replace: Callable[[int], None]) -> str:
-    before = (memory.make_shared_file, construction.load, memory.open_shared_file)
+    before = (memory.make_shared_file, agreement.load, memory.open_shared_file)
     replace(rank)
     try:
         with make_layer(SHAPE, device, path="ipc") as layer:
@@ -78,7 +77,7 @@ def fail_alone(rank: int, device: str, replace: Callable[[int], None]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        memory.make_shared_file, construction.load, memory.open_shared_file = before
+        memory.make_shared_file, agreement.load, memory.open_shared_file = before
 
 
 def denied_memory(rank: int) -> None:
@@ -94,7 +93,7 @@ def missing_kernel(rank: int) -> None:
         raise MissingKernelError("none, and it must not be compiled")
 
     if rank == LATE:
-        construction.load = missing
+        agreement.load = missing
 
 
 def unseen_processes(rank: int) -> None:

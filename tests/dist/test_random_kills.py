@@ -23,7 +23,7 @@ from support.forked import context, take_environment
 from support.layer import Shape, random_routing
 
 import moegen
-from moegen.compile.leftovers import hold
+from moegen.leftovers import hold
 
 SHAPE = Shape(4, 16, 4, 128, 32)
 TOKENS = 12

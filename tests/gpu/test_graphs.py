@@ -98,8 +98,8 @@ def test_mask_in_a_graph() -> None:
 
 
 def test_load_during_capture_says_warmup() -> None:
-    from moegen.codegen.spec import Spec
     from moegen.errors import MissingKernelError
+    from moegen.kernels.spec import Spec
     from moegen.runtime.kernel import load
 
     spec = Spec.parse("ll_dispatch_bf16_expert_r1_h64_k1_e1_ipc_w1x1_inline_whole")

@@ -99,9 +99,9 @@ def test_constructor(change: dict[str, Any], error: type, says: str) -> None:
 
 
 def test_teams_that_do_not_fit_into_shared_memory() -> None:
-    from moegen.codegen.problem import Problem
-    from moegen.limits import MAX_SHARED_BYTES
-    from moegen.low_latency.select import select
+    from moegen.kernels.ll import MAX_SHARED_BYTES
+    from moegen.kernels.problem import Problem
+    from moegen.select import select
 
     with pytest.raises(errors.SpecError, match="fewer groups"):
         select(Problem(1, 1024, 32, 8, 2, warp_groups="32x1"))
@@ -141,9 +141,9 @@ def test_zero_tokens_everywhere(layer: moegen.ExpertParallel) -> None:
 
 
 def test_a_rank_that_cannot_load_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moegen.base import construction
+    from moegen.runtime import agreement
 
-    load = construction.load
+    load = agreement.load
 
     def load_on_rank_0(spec: Any, device: torch.device) -> Any:
         if threading.current_thread().name == "moegen-rank-1":
@@ -158,7 +158,7 @@ def test_a_rank_that_cannot_load_its_kernels(monkeypatch: pytest.MonkeyPatch) ->
         except Exception as error:
             said[rank.rank] = error
 
-    monkeypatch.setattr(construction, "load", load_on_rank_0)
+    monkeypatch.setattr(agreement, "load", load_on_rank_0)
     moegen.LocalWorld(2).run(work)
     assert isinstance(said[1], OSError)
     assert isinstance(said[0], errors.WorldError)

@@ -24,7 +24,7 @@ from moegen.bench.halves import HALVES
 from moegen.bench.inputs import Batch, Buffers
 from moegen.bench.timing import WARMUPS, Recording, time_in_turn
 from moegen.bench.verify import Verifier
-from moegen.low_latency.results import Dispatched, Handle, NumbersLayout
+from moegen.handle import Dispatched, Handle, NumbersLayout
 from moegen.runtime.worlds import LocalWorld
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ import torch
 from moegen.demo import dense, memory, plan, progress, ranks, text
 from moegen.demo.layer import make_expert
 from moegen.errors import CapacityError, InputError
-from moegen.presets import preset
+from moegen.kernels.presets import preset
 from moegen.runtime.worlds import LocalWorld
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from moegen.codegen.problem import Problem
-from moegen.codegen.spec import Spec
-from moegen.low_latency import api, ops
-from moegen.low_latency.api import ExpertParallel
-from moegen.low_latency.select import Selection, select
+from moegen import expert_parallel
+from moegen.expert_parallel import ExpertParallel
+from moegen.kernels.problem import Problem
+from moegen.kernels.spec import Spec
+from moegen.runtime import low_latency
 from moegen.runtime.worlds import LocalWorld
+from moegen.select import Selection, select
 
 
 @pytest.mark.parametrize(
@@ -31,9 +32,9 @@ def test_the_constructor_wins_over_the_table(
         room[spec.op] = resident_blocks
         return real(spec, max_tokens, resident_blocks)
 
-    real: Any = ops.roles
-    monkeypatch.setattr(api, "select", tuned)
-    monkeypatch.setattr(ops, "roles", roles)
+    real: Any = low_latency.roles
+    monkeypatch.setattr(expert_parallel, "select", tuned)
+    monkeypatch.setattr(low_latency, "roles", roles)
     with ExpertParallel(
         LocalWorld(1).ranks[0], num_experts=4, num_topk=2, hidden=64, max_tokens_per_rank=8, num_sms=num_sms
     ) as ep:

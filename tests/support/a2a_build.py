@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from moegen.codegen.render import render
-from moegen.compile.ninja_build import obtain_many
+from moegen.compile.binary import obtain_many
 from moegen.compile.target import Target
-from moegen.one_sided.checks import WORDS, problem
-from moegen.one_sided.reference import out_dtype_of
-from moegen.one_sided.select import combine_spec, dispatch_spec
-from moegen.one_sided.spec import OneSidedCombine, OneSidedDispatch
+from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch
+from moegen.payload_checks import WORDS, problem
+from moegen.reference_payloads import out_dtype_of
+from moegen.select import combine_spec, dispatch_spec
 from support.a2a_data import DTYPES, PayloadShape, room_for
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from moegen import reference
-from moegen.one_sided.reference import ExpectedPayloads
+from moegen import reference_payloads
+from moegen.reference_payloads import ExpectedPayloads
 from support.layer import random_routing
 
 Columns = tuple[tuple[int, torch.dtype], ...]
@@ -164,7 +164,7 @@ def stats_of(batch: Batch, how: How, rank: int) -> torch.Tensor:
 
 
 def expected_of(shape: PayloadShape, batch: Batch, how: How) -> list[ExpectedPayloads]:
-    return reference.dispatch_payloads(
+    return reference_payloads.dispatch_payloads(
         batch.payloads,
         batch.ids,
         shape.experts,
@@ -235,7 +235,7 @@ def verify_combine(
     """Of every rank that takes part."""
     outputs = [None if got is None else got.y for got in results]
     some = next(y for y in outputs if y is not None)
-    wanted = reference.combine_payloads(
+    wanted = reference_payloads.combine_payloads(
         [torch.zeros_like(some) if y is None else y for y in outputs],
         expected,
         batch.tokens,
@@ -251,7 +251,7 @@ def verify_combine(
 
 
 def assert_combined(
-    where: str, got: torch.Tensor, want: reference.CombinedPayloads, counted: int | None = None
+    where: str, got: torch.Tensor, want: reference_payloads.CombinedPayloads, counted: int | None = None
 ) -> None:
     """Rows from `counted` on are undefined."""
     assert got.shape == want.exact.shape, where

@@ -12,11 +12,20 @@ import pytest
 import torch
 
 import moegen
-from moegen.codegen.spec import Spec
 from moegen.errors import PeerTimeoutError
-from moegen.limits import FIRST_EPOCH, MAX_RANKS, MAX_SENDERS, MAX_STATS, PIECE_BYTES, PIECE_WORDS, ceil_div
-from moegen.one_sided.ops import combine_word, dispatch_word
-from moegen.one_sided.spec import PHASES, OneSidedCombine, OneSidedDispatch
+from moegen.kernels.a2a import (
+    MAX_SENDERS,
+    MAX_STATS,
+    PHASES,
+    PIECE_BYTES,
+    PIECE_WORDS,
+    OneSidedCombine,
+    OneSidedDispatch,
+)
+from moegen.kernels.ll import ceil_div
+from moegen.kernels.spec import MAX_RANKS, Spec
+from moegen.runtime.low_latency import FIRST_EPOCH
+from moegen.runtime.one_sided import combine_word, dispatch_word
 from moegen.runtime.streams import current_stream
 from moegen.runtime.worlds import RankWorld
 from support.a2a_data import PayloadShape
@@ -148,7 +157,7 @@ def test_fault_while_waiting_for_the_rows_of_a_block(device: str) -> None:
 
 
 def test_fault_while_waiting_for_statistics(device: str) -> None:
-    """Of seven numbers, in three packets, the last is missing."""
+    """Of seven numbers, in three pieces, the last is missing."""
     layer = start(device)
     tell_counts(layer, 0, 0, stats_words=7)
     place = of_absent(layer.ranks[0]._alive().at.stats, ceil_div(MAX_STATS, PIECE_WORDS) * PIECE_BYTES)

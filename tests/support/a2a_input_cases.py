@@ -277,7 +277,7 @@ def test_ids_that_name_no_expert(rank: Rank, device: str, fill: int, dtype: torc
 
 def test_a_rank_whose_id_names_no_expert_stays_in_step(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the kernel looks here, as on a GPU. The call is made whole; it is the next check that says so, once."""
-    monkeypatch.setattr("moegen.base.arguments.topk_idx", lambda owner, ids, *_: ids)
+    monkeypatch.setattr("moegen.checks.topk_idx", lambda owner, ids, *_: ids)
     shape = PayloadShape(2, 4, 2, 64, "layer", max_tokens=8)
     layer = PayloadLayer(shape, device)
     bad = random_batch(shape, (5, 6), 1)

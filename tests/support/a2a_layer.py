@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import moegen
-from moegen import reference
-from moegen.one_sided.reference import ExpectedPayloads
+from moegen import reference_payloads
+from moegen.reference_payloads import ExpectedPayloads
 from moegen.runtime.worlds import RankWorld
 from support.a2a_data import (
     DTYPES,
@@ -157,7 +157,7 @@ class PayloadLayer:
         given = self.rows(world, y, how)
         options = {"out_dtype": self.shape.out_dtype, "active_ranks": how.active, **options}
         if how.given_out:
-            dtype = options["out_dtype"] or reference.out_dtype_of(y.dtype)
+            dtype = options["out_dtype"] or reference_payloads.out_dtype_of(y.dtype)
             options["out"] = torch.full((handle.num_tokens, self.shape.hidden), 7, dtype=dtype, device=self.device)
         self.step(world)
         combined = rank.combine(given, handle, **options)

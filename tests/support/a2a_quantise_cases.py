@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import moegen
-from moegen import errors
-from moegen.base.reference import expert_ranges
-from moegen.one_sided import reference_quantize
+from moegen import errors, reference_quantise
+from moegen.reference import expert_ranges
 from moegen.runtime.worlds import RankWorld
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "e4m3": torch.float8_e4m3fn}
@@ -40,7 +39,7 @@ class QuantisedShape:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Of quantised results that this hidden allows."""
-        return ("mxfp8", "nvfp4") if self.hidden % reference_quantize.MXFP8_GROUP == 0 else ("nvfp4",)
+        return ("mxfp8", "nvfp4") if self.hidden % reference_quantise.MXFP8_GROUP == 0 else ("nvfp4",)
 
 
 SHAPES = (
@@ -96,7 +95,7 @@ def edges(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     fours = picked.where(picked.abs() < 7, 0.0)
     largest = torch.tensor([448.0, 6.0, 6.375, 224.0])[torch.randint(0, 4, y.shape[:2], generator=generator)]
     picked = torch.where(largest[..., None] < 7, fours, picked)
-    group = torch.arange(y.shape[2]) % reference_quantize.NVFP4_GROUP == 0
+    group = torch.arange(y.shape[2]) % reference_quantise.NVFP4_GROUP == 0
     beside = torch.tensor([0.0, 1e9])[torch.randint(0, 2, y.shape[:2], generator=generator)]
     first = torch.where(torch.rand(y.shape[:2], generator=generator) < 0.5, largest, largest.nextafter(beside))
     return torch.where(group, first[..., None], picked)
@@ -113,8 +112,8 @@ def sums(shape: QuantisedShape, ids: list[torch.Tensor], y: list[torch.Tensor], 
 
 def quantise(kind: str, total: torch.Tensor, output_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     if kind == "mxfp8":
-        return reference_quantize.quantise_mxfp8(total)
-    return reference_quantize.quantise_nvfp4(total, output_scale)
+        return reference_quantise.quantise_mxfp8(total)
+    return reference_quantise.quantise_nvfp4(total, output_scale)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -130,8 +129,8 @@ def verify(kind: str, layout: str, got: moegen.Quantised, total: torch.Tensor, o
         assert torch.equal(bits(got.scales), bits(scales))
         return
     in_rows = torch.ones(len(scales), -(-scales.shape[1] // 4) * 4, dtype=torch.uint8)
-    said = reference_quantize.in_tiles(in_rows) == 1
-    wanted = bits(reference_quantize.in_tiles(scales))
+    said = reference_quantise.in_tiles(in_rows) == 1
+    wanted = bits(reference_quantise.in_tiles(scales))
     assert got.scales.shape == wanted.shape
     assert torch.equal(bits(got.scales)[said], wanted[said])
 
@@ -219,7 +218,7 @@ def test_given_memory_of_several_tiles(kind: str, device: str) -> None:
     y = torch.randn(1, tokens, shape.hidden, generator=torch.Generator().manual_seed(1)).bfloat16()
     wanted, scales = quantise(kind, y[0].float(), 1.0)
     padded = -(-scales.shape[1] // 4) * 4
-    beyond = reference_quantize.in_tiles(torch.ones(tokens, padded, dtype=torch.uint8)) == 0
+    beyond = reference_quantise.in_tiles(torch.ones(tokens, padded, dtype=torch.uint8)) == 0
 
     def work(world: RankWorld) -> None:
         sizes = {"num_experts": 2, "num_topk": 1, "max_tokens_per_rank": tokens, "payload_bytes": 4}
@@ -232,7 +231,7 @@ def test_given_memory_of_several_tiles(kind: str, device: str) -> None:
         layer.synchronize()
         assert made is given
         assert torch.equal(bits(made.data), bits(wanted))
-        expected = bits(reference_quantize.in_tiles(scales)).masked_fill(beyond, untouched)
+        expected = bits(reference_quantise.in_tiles(scales)).masked_fill(beyond, untouched)
         assert torch.equal(bits(made.scales), expected)
         layer.destroy()
 

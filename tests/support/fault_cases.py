@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import moegen
-from moegen.codegen.spec import Spec
 from moegen.errors import PeerTimeoutError
-from moegen.limits import FIRST_EPOCH
-from moegen.low_latency.regions import Regions, regions
-from moegen.low_latency.spec import PHASES
+from moegen.kernels.ll import PHASES, Regions, regions
+from moegen.kernels.spec import Spec
+from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.streams import current_stream
 from support.layer import Layer, Shape, random_routing
 

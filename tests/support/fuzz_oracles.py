@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moegen import reference
+from moegen import reference, reference_payloads, reference_rows
 
 Tensor = torch.Tensor
 HUGE = 1e36
@@ -142,7 +142,9 @@ def rows_dispatched(
         x = [call.seen["x"][:number] for call, number in zip(calls, trip.counted, strict=True)]
     else:
         x = routing(trip, calls)
-    trip.expected = reference.dispatch_rows(x, trip.ids, trip.weights, trip.experts, layout=layout, alignment=alignment)
+    trip.expected = reference_rows.dispatch_rows(
+        x, trip.ids, trip.weights, trip.experts, layout=layout, alignment=alignment
+    )
     for got, want in zip(received, trip.expected, strict=True):
         if got.get("counts") is not None:
             same("counts", got["counts"], want.counts)
@@ -168,17 +170,17 @@ def rows_combined(
     if not weighted:
         expected = [_unweighted(one) for one in expected]
     outputs = [call.seen[y] for call in calls]
-    sums = reference.combine_rows(outputs, expected, trip.counted, trip.topk, biases=biases)
+    sums = reference_rows.combine_rows(outputs, expected, trip.counted, trip.topk, biases=biases)
     _check_sums(trip, calls, [result[0] for result in results], sums)
     if calls[0].seen.get("topk_weights") is not None and expected[0].expert_starts is None:
         given = [call.seen["topk_weights"] for call in calls]
         for number, result, want in zip(
-            trip.counted, results, reference.sum_weights(given, expected, trip.counted), strict=True
+            trip.counted, results, reference_rows.sum_weights(given, expected, trip.counted), strict=True
         ):
             near("the sums of weights", result[1][:number], want, number)
 
 
-def _unweighted(rows: reference.ExpectedRows) -> reference.ExpectedRows:
+def _unweighted(rows: reference_rows.ExpectedRows) -> reference_rows.ExpectedRows:
     """Each row once, also where a token selects an expert twice."""
     if rows.expert_starts is None:
         return rows
@@ -204,7 +206,7 @@ def payloads_dispatched(
     trip.ids = [call.seen[ids][:number].long() for call, number in zip(calls, trip.counted, strict=True)]
     given = [[part[:number] for part in call.seen[parts]] for call, number in zip(calls, trip.counted, strict=True)]
     own = [call.seen.get(numbers) for call in calls]
-    trip.expected = reference.dispatch_payloads(
+    trip.expected = reference_payloads.dispatch_payloads(
         [[part.contiguous().view(torch.uint8) for part in of] for of in given],
         trip.ids,
         trip.experts,
@@ -227,7 +229,7 @@ def _bytes(part: Tensor) -> Tensor:
 
 def payloads_combined(trip: Trip, calls: Sequence[Done], y: str = "y", dtype: str = "out_dtype") -> None:
     made = calls[0].result
-    sums = reference.combine_payloads(
+    sums = reference_payloads.combine_payloads(
         [call.seen[y] for call in calls], trip.expected, trip.counted, out_dtype=made.dtype
     )
     wanted = calls[0].seen.get(dtype)

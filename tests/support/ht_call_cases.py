@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moegen import errors, reference
+from moegen import errors, reference_rows
 from moegen.runtime.worlds import RankWorld
 from support.ht_cases import BOTH, PACKED, POOL, SCALED, TOKEN, Layers, some
 from support.ht_layer import (
@@ -256,7 +256,7 @@ def test_combine_of_what_had_too_little_room(shape: RowsShape, layers: Layers) -
     results = layer.world.run(work)
     expected = expected_of(shape, routing)
     tokens = [len(part) for part in routing.x]
-    wanted = reference.combine_rows([y for y, *_ in results], expected, tokens, shape.topk)
+    wanted = reference_rows.combine_rows([y for y, *_ in results], expected, tokens, shape.topk)
     for rank, (want, (_, combined, _, _)) in enumerate(zip(wanted, results, strict=True)):
         assert_within(f"rank {rank}", combined, want)
     if sums:
@@ -265,7 +265,7 @@ def test_combine_of_what_had_too_little_room(shape: RowsShape, layers: Layers) -
             for want, (_, _, given, _) in zip(expected, results, strict=True)
             if given is not None
         ]
-        for rank, want_sums in enumerate(reference.sum_weights(padded, expected, tokens)):
+        for rank, want_sums in enumerate(reference_rows.sum_weights(padded, expected, tokens)):
             got = results[rank][3]
             assert got is not None
             assert_within(f"rank {rank}", got, want_sums)

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moegen.codegen.render import render
-from moegen.codegen.row_spec import CHUNK
-from moegen.compile.ninja_build import obtain_many
+from moegen.compile.binary import obtain_many
 from moegen.compile.target import Target
-from moegen.high_throughput.checks import problem
-from moegen.high_throughput.select import select_rows
+from moegen.kernels.ht import CHUNK
+from moegen.row_checks import problem
 from moegen.runtime.worlds import MAX_CONNECTIONS
+from moegen.select import select_rows
 from support.ht_layer import (
     OPTIONS,
     RowsLayer,

@@ -12,14 +12,12 @@ import pytest
 import torch
 
 import moegen
-from moegen.base.roles import Roles
-from moegen.codegen.row_spec import CHUNK, RowSpec
-from moegen.codegen.spec import Spec
 from moegen.errors import PeerTimeoutError
-from moegen.high_throughput.regions import Regions, regions
-from moegen.high_throughput.roles import roles
-from moegen.high_throughput.spec import PHASES
-from moegen.limits import FIRST_EPOCH, PIECE_BYTES, PIECE_WORDS
+from moegen.kernels.ht import CHUNK, PHASES, PIECE_WORDS, HighThroughputSpec, Regions, regions
+from moegen.kernels.ht_roles import Roles, roles
+from moegen.kernels.ll import PIECE_BYTES
+from moegen.kernels.spec import Spec
+from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.worlds import RankWorld
 from support.ht_layer import RowsLayer, RowsShape, expert_outputs
 from support.layer import random_routing
@@ -194,12 +192,12 @@ def test_fault_while_waiting_for_another_block(device: str, monkeypatch: pytest.
     one more: the third chunk is nobody's.
     """
 
-    def one_too_few(spec: RowSpec, blocks: int) -> Roles:
+    def one_too_few(spec: HighThroughputSpec, blocks: int) -> Roles:
         whole = roles(spec, blocks)
         first, number = whole.receivers
         return replace(whole, receivers=(first, number + 1)) if spec.op == "dispatch" else whole
 
-    monkeypatch.setattr("moegen.high_throughput.ops.roles", one_too_few)
+    monkeypatch.setattr("moegen.runtime.high_throughput.roles", one_too_few)
     shape = replace(SHAPE, max_tokens=4 * CHUNK)
     layer = RowsLayer(shape, device, timeout=4 * TIMEOUT, num_sms=3)  # time enough for the others to give up later
     with pytest.raises(PeerTimeoutError) as caught:

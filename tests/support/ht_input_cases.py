@@ -284,7 +284,7 @@ def test_ids_that_name_no_expert(ranks: dict[str, Rank], device: str, name: str,
 @pytest.mark.parametrize("mode", ["capacity", "exact"])
 def test_a_rank_whose_id_names_no_expert_stays_in_step(device: str, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """Only the kernel looks here, as on a GPU. The call is made whole; it is the next check that says so, once."""
-    monkeypatch.setattr("moegen.base.arguments.topk_idx", lambda owner, ids, *_: ids)
+    monkeypatch.setattr("moegen.checks.topk_idx", lambda owner, ids, *_: ids)
     layer = RowsLayer(RowsShape(2, 4, 2, 64, "token", max_tokens=8, mode=mode), device)
     good = random_routing(layer.shape, (5, 6), 1)  # type: ignore[arg-type]
     bad = random_routing(layer.shape, (5, 6), 1)  # type: ignore[arg-type]

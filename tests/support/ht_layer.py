@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import moegen
-from moegen import reference
-from moegen.high_throughput.reference import ExpectedRows
+from moegen import reference, reference_rows
+from moegen.reference_rows import ExpectedRows
 from moegen.runtime.worlds import RankWorld
 from support.layer import Routing
 
@@ -126,7 +126,7 @@ def expected_of(shape: RowsShape, routing: Routing, *, weighted: bool = True) ->
         pairs = [reference.quantise(part, QUANTISED.get(shape.format, shape.format)) for part in x]
         x, scales = [data for data, _ in pairs], [scale for _, scale in pairs]
     weights = [part if weighted else None for part in routing.weights]
-    return reference.dispatch_rows(
+    return reference_rows.dispatch_rows(
         x, routing.ids, weights, shape.experts, layout=shape.layout, alignment=shape.alignment, scales=scales
     )
 
@@ -306,12 +306,12 @@ def verify_combine(
 ) -> None:
     tokens = [len(part) for part in routing.x]
     of_ranks = [biases_of(shape, routing, rank, biases) for rank in range(shape.ranks)]
-    wanted = reference.combine_rows([r.y for r in results], expected, tokens, shape.topk, biases=of_ranks)
+    wanted = reference_rows.combine_rows([r.y for r in results], expected, tokens, shape.topk, biases=of_ranks)
     for rank, (sums, got) in enumerate(zip(wanted, results, strict=True)):
         assert_within(f"rank {rank}", got.combined, sums)
     if results[0].sent_weights is not None:
         sent = [r.sent_weights for r in results if r.sent_weights is not None]
-        summed = reference.sum_weights(sent, expected, tokens)
+        summed = reference_rows.sum_weights(sent, expected, tokens)
         for rank, (sums, got) in enumerate(zip(summed, results, strict=True)):
             assert got.sums is not None
             assert_within(f"rank {rank}: weights", got.sums, sums)

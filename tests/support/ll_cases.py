@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 import moegen
 from moegen import errors
-from moegen.codegen.problem import Problem
 from moegen.codegen.render import render
-from moegen.compile.ninja_build import obtain_many
+from moegen.compile.binary import obtain_many
 from moegen.compile.target import Target
-from moegen.low_latency.select import select
+from moegen.kernels.problem import Problem
 from moegen.runtime.worlds import MAX_CONNECTIONS
+from moegen.select import select
 from support.layer import Layer, Routing, Shape, expert_outputs, random_routing
 
 # Covers the domain pairwise: ranks 1..9, experts that divide and do not, top-k 1..16, rows from 16 bytes up, both wire

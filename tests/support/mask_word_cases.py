@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moegen.limits import FIRST_EPOCH
-from moegen.low_latency.regions import Regions, regions
+from moegen.kernels.ll import Regions, regions
+from moegen.runtime.low_latency import FIRST_EPOCH
 from moegen.runtime.worlds import RankWorld
 from support.layer import Layer
 from support.mask_layer import (

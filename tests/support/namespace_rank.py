@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import moegen
-from moegen.one_sided.reference import combine_payloads, dispatch_payloads
+from moegen.reference_payloads import combine_payloads, dispatch_payloads
 from support.collective_cases import EXPERTS, MOST, inputs, make
 
 ROUNDS = 4

@@ -16,8 +16,8 @@ import torch
 
 import moegen
 from moegen import errors
-from moegen.base.lifecycle import Lifecycle
 from moegen.compat import deep_ep, flashinfer, mooncake
+from moegen.runtime.lifecycle import Lifecycle
 from moegen.runtime.worlds import RankWorld
 from support.object_kinds import KINDS, MAX_TOKENS, PAYLOAD_BYTES, Data, Kind, in_step
 

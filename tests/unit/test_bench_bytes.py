@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from moegen.base.reference import expert_ranges
 from moegen.bench.a2a_config import OneSidedConfig
 from moegen.bench.config import GPU_LINK, LowLatencyConfig
 from moegen.bench.exchange import padding
@@ -19,8 +18,9 @@ from moegen.bench.report import file_stem
 from moegen.bench.routing import ROUTINGS, draw
 from moegen.bench.stats import over_ranks, quantile, quantiles, slowest
 from moegen.bench.traffic import bandwidths, byte_summary, dispatch_traffic, matrices, traffic_of
-from moegen.codegen.problem import Problem
 from moegen.errors import InputError
+from moegen.kernels.problem import Problem
+from moegen.reference import expert_ranges
 
 # Seven experts on three ranks: 0-2, 3-4, 5-6.
 EXPERTS = 7

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from moegen.catalog import preset_specs
+from moegen.codegen.catalog import preset_specs
 from moegen.codegen.render import Source, render
-from moegen.codegen.spec import SCHEMA
 from moegen.compile import ninja_build
 from moegen.compile.ninja_build import build
 from moegen.compile.target import Target
 from moegen.errors import CompileError
+from moegen.kernels.spec import SCHEMA
 
 pytestmark = pytest.mark.nvrtc
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from moegen.codegen.spec import SCHEMA
 from moegen.compile import cache
 from moegen.compile.cache import Entry, Store
 from moegen.compile.target import Target
 from moegen.errors import CacheError
+from moegen.kernels.spec import SCHEMA
 
 KEY = "0123456789abcdef" * 4
 FILES = {"kernel.cu": b"text", "kernel.cubin": b"binary" * 100}

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from moegen.codegen.call_words import FIELDS, differences, of_payloads, of_ranks, pack
-from moegen.codegen.row_spec import PHASE_WORDS
-from moegen.formats import SUMMANDS
-from moegen.limits import MAX_RANKS, MAX_SENDERS, MAX_STATS, MAX_TOKENS_PER_RANK
+from moegen.kernels.a2a import MAX_SENDERS, MAX_STATS, ROW_DTYPES
+from moegen.kernels.call_words import FIELDS, differences, of_payloads, of_ranks, pack
+from moegen.kernels.call_words import ROW_DTYPES as NAMED
+from moegen.kernels.ht import PHASE_WORDS
+from moegen.kernels.ll import MAX_TOKENS_PER_RANK
+from moegen.kernels.spec import MAX_RANKS
 
 
 def bits_of(op: str) -> int:
@@ -21,10 +23,11 @@ def test_words_fit_where_they_travel() -> None:
 
 
 def test_values_fit_into_their_fields() -> None:
+    assert set(NAMED) == set(ROW_DTYPES)
     everyone = 2**MAX_RANKS - 1
     most = MAX_TOKENS_PER_RANK - 1
     pack("a2a_dispatch", 0, of_ranks(everyone), 0xFFFF, most, MAX_STATS)
-    pack("a2a_combine", len(SUMMANDS) - 1, True, of_ranks(everyone), most)
+    pack("a2a_combine", len(NAMED) - 1, True, of_ranks(everyone), most)
     pack("ht_dispatch", len(PHASE_WORDS) - 1)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from moegen import env
-from moegen.catalog import catalog
 from moegen.cli import doctor
 from moegen.cli.main import VERBS
+from moegen.codegen.catalog import catalog
 from moegen.codegen.render import render
 from moegen.errors import InputError
 

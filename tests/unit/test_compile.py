@@ -16,8 +16,7 @@ import pytest
 
 from moegen.codegen.render import Source
 from moegen.compile import binary, cache, elf, host, nvrtc, resources
-from moegen.compile.binary import obtain, read
-from moegen.compile.ninja_build import obtain_many
+from moegen.compile.binary import obtain, obtain_many, read
 from moegen.compile.recipe import Recipe, reachable
 from moegen.compile.target import TARGETS, Target
 from moegen.errors import CacheError, CompileError, InputError, MissingKernelError, UnsupportedPlatformError
@@ -132,7 +131,7 @@ def test_compiling_loads_no_driver(python: Run) -> None:
 
 KEY_CODE = """
 import sys
-from moegen.catalog import catalog
+from moegen.codegen.catalog import catalog
 from moegen.codegen.render import render
 from moegen.compile import nvrtc, host
 from moegen.compile.target import Target

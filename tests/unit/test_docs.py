@@ -15,8 +15,7 @@ import pytest
 from moegen import env, errors
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = "bench/results"
-PAGES = [page for folder in (".", "docs", RESULTS) for page in sorted((ROOT / folder).glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 README_ORDER = ["Install", "Example", "Two commands", "What runs where", "Measured", "Limits", "Links"]
 
 
@@ -43,20 +42,10 @@ def test_the_readme_has_its_sections_in_order() -> None:
     assert re.findall(r"^## (.*)$", text("README.md"), re.MULTILINE) == README_ORDER
 
 
-def anchors(page: Path) -> set[str]:
-    """Of a page's headings, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path) -> None:
-    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
-        if target.startswith("https://") or (RESULTS in target and not (ROOT / RESULTS).is_dir()):  # an sdist has none
-            continue
-        path = page.parent / target if target else page
-        assert path.exists(), target
-        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
 def test_licence_and_notice_are_whole() -> None:
@@ -68,12 +57,11 @@ def test_licence_and_notice_are_whole() -> None:
 def test_the_kernel_of_contributing_works(tmp_path: Path) -> None:
     page = text("CONTRIBUTING.md")
     files = re.findall(r"^`(\S+)`, the .*?```\w+\n(.*?)```", page, re.MULTILINE | re.DOTALL)
-    assert [name for name, _ in files] == ["moegen/scale/spec.py", "templates/scale/rows.cu.jinja"]
+    assert [name for name, _ in files] == ["moegen/kernels/scale.py", "templates/scale_rows.cu.jinja"]
     for folder in ("moegen", "templates"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name, content in files:
         assert not (tmp_path / name).exists()
-        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     assert len(files[1][1].splitlines()) == 10
     call = re.findall(r"^The call, .*?```python\n(.*?)```", page, re.MULTILINE | re.DOTALL)[0]

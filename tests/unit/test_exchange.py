@@ -8,9 +8,8 @@ from itertools import combinations
 
 import pytest
 
-from moegen.codegen.problem import Problem
-from moegen.one_sided.exchange_rule import ExchangeRule, share_of_tokens
-from moegen.tuning.exchange import GLOO, NCCL
+from moegen.kernels.problem import Problem
+from moegen.tuning.exchange import GLOO, NCCL, ExchangeRule, share_of_tokens
 
 PROBLEM = Problem(8, 256, 8, 7168, 4096, layout="rank", path="collective")
 ROW_BYTES = 4 * 7168

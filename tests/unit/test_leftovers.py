@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from moegen import leftovers
 from moegen.codegen.render import Source
-from moegen.compile import binary, cache, host, leftovers
+from moegen.compile import binary, cache, host
 from moegen.compile.target import Target
 from moegen.errors import CompileError
 from moegen.runtime.processes import gone, this_process

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import pytest
 
-from moegen.codegen.spec import Spec
-from moegen.low_latency.roles import LowLatencyRoles, roles
+from moegen.kernels.ll_roles import Roles, roles
+from moegen.kernels.spec import Spec
 
 BLOCKS = (1, 2, 3, 7, 131, 132, 264, 396)
 TOKENS = (1, 2, 19, 128, 4096)
 RANKS = (1, 2, 3, 8, 64)
 
 
-def made(op: str, ranks: int, tokens: int, blocks: int, phase: str = "whole") -> LowLatencyRoles:
+def made(op: str, ranks: int, tokens: int, blocks: int, phase: str = "whole") -> Roles:
     weights = "_atdispatch" if op == "combine" else ""
     stem = f"ll_{op}_bf16_expert_r{ranks}_h128_k8_e64_ipc_w1x1_row_{phase}{weights}"
     return roles(Spec.parse(stem), tokens, blocks)  # type: ignore[arg-type]

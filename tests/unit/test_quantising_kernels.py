@@ -6,13 +6,13 @@ from __future__ import annotations
 import pytest
 
 from moegen.codegen.render import render
-from moegen.codegen.spec import Spec, WarpGroups
 from moegen.compile.binary import obtain
 from moegen.compile.target import Target
 from moegen.errors import SpecError
-from moegen.formats import RESULTS
-from moegen.one_sided.spec import OneSidedCombine
-from moegen.one_sided.spec_collective import CollectiveSum
+from moegen.kernels.a2a import OneSidedCombine
+from moegen.kernels.a2a_results import RESULTS
+from moegen.kernels.coll import CollectiveSum
+from moegen.kernels.spec import Spec, WarpGroups
 
 WORDS = [word for word, result in RESULTS.items() if result.group]
 HIDDEN = 7168

@@ -6,7 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moegen.one_sided.reference import ExpectedPayloads, combine_payloads, dispatch_payloads, out_dtype_of
+from moegen.reference_payloads import (
+    ExpectedPayloads,
+    combine_payloads,
+    dispatch_payloads,
+    out_dtype_of,
+)
 
 # Two ranks, three experts: rank 0 holds 0 and 1, rank 1 holds 2.
 IDS = [torch.tensor([[0, 1], [2, -1], [-1, -1], [1, 2]]), torch.tensor([[0, 2]])]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moegen.one_sided import reference_quantize as quantise
+from moegen import reference_quantise as quantise
 
 
 def numbers(*size: int) -> torch.Tensor:

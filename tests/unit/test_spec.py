@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moegen.catalog import MAX_CATALOG, catalog
-from moegen.codegen.problem import Problem
+from moegen.codegen.catalog import MAX_CATALOG, catalog
 from moegen.codegen.render import render
-from moegen.codegen.spec import Spec, WarpGroups
 from moegen.compile import nvrtc
 from moegen.compile.target import Target
 from moegen.errors import InputError, SpecError
-from moegen.one_sided.payload_table import RowBytes
+from moegen.kernels.a2a_payloads import RowBytes
+from moegen.kernels.problem import Problem
+from moegen.kernels.spec import Spec, WarpGroups
 
 SPECS = catalog()
 SAMPLES = list({type(spec): spec for spec in reversed(SPECS)}.values())
@@ -81,15 +81,6 @@ def test_stem_is_a_symbol_and_parses_back(spec: Spec) -> None:
     assert re.fullmatch(r"[a-z0-9_]+", spec.stem)
     assert Spec.parse(spec.stem) == spec
     assert f"{spec.symbol}(" in render(spec).text
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.stem)
-def test_phases_have_the_numbers_that_the_host_knows(spec: Spec) -> None:
-    assert set(spec.awaited) <= set(spec.phase_words)
-    words = list(spec.phase_words)
-    enum = re.search(r"^enum Phase : uint32_t \{ (.*) \};$", render(spec).text, re.MULTILINE)
-    awaited = [name for name in words if spec.awaited.get(name)]
-    assert (enum[1] if enum else "") == ", ".join(f"{name} = {words.index(name)}" for name in awaited)
 
 
 @pytest.mark.parametrize("spec", SAMPLES, ids=lambda spec: type(spec).__name__)

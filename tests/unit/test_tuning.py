@@ -13,11 +13,10 @@ from moegen import tuning
 from moegen.bench.choose import TIE, rules, tables, updated
 from moegen.bench.config import HOST_LINK
 from moegen.bench.tune import TuneConfig
-from moegen.codegen.problem import Problem
-from moegen.codegen.spec import Spec, WarpGroups
 from moegen.errors import InputError
-from moegen.low_latency.select import Selection, fitted, select
-from moegen.low_latency.spec import LowLatencyCombine, LowLatencyDispatch
+from moegen.kernels.problem import Problem
+from moegen.kernels.spec import Spec, WarpGroups
+from moegen.select import Selection, fitted, select
 from moegen.tuning import Choice, Entry, Measured, Rule, Run, Table
 
 RUN = Run("a machine", 2, "2026-11-25", "moegen bench tune", {})
@@ -289,8 +288,3 @@ def test_stems_are_those_that_a_run_loads() -> None:
 def test_a_run_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         tune_config(**wrong)
-
-
-def test_the_words_of_the_table_are_those_of_the_specs() -> None:
-    for spec in (LowLatencyDispatch, LowLatencyCombine):
-        assert spec.words("wire") == tuning.WIRES and set(tuning.PATHS) <= set(spec.words("path"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moegen.base import admission, arguments
+from moegen import admission, checks
 from moegen.compat.deep_ep.config import Config, combine_config, dispatch_config, low_latency_size_hint
 from moegen.compat.deep_ep.local_memory import LocalMemory
 from moegen.compat.deep_ep.normal import NormalMode
@@ -63,8 +63,8 @@ class Buffer(NormalMode):
         self.group = group
         self._layers = Layers(group, masked=enable_shrink)
         self.rank, self.group_size = self._layers.rank, self._layers.size
-        self.num_nvl_bytes = arguments.integer("num_nvl_bytes", num_nvl_bytes)
-        self.num_rdma_bytes = arguments.integer("num_rdma_bytes", num_rdma_bytes)
+        self.num_nvl_bytes = checks.integer("num_nvl_bytes", num_nvl_bytes)
+        self.num_rdma_bytes = checks.integer("num_rdma_bytes", num_rdma_bytes)
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
@@ -86,7 +86,7 @@ class Buffer(NormalMode):
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
         """Thread blocks of calls of the normal mode from now on; even, as in DeepEP."""
-        number = arguments.integer("new_num_sms", new_num_sms)
+        number = checks.integer("new_num_sms", new_num_sms)
         if number % 2 != 0:
             raise InputError(f"the number of multiprocessors is even; got {number}")
         Buffer.num_sms = number
@@ -253,7 +253,7 @@ class Buffer(NormalMode):
             InputError: no such rank, or a Buffer without enable_shrink.
         """
         active = self._active()
-        rank = arguments.integer("rank_to_mask", rank_to_mask)
+        rank = checks.integer("rank_to_mask", rank_to_mask)
         if not 0 <= rank < self.group_size:
             raise InputError(f"a rank is 0..{self.group_size - 1}; got {rank}")
         active[rank] = 0 if mask else 1

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moegen.codegen.integers import settle_integers
 from moegen.errors import InputError
+from moegen.kernels.integers import settle_integers
 
 _MAX_TOPK = 128
 _MAX_SCALES = 128
 _ALIGNMENT = 128
+_MAX_NVL_PEERS = 8
 _SOURCE_META_BYTES = 8
-
-NODE_RANKS = 8
-"""Of one of DeepEP's nodes."""
 
 # Chunks by number of ranks: dispatch (nvl send, nvl receive, rdma send, rdma receive), then combine.
 _DISPATCH = {
@@ -44,19 +42,19 @@ class Config:
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes of DeepEP's NVLink buffer, by its formula (csrc/config.hpp)."""
-        channels, peers = self.num_sms // 2, min(num_ranks, NODE_RANKS)
-        nodes, chunk = max(num_ranks // NODE_RANKS, 1), self.num_max_nvl_chunked_recv_tokens
+        channels, peers = self.num_sms // 2, min(num_ranks, _MAX_NVL_PEERS)
+        nodes, chunk = max(num_ranks // _MAX_NVL_PEERS, 1), self.num_max_nvl_chunked_recv_tokens
         per_token = hidden_bytes + _SOURCE_META_BYTES + _MAX_TOPK * (8 + 4) + _MAX_SCALES * 4
         return _aligned(channels * peers * (2 * nodes + 3) * 4 + channels * peers * chunk * per_token)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes of DeepEP's RDMA buffer: 0 within one node."""
-        if num_ranks <= NODE_RANKS:
+        if num_ranks <= _MAX_NVL_PEERS:
             return 0
-        channels, nodes = self.num_sms // 2, num_ranks // NODE_RANKS
+        channels, nodes = self.num_sms // 2, num_ranks // _MAX_NVL_PEERS
         chunk = self.num_max_rdma_chunked_recv_tokens
         per_token = hidden_bytes + _SOURCE_META_BYTES + _MAX_TOPK * (8 + 4) + _MAX_SCALES * 4 + 16
-        counters = channels * nodes * (NODE_RANKS * 2 + 2) * 2 * 4
+        counters = channels * nodes * (_MAX_NVL_PEERS * 2 + 2) * 2 * 4
         return _aligned(counters + channels * nodes * chunk * per_token * 2)
 
 

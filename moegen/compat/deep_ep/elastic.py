@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from moegen.base import arguments
+from moegen import checks
 from moegen.compat.deep_ep import elastic_sizes
 from moegen.compat.deep_ep.elastic_handle import EPHandle
 from moegen.compat.deep_ep.elastic_missing import NotThere
@@ -17,11 +17,10 @@ from moegen.compat.deep_ep.utils import EventHandle, EventOverlap
 from moegen.compat.groups import rank_and_size, usual_device
 from moegen.compat.rows import RowLayers, Shape
 from moegen.errors import CapacityError, HandleError, InputError
-from moegen.high_throughput.api import HighThroughput
-from moegen.high_throughput.results import DispatchedRows, Given
+from moegen.high_throughput import HighThroughput
+from moegen.rows import DispatchedRows, Given
 from moegen.runtime.kernel import HOST_NUM_SMS
 from moegen.runtime.ownership import Exclusive, exclusive
-from moegen.tuning.exchange import NVLINK_GBS
 
 Tensor = torch.Tensor
 Tokens = Tensor | Given
@@ -68,9 +67,9 @@ class ElasticBuffer(Exclusive, NotThere):
         num_gpu_timeout_secs: int = 100,
         explicitly_destroy: bool = False,
     ) -> None:
-        num_max_tokens_per_rank = arguments.integer("num_max_tokens_per_rank", num_max_tokens_per_rank)
-        hidden, num_topk = arguments.integer("hidden", hidden), arguments.integer("num_topk", num_topk)
-        num_bytes = None if num_bytes is None else arguments.integer("num_bytes", num_bytes)
+        num_max_tokens_per_rank = checks.integer("num_max_tokens_per_rank", num_max_tokens_per_rank)
+        hidden, num_topk = checks.integer("hidden", hidden), checks.integer("num_topk", num_topk)
+        num_bytes = None if num_bytes is None else checks.integer("num_bytes", num_bytes)
         self.group = group
         self.rank_idx, self.num_ranks = rank_and_size(group)
         if num_bytes is None and num_max_tokens_per_rank > 0 and hidden > 0:
@@ -154,7 +153,7 @@ class ElasticBuffer(Exclusive, NotThere):
             nvlink_gbs: of the link, in one direction; 0: 430, eighteen links of the fourth generation.
             sm_read_gbs, sm_write_gbs: of one multiprocessor.
         """
-        gbs = (nvlink_gbs or NVLINK_GBS, sm_read_gbs, sm_write_gbs)
+        gbs = (nvlink_gbs or elastic_sizes.NVLINK_GBS, sm_read_gbs, sm_write_gbs)
         sms = elastic_sizes.sms_that_fill_the_link(self.num_ranks, num_experts, num_topk, *gbs)
         device = usual_device(self.group)
         most = HOST_NUM_SMS
@@ -247,7 +246,7 @@ class ElasticBuffer(Exclusive, NotThere):
             return _tokens(received), handle.recv_topk_idx, weights, handle, event
         if topk_idx is None or num_experts is None:
             raise InputError("dispatch takes topk_idx and num_experts, or the handle of an earlier dispatch")
-        num_experts = arguments.integer("num_experts", num_experts)
+        num_experts = checks.integer("num_experts", num_experts)
         if topk_idx.dim() != 2 or num_experts % self.num_ranks != 0:
             raise InputError(
                 f"topk_idx is [tokens, topk] and num_experts a multiple of the {self.num_ranks} ranks; got "
@@ -255,10 +254,10 @@ class ElasticBuffer(Exclusive, NotThere):
             )
         most = self.num_max_tokens_per_rank
         if num_max_tokens_per_rank is not None:
-            most = arguments.integer("num_max_tokens_per_rank", num_max_tokens_per_rank)
+            most = checks.integer("num_max_tokens_per_rank", num_max_tokens_per_rank)
         if not 0 <= len(parts[0]) <= most:
             raise CapacityError(f"{len(parts[0])} tokens; give num_max_tokens_per_rank, now {most}, on all ranks")
-        alignment = 1 if expert_alignment is None else arguments.integer("expert_alignment", expert_alignment)
+        alignment = 1 if expert_alignment is None else checks.integer("expert_alignment", expert_alignment)
         topk = topk_idx.shape[1]
         layout = ("packed", alignment) if do_expand else ("token", 1)
         shape = Shape(0, topk, num_experts, *layout).of(x)

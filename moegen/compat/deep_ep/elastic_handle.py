@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from moegen.compat.rows import Shape, rounded_up
-from moegen.high_throughput.results import DispatchedRows
+from moegen.rows import DispatchedRows
 from moegen.runtime.ownership import ProcessBound
 from moegen.runtime.streams import record
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import math
 
-from moegen.codegen.problem import Problem
 from moegen.compat.rows import capacity_for
 from moegen.errors import InputError
-from moegen.high_throughput.regions import regions
-from moegen.high_throughput.select import RowSelection, select_rows
-from moegen.limits import MAX_EXPERTS, ceil_div
-from moegen.tuning.blocks import FEWEST_FILLING_SMS, FILLING_HEADROOM
+from moegen.kernels.ht import regions
+from moegen.kernels.ll import ceil_div
+from moegen.kernels.problem import Problem
+from moegen.kernels.spec import MAX_EXPERTS
+from moegen.select import select_rows
 
 BUFFER_ALIGNMENT = 2 << 20
 USUAL_TOPK = 8
+NVLINK_GBS = 430.0
+"""Of 18 links of the fourth generation, what is left for rows."""
+
+HEADROOM = 1.25
+FEWEST_SMS = 4
 
 
 def buffer_bytes(num_ranks: int, max_tokens: int, hidden: int, num_topk: int, use_fp8: bool) -> int:
@@ -26,7 +31,6 @@ def buffer_bytes(num_ranks: int, max_tokens: int, hidden: int, num_topk: int, us
     capacity = capacity_for(max_tokens)
     problem = Problem(num_ranks, experts, num_topk or USUAL_TOPK, hidden, capacity, dtype, "token", on_host=True)
     selection = select_rows(problem)
-    assert isinstance(selection, RowSelection)
     dispatch = regions(selection.dispatch, capacity, 0)
     end = regions(selection.combine, capacity, dispatch.end).end
     return ceil_div(end, BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
@@ -60,8 +64,8 @@ def sms_that_fill_the_link(
     if crossing == 0:
         return 0
     busy = max((1 + reach) / read_gbs, (crossing + reach) / write_gbs)
-    sms = math.ceil(FILLING_HEADROOM * busy / (crossing / link_gbs))
-    return max(FEWEST_FILLING_SMS, sms + sms % 2)
+    sms = math.ceil(HEADROOM * busy / (crossing / link_gbs))
+    return max(FEWEST_SMS, sms + sms % 2)
 
 
 def expanded_rows(num_ranks: int, max_tokens: int, num_topk: int, local_experts: int, alignment: int) -> int:

@@ -9,20 +9,21 @@ from typing import Any
 
 import torch
 
-from moegen.base import admission, arguments
-from moegen.compat.deep_ep.config import NODE_RANKS, Config
+from moegen import admission, checks
+from moegen.compat.deep_ep.config import Config
 from moegen.compat.deep_ep.normal_handle import NormalHandle
 from moegen.compat.deep_ep.streams import Streams
 from moegen.compat.deep_ep.utils import EventOverlap
 from moegen.compat.low_latency import Layers
 from moegen.compat.rows import RowLayers, Shape, rounded_up
 from moegen.errors import HandleError, InputError
-from moegen.high_throughput.results import DispatchedRows, Given, Layout
-from moegen.limits import MAX_ROWS
+from moegen.rows import DispatchedRows, Given, Layout
 from moegen.runtime.ownership import Exclusive, exclusive
 
 Tensor = torch.Tensor
 Tokens = Tensor | Given
+NODE_RANKS = 8
+"""Ranks of one of DeepEP's nodes."""
 
 
 class NormalMode(Exclusive):
@@ -171,8 +172,8 @@ class NormalMode(Exclusive):
         if (topk_idx is None) != (topk_weights is None):
             raise InputError("topk_idx and topk_weights are given together, or neither is")
         num_experts = self._check_experts(num_tokens_per_expert.numel())
-        expert_alignment = arguments.in_range("expert_alignment", expert_alignment, 1, MAX_ROWS)
-        num_worst_tokens = arguments.in_range("num_worst_tokens", num_worst_tokens, 0, MAX_ROWS)
+        expert_alignment = checks.in_range("expert_alignment", expert_alignment, 1, 2**31 - 1)
+        num_worst_tokens = checks.in_range("num_worst_tokens", num_worst_tokens, 0, 2**31 - 1)
         if num_worst_tokens > 0 and topk_idx is None:
             raise InputError("num_worst_tokens needs topk_idx: rows that nothing came for are marked there")
         if is_token_in_rank.shape != (len(parts[0]), self.group_size):
@@ -308,7 +309,7 @@ class NormalMode(Exclusive):
         raise NotImplementedError(_ONE_MACHINE.format("internode_combine", "combine"))
 
     def _check_experts(self, num_experts: int) -> int:
-        number = arguments.integer("num_experts", num_experts)
+        number = checks.integer("num_experts", num_experts)
         if number % self.group_size != 0:
             raise InputError(f"num_experts is a multiple of the {self.group_size} ranks; got {number}")
         return number

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 
 from moegen.compat.rows import Shape
-from moegen.high_throughput.results import RowsHandle
+from moegen.rows import RowsHandle
 from moegen.runtime.ownership import ProcessBound
 from moegen.runtime.streams import record
 

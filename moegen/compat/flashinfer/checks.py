@@ -7,16 +7,17 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from moegen.base import admission
-from moegen.codegen.integers import as_int
+from moegen import admission
 from moegen.errors import InputError
-from moegen.limits import MAX_PAYLOADS, MAX_RANKS, ceil_div
-from moegen.one_sided.checks import OUT_DTYPES, ROW_DTYPES
+from moegen.kernels.integers import as_int
 
 Tensor = torch.Tensor
 
-RANK_MASK_WORDS = ceil_div(MAX_RANKS, 64)
-"""64-bit words of a rank mask."""
+MAX_PAYLOADS = 16
+COMBINE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
+OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+RANK_MASK_WORDS = 1
+"""64-bit words of a rank mask: there are no more than 64 ranks."""
 
 
 class CallError(InputError, RuntimeError, AssertionError):
@@ -151,17 +152,17 @@ def mask_bits(mask: Tensor | None, enabled: bool, ep_rank: int, ep_size: int) ->
 def combine_payload(payload: Tensor, ep_size: int, slots: int) -> None:
     if payload.dim() != 3 or tuple(payload.shape[:2]) != (ep_size, slots):
         raise CallError(f"payload is [{ep_size}, {slots}, hidden], as the dispatch's results; got {_shape(payload)}")
-    if payload.dtype not in ROW_DTYPES:
-        raise CallError(f"payload is {' or '.join(map(str, ROW_DTYPES))}; got {payload.dtype}")
+    if payload.dtype not in COMBINE_DTYPES:
+        raise CallError(f"payload is {' or '.join(map(str, COMBINE_DTYPES))}; got {payload.dtype}")
     admission.read("payload", payload)
 
 
 def output_dtype(wanted: torch.dtype | None, scales: Tensor | None) -> None:
     if scales is not None:
         raise NotImplementedError("moegen.compat.flashinfer has no output_scales: combine's results are not quantised")
-    if wanted is not None and wanted not in OUT_DTYPES:
+    if wanted is not None and wanted not in OUTPUT_DTYPES:
         raise NotImplementedError(
-            f"moegen.compat.flashinfer has no output_dtype={wanted}: it is {' or '.join(map(str, OUT_DTYPES))}"
+            f"moegen.compat.flashinfer has no output_dtype={wanted}: it is {' or '.join(map(str, OUTPUT_DTYPES))}"
         )
 
 

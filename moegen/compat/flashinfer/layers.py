@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from moegen.codegen.integers import settle_integers
 from moegen.compat.flashinfer.checks import CallError
 from moegen.compat.flashinfer.communicators import as_world
 from moegen.errors import DestroyedError
-from moegen.one_sided.api import OneSided
-from moegen.one_sided.results import PayloadsHandle
+from moegen.kernels.integers import settle_integers
+from moegen.one_sided import OneSided
+from moegen.payloads import PayloadsHandle
 from moegen.runtime.ownership import ProcessBound
 from moegen.runtime.worlds import RankWorld
 

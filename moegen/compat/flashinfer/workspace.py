@@ -13,8 +13,7 @@ import torch
 from moegen.compat.flashinfer import checks, communicators, sizes
 from moegen.compat.flashinfer.checks import CallError
 from moegen.compat.flashinfer.layers import PayloadLayers, Routed, Rows
-from moegen.limits import MAX_ROW_BYTES, VECTOR_BYTES
-from moegen.one_sided.results import DispatchedPayloads
+from moegen.payloads import DispatchedPayloads
 from moegen.runtime.ownership import Exclusive, exclusive, lasting
 
 Tensor = torch.Tensor
@@ -207,8 +206,7 @@ class Workspace(Exclusive):
             if payload.dtype in (torch.bfloat16, torch.float16) and left // 2 < 2 * payload.shape[1] <= left
         ]
         rows = max(likely, key=lambda rows: rows.size, default=Rows(left // 2, torch.bfloat16))
-        vector, longest = VECTOR_BYTES // rows.dtype.itemsize, MAX_ROW_BYTES // rows.dtype.itemsize
-        return Rows(min(max(rows.hidden // vector * vector, vector), longest), rows.dtype)
+        return Rows(min(max(rows.hidden // 8 * 8, 8), _LONGEST_ROW), rows.dtype)
 
     def _check_place(self, sent: Sent, payload: Tensor) -> None:
         places = [] if self._combine_rows is None else [self._combine_rows.data_ptr()]
@@ -242,6 +240,8 @@ def initialized(workspace: Tensor, ep_rank: int, ep_size: int) -> Workspace:
 
 
 _REMEDY = "moe_a2a_get_workspace_size_per_rank says how large to make it"
+_LONGEST_ROW = 32768
+_E4M3_LARGEST = 448.0
 
 
 def _row_address(tensor: Tensor, ep_rank: int) -> int:
@@ -252,5 +252,4 @@ def _to_fp8(rows: Tensor) -> Tensor:
     """Rounded to e4m3 without a scale; what is larger becomes the largest."""
     if rows.dtype == torch.float8_e4m3fn:
         return rows
-    largest = torch.finfo(torch.float8_e4m3fn).max
-    return rows.clamp(-largest, largest).to(torch.float8_e4m3fn)
+    return rows.clamp(-_E4M3_LARGEST, _E4M3_LARGEST).to(torch.float8_e4m3fn)

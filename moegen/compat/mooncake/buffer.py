@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from moegen import env
-from moegen.base import arguments
+from moegen import checks, env
 from moegen.compat.deep_ep.utils import EventHandle, EventOverlap
 from moegen.compat.low_latency import CombineBuffers, Layers, LowLatencyHandle, mode, unpacked
 from moegen.compat.mooncake.health import Health
@@ -43,7 +42,7 @@ class Buffer(Exclusive):
         self._layers = Layers(group, masked=not self._collective, path="collective" if self._collective else "auto")
         self.group = group
         self.rank, self.group_size = self._layers.rank, self._layers.size
-        self.num_ep_buffer_bytes = arguments.integer("num_ep_buffer_bytes", num_ep_buffer_bytes)
+        self.num_ep_buffer_bytes = checks.integer("num_ep_buffer_bytes", num_ep_buffer_bytes)
         self.disable_p2p = disable_p2p
         self._health = Health(None if self._collective else self._layers, self.group_size)
         self._combine_buffers = CombineBuffers("get_next_combine_buffer")
@@ -174,7 +173,7 @@ class Buffer(Exclusive):
         return self._combine_buffers.next(self._layers.own(handle))
 
     def _seconds(self, timeout_us: int) -> float:
-        timeout_us = arguments.integer("timeout_us", timeout_us)
+        timeout_us = checks.integer("timeout_us", timeout_us)
         if timeout_us == -1:
             return self.longest_wait
         if timeout_us <= 0:

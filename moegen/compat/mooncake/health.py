@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from moegen.base import admission
+from moegen import admission
 from moegen.compat.low_latency import Layers
 from moegen.errors import InputError
 from moegen.runtime.ownership import write_anyway

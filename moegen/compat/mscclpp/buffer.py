@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from moegen.base import arguments
+from moegen import checks
 from moegen.compat.deep_ep.config import low_latency_size_hint
 from moegen.compat.low_latency import Layers, RoutedIds, mode, unpacked
 from moegen.compat.mscclpp.intranode import Intranode
 from moegen.errors import HandleError
-from moegen.low_latency.api import ExpertParallel
-from moegen.low_latency.results import Dispatched
+from moegen.expert_parallel import ExpertParallel
+from moegen.handle import Dispatched
 from moegen.runtime.ownership import exclusive
 
 Tensor = torch.Tensor
@@ -42,8 +42,8 @@ class Buffer(Intranode):
         self._layers = Layers(group)
         self.group = group
         self.rank, self.group_size = self._layers.rank, self._layers.size
-        self.num_nvl_bytes = arguments.integer("num_nvl_bytes", num_nvl_bytes)
-        self.num_rdma_bytes = arguments.integer("num_rdma_bytes", num_rdma_bytes)
+        self.num_nvl_bytes = checks.integer("num_nvl_bytes", num_nvl_bytes)
+        self.num_rdma_bytes = checks.integer("num_rdma_bytes", num_rdma_bytes)
         self.low_latency_mode = low_latency_mode
         self._dispatched: dict[int, tuple[weakref.ref[Tensor], ExpertParallel, Dispatched, RoutedIds]] = {}
         """By the address of layout_range, as long as that tensor lives."""

@@ -11,11 +11,13 @@ struct Roles {
     Blocks senders, receivers;
 };
 
-// A dispatch and a combine kernel. `out_bytes`: of an element of combine's result. `pulls`: experts leave their rows
-// where the other ranks read them.
+// A dispatch and a combine kernel, a copy for each rank. `out_bytes`: of an element of combine's result. `pulls`:
+// experts leave their rows where the other ranks read them.
 struct Variant {
     const char* name;
-    Kernel dispatch, combine;
+    moegen_host_entry *dispatch[kRanks], *combine[kRanks];
+    unsigned long (*dispatch_bytes)();
+    unsigned long (*combine_bytes)();
     uint32_t threads, shared_bytes, out_bytes;
     bool pulls;
     Roles dispatch_roles, combine_roles;
@@ -41,13 +43,15 @@ class Ranks {
     void work(Rank& rank);
     template <typename Params>
     Params common_params(Rank& rank, Round& round, uint32_t op, const Roles& roles);
-    void launch(Rank& rank, const Kernel& kernel, const void* params, const Roles& roles) {
-        if (!launched(rank, kernel, params, roles.blocks, variant_.threads, seed_ != 0, variant_.shared_bytes)) {
+    void launch(Rank& rank, moegen_host_entry* entry, const void* params, const Roles& roles) {
+        if (!launched(rank, entry, params, roles.blocks, variant_.threads, seed_ != 0, variant_.shared_bytes)) {
             failed_ = true;
         }
     }
     void dispatch(Rank& rank, Round& round);
     void combine(Rank& rank, Round& round, std::vector<uint8_t>& result);
+    template <typename Params>
+    void combine_with(Rank& rank, Round& round, std::vector<uint8_t>& result);
     bool verify_rows(const Rank& rank, uint32_t number, const Rank& source) const;
     bool verify_dispatch(const Rank& rank, uint32_t number) const;
     bool verify_combine(const Rank& rank, uint32_t number) const;
@@ -90,6 +94,7 @@ Params Ranks::common_params(Rank& rank, Round& round, uint32_t op, const Roles& 
     p.rank = rank.number;
     p.tokens = round.rows;
     p.slots = round.slots;
+    p.max_tokens = kMaxTokens;
     return p;
 }
 
@@ -115,21 +120,30 @@ void Ranks::dispatch(Rank& rank, Round& round) {
     p.counts_offset = kAt.counts;
     p.stats_offset = kAt.stats;
     p.flags_offset = kAt.flags;
-    launch(rank, variant_.dispatch, &p, variant_.dispatch_roles);
+    launch(rank, variant_.dispatch[rank.number], &p, variant_.dispatch_roles);
 }
 
 void Ranks::combine(Rank& rank, Round& round, std::vector<uint8_t>& result) {
-    auto p = common_params<CombineParams>(rank, round, 1, variant_.combine_roles);
+    variant_.pulls ? combine_with<PullingCombineParams>(rank, round, result)
+                   : combine_with<CombineParams>(rank, round, result);
+}
+
+template <typename Params>
+void Ranks::combine_with(Rank& rank, Round& round, std::vector<uint8_t>& result) {
+    auto p = common_params<Params>(rank, round, 1, variant_.combine_roles);
     p.other_control = &rank.control[0];
     p.calls_offset = kAt.calls;
     p.calls = reinterpret_cast<const uint64_t*>(rank.memory.get() + kAt.calls);
     p.out = result.data();
-    p.y = reinterpret_cast<const uint8_t*>(round.y.data());
-    p.rows_offset = variant_.pulls ? kAt.expert_rows : kAt.rows;
-    p.half_bytes = kAt.half;
-    p.tags_offset = kAt.tags;
-    p.max_tokens = kMaxTokens;
-    launch(rank, variant_.combine, &p, variant_.combine_roles);
+    if constexpr (requires { p.y; }) {
+        p.y = reinterpret_cast<const uint8_t*>(round.y.data());
+        p.rows_offset = kAt.rows;
+        p.half_bytes = kAt.half;
+        p.tags_offset = kAt.tags;
+    } else {
+        p.rows_offset = kAt.expert_rows;
+    }
+    launch(rank, variant_.combine[rank.number], &p, variant_.combine_roles);
 }
 
 // A combine tells the others that the rows of dispatch were read.
@@ -218,7 +232,10 @@ bool Ranks::verify() const {
     return right;
 }
 
-bool fits(const Variant& variant) { return variant.dispatch.fits() && variant.combine.fits(); }
+bool fits(const Variant& variant) {
+    const auto combine_bytes = variant.pulls ? sizeof(PullingCombineParams) : sizeof(CombineParams);
+    return variant.dispatch_bytes() == sizeof(DispatchParams) && variant.combine_bytes() == combine_bytes;
+}
 
 }  // namespace
 

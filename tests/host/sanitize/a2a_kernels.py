@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from host.sanitize.build import (
     EXPERTS,
@@ -12,21 +12,20 @@ from host.sanitize.build import (
     TOPK,
     Kernel,
     KernelSet,
+    entries_of,
     flag,
     initialiser,
-    kernel_of,
     kernels_of,
+    params_bytes_of,
     shape_header,
     struct,
     variants_header,
 )
 
-from moegen.codegen.spec import WarpGroups
-from moegen.limits import WARP_SIZE
-from moegen.one_sided.payload_table import RowBytes
-from moegen.one_sided.regions import planes, regions
-from moegen.one_sided.roles import roles
-from moegen.one_sided.spec import OneSidedCombine, OneSidedDispatch
+from moegen.kernels.a2a import OneSidedCombine, OneSidedDispatch
+from moegen.kernels.a2a_layout import planes, regions, roles
+from moegen.kernels.a2a_payloads import RowBytes
+from moegen.kernels.spec import WARP_SIZE, WarpGroups
 
 HIDDEN = 1032
 """129 vectors of 16 bytes: one more than a warp adds up in one turn."""
@@ -45,7 +44,7 @@ LIMITS = (MAX_TOKENS, FEW_TOKENS, FEW_TOKENS + 3, FEW_TOKENS, FEW_TOKENS + 1)
 than a block plans at a time.
 """
 
-STATS_WORDS = 5  # no multiple of what a packet holds
+STATS_WORDS = 5  # no multiple of what a piece holds
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,11 @@ def _row(variant: Variant) -> str:
     dispatch, combine = _specs(variant)
     columns = (
         f'"{variant.name}"',
-        kernel_of(variant.dispatch, "DispatchParams"),
-        kernel_of(variant.combine, "CombineParams"),
+        *map(entries_of, variant.kernels),
+        *map(params_bytes_of, variant.kernels),
         str(dispatch.block_threads),
         str(dispatch.dynamic_shared_bytes),
-        str(combine.result.bits // 8),
+        str(combine.out_row_bytes // HIDDEN),
         flag(combine.pulls),
         _roles(dispatch, variant.blocks),
         _roles(combine, variant.blocks),
@@ -127,7 +126,11 @@ def headers(variants: Sequence[Variant]) -> dict[str, str]:
         kStatsWords=STATS_WORDS,
         kDestinations=dispatch.destinations,
     )
-    structs = (struct("DispatchParams", dispatch.params), struct("CombineParams", combine.params))
+    structs = (
+        struct("DispatchParams", dispatch.params),
+        struct("CombineParams", replace(combine, rows="pushed").params),
+        struct("PullingCombineParams", replace(combine, rows="pulled").params),
+    )
     return {
         "shape.hpp": shape + _layout(dispatch.num_ranks),
         "variants.hpp": variants_header(structs, kernels_of(variants), list(map(_row, variants))),

@@ -15,14 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from struct import calcsize
 from typing import TypeVar
 
 from simt_harness import Toolchain, runtime_sources
 
-from moegen.codegen.params import ParamStruct
 from moegen.codegen.render import render
-from moegen.codegen.spec import Spec
+from moegen.kernels.params import ParamStruct
+from moegen.kernels.spec import Spec
 
 RANKS = 3
 TOPK = 3
@@ -121,27 +120,14 @@ def of_rank(symbol: str, rank: int) -> str:
     return f"rank{rank}_{symbol}"
 
 
-def kernel_of(kernel: Kernel, struct: str) -> str:
-    """The kernel as an initialiser: its entry for each rank, the function that says how large its parameters are, and
-    how they are taken from the `struct` of all of its op's.
-    """
-    entries = initialiser(of_rank(kernel.entry, rank) for rank in range(kernel.ranks))
-    return initialiser((entries, f"{of_rank(kernel.entry, 0)}_params_bytes", _packing(params_of(kernel.spec), struct)))
+def entries_of(kernel: Kernel) -> str:
+    """The kernel's entry for each rank, as an initialiser."""
+    return initialiser(of_rank(kernel.entry, rank) for rank in range(kernel.ranks))
 
 
-def _packing(params: ParamStruct, struct: str) -> str:
-    places, at = [], 0
-    for member in params.members:
-        size = calcsize(f"={member.numbers}{member.format}")
-        places.append(initialiser((f"offsetof({struct}, {member.name})", at, size)))
-        at += size
-    return initialiser((params.size, initialiser(places)))
-
-
-def params_of(spec: Spec) -> ParamStruct:
-    params = getattr(spec, "params")  # noqa: B009 - of every kernel, though Spec itself does not say so
-    assert isinstance(params, ParamStruct)
-    return params
+def params_bytes_of(kernel: Kernel) -> str:
+    """The function that says how large the kernel's parameters are."""
+    return f"{of_rank(kernel.entry, 0)}_params_bytes"
 
 
 def shape_header(ranks: int = RANKS, **more: int) -> str:
@@ -151,10 +137,9 @@ def shape_header(ranks: int = RANKS, **more: int) -> str:
 
 
 def struct(name: str, params: ParamStruct) -> str:
-    """All parameters of an op, as the driver fills them in, whichever of them its kernels read."""
-    whole = ParamStruct(tuple(replace(param, when=True) for param in params.declared))
-    members = "".join(f"    {declaration}\n" for declaration, _ in whole.declarations)
-    return f"struct {name} {{\n{members}}};\nstatic_assert(sizeof({name}) == {whole.size});\n"
+    """A kernel's parameters, as the driver fills them in."""
+    members = "".join(f"    {declaration}\n" for declaration, _ in params.declarations)
+    return f"struct {name} {{\n{members}}};\nstatic_assert(sizeof({name}) == {params.size});\n"
 
 
 def variants_header(structs: Sequence[str], kernels: Sequence[Kernel], rows: Sequence[str]) -> str:

@@ -11,13 +11,15 @@ struct Regions {
     uint64_t consumed, calls, counts, entries, rows, tags, end;
 };
 
-// A dispatch kernel for each phase and a combine kernel. `roles_apart`: one block sends and two receive; else one does
-// both.
+// A dispatch kernel for each phase and a combine kernel, a copy for each rank. `roles_apart`: one block sends and two
+// receive; else one does both.
 struct Variant {
     const char* name;
-    Kernel whole, plan, move, combine;
+    moegen_host_entry *whole[kRanks], *plan[kRanks], *move[kRanks], *combine[kRanks];
+    unsigned long (*dispatch_bytes)();
+    unsigned long (*combine_bytes)();
     uint32_t threads;
-    bool roles_apart, packed, quantizes;
+    bool roles_apart, packed, quantises;
     Regions dispatch_at, combine_at;
 };
 
@@ -41,12 +43,12 @@ class Ranks {
 
   private:
     void work(Rank& rank);
-    void launch(Rank& rank, const Kernel& kernel, const void* params) {
-        if (!launched(rank, kernel, params, variant_.roles_apart ? 3 : 1, variant_.threads, seed_ != 0)) failed_ = true;
+    void launch(Rank& rank, moegen_host_entry* entry, const void* params) {
+        if (!launched(rank, entry, params, variant_.roles_apart ? 3 : 1, variant_.threads, seed_ != 0)) failed_ = true;
     }
     template <typename Params>
     Params common_params(Rank& rank, Round& round, uint32_t op, const Regions& at);
-    void dispatch(Rank& rank, Round& round, const Kernel& kernel, const std::vector<Bf16>& x, Received* received);
+    void dispatch(Rank& rank, Round& round, moegen_host_entry* entry, const std::vector<Bf16>& x, Received* received);
     void dispatch_all(Rank& rank, Round& round);
     void run_experts(const Rank& rank, Round& round) const;
     void combine(Rank& rank, Round& round, uint32_t number);
@@ -102,7 +104,8 @@ Params Ranks::common_params(Rank& rank, Round& round, uint32_t op, const Regions
 }
 
 // `received`: null where rows are only planned.
-void Ranks::dispatch(Rank& rank, Round& round, const Kernel& kernel, const std::vector<Bf16>& x, Received* received) {
+void Ranks::dispatch(Rank& rank, Round& round, moegen_host_entry* entry, const std::vector<Bf16>& x,
+                     Received* received) {
     auto p = common_params<DispatchParams>(rank, round, 0, variant_.dispatch_at);
     p.counts_offset = variant_.dispatch_at.counts;
     p.entries_offset = variant_.dispatch_at.entries;
@@ -119,35 +122,35 @@ void Ranks::dispatch(Rank& rank, Round& round, const Kernel& kernel, const std::
     p.chunk_epochs = rank.chunk_epochs;
     p.alignment = kAlignment;
     if (received != nullptr) {
-        p.out = variant_.quantizes ? received->quantized.data() : reinterpret_cast<uint8_t*>(received->rows.data());
+        p.out = variant_.quantises ? received->quantised.data() : reinterpret_cast<uint8_t*>(received->rows.data());
         p.out_scales = reinterpret_cast<uint32_t*>(received->scales.data());
         p.scale_row_stride = p.scale_word_stride = 1;
         p.out_topk_idx = reinterpret_cast<decltype(p.out_topk_idx)>(received->ids.data());
         p.out_weights = received->weights.data();
         p.capacity = received->capacity;
     }
-    launch(rank, kernel, &p);
+    launch(rank, entry, &p);
 }
 
 // Rows that are planned find exactly as much room as they need.
 void Ranks::dispatch_all(Rank& rank, Round& round) {
     const Numbers& numbers = round.numbers;
     if (round.planned) {
-        dispatch(rank, round, variant_.plan, round.x, nullptr);
+        dispatch(rank, round, variant_.plan[rank.number], round.x, nullptr);
         if (failed_) return;
         const uint32_t last = variant_.packed ? local_experts(rank.number) : kRanks;
         const int32_t number = (variant_.packed ? numbers.first_slots : numbers.first_rows)[last];
-        round.received.make(uint32_t(number), variant_.packed, variant_.quantizes);
-        dispatch(rank, round, variant_.move, round.x, &round.received);
+        round.received.make(uint32_t(number), variant_.packed, variant_.quantises);
+        dispatch(rank, round, variant_.move[rank.number], round.x, &round.received);
     } else {
         const uint32_t of_row = variant_.packed ? std::min(kTopk, local_experts(rank.number)) : 1;
         const uint32_t padding = variant_.packed ? (kAlignment - 1) * local_experts(rank.number) : 0;
-        round.received.make(kRanks * kMaxTokens * of_row + padding, variant_.packed, variant_.quantizes);
-        dispatch(rank, round, variant_.whole, round.x, &round.received);
+        round.received.make(kRanks * kMaxTokens * of_row + padding, variant_.packed, variant_.quantises);
+        dispatch(rank, round, variant_.whole[rank.number], round.x, &round.received);
     }
     if (!round.repeats || failed_) return;
-    round.repeated.make(round.received.capacity, variant_.packed, variant_.quantizes);
-    dispatch(rank, round, variant_.move, round.x_again, &round.repeated);
+    round.repeated.make(round.received.capacity, variant_.packed, variant_.quantises);
+    dispatch(rank, round, variant_.move[rank.number], round.x_again, &round.repeated);
 }
 
 // Rows that no token came to stay NaN: a sum that one of them enters is found. In layout token a rank has one factor.
@@ -176,7 +179,7 @@ void Ranks::combine(Rank& rank, Round& round, uint32_t number) {
     p.out_weights = round.combined_weights[number].data();
     p.rows = round.received.capacity;
     if (!round.weighted) p.row_weights = nullptr;
-    launch(rank, variant_.combine, &p);
+    launch(rank, variant_.combine[rank.number], &p);
 }
 
 void Ranks::work(Rank& rank) {
@@ -291,7 +294,7 @@ bool Ranks::verify() const {
 }
 
 bool fits(const Variant& variant) {
-    return variant.whole.fits() && variant.plan.fits() && variant.move.fits() && variant.combine.fits();
+    return variant.dispatch_bytes() == sizeof(DispatchParams) && variant.combine_bytes() == sizeof(CombineParams);
 }
 
 }  // namespace

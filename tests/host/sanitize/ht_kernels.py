@@ -12,19 +12,23 @@ from host.sanitize.build import (
     TOPK,
     Kernel,
     KernelSet,
+    entries_of,
     flag,
     initialiser,
-    kernel_of,
     kernels_of,
+    params_bytes_of,
     shape_header,
     struct,
     variants_header,
 )
 
-from moegen.codegen.row_spec import CHUNK
-from moegen.high_throughput.regions import regions
-from moegen.high_throughput.spec import HighThroughputCombine, HighThroughputDispatch
-from moegen.limits import ceil_div
+from moegen.kernels.ht import (
+    CHUNK,
+    HighThroughputCombine,
+    HighThroughputDispatch,
+    regions,
+)
+from moegen.kernels.ll import ceil_div
 
 HIDDEN = 128  # a group of FP8
 MAX_TOKENS = CHUNK + 2
@@ -73,10 +77,11 @@ def _row(variant: Variant) -> str:
     combine_at = regions(combine, MAX_TOKENS, dispatch_at.end)
     columns = (
         f'"{variant.name}"',
-        *(kernel_of(kernel, "DispatchParams") for kernel in (variant.whole, variant.plan, variant.rows)),
-        kernel_of(variant.combine, "CombineParams"),
+        *map(entries_of, variant.kernels),
+        params_bytes_of(variant.whole),
+        params_bytes_of(variant.combine),
         str(dispatch.block_threads),
-        *map(flag, (variant.roles_apart, dispatch.packed, dispatch.quantizes)),
+        *map(flag, (variant.roles_apart, dispatch.packed, dispatch.quantises)),
         initialiser(astuple(dispatch_at)),
         initialiser(astuple(combine_at)),
     )

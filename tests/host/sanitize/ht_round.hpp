@@ -31,18 +31,18 @@ inline Numbers::Numbers() {
 struct Received {
     uint32_t capacity = 0;
     std::vector<Bf16> rows;
-    std::vector<uint8_t> quantized;
+    std::vector<uint8_t> quantised;
     std::vector<float> scales, weights;
     std::vector<int64_t> ids;  // layout token
 
-    void make(uint32_t number, bool packed, bool quantizes);
+    void make(uint32_t number, bool packed, bool quantises);
     float value(uint32_t row, uint32_t column) const;
 };
 
-inline void Received::make(uint32_t number, bool packed, bool quantizes) {
+inline void Received::make(uint32_t number, bool packed, bool quantises) {
     capacity = number;
-    if (quantizes) {
-        quantized.assign(number * kHidden, 0x7f);
+    if (quantises) {
+        quantised.assign(number * kHidden, 0x7f);
         scales.assign(number, NAN);
     } else {
         rows.assign(number * kHidden, kNan);
@@ -61,7 +61,7 @@ inline float from_e4m3(uint8_t bits) {
 
 inline float Received::value(uint32_t row, uint32_t column) const {
     const uint32_t at = row * kHidden + column;
-    return quantized.empty() ? widened(rows[at]) : from_e4m3(quantized[at]) * scales[row];
+    return quantised.empty() ? widened(rows[at]) : from_e4m3(quantised[at]) * scales[row];
 }
 
 // A dispatch of one rank, in one launch or planned by one and moved by another; where it repeats, another of other rows

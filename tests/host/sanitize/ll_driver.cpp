@@ -12,10 +12,13 @@ struct Regions {
     uint64_t consumed, calls, routes, rows, tags, weights, end;
 };
 
-// A dispatch and a combine kernel. `late`: weights are given to combine. `masked`: ranks may be missing.
+// A dispatch and a combine kernel, a copy for each rank. `late`: weights are given to combine. `masked`: ranks may be
+// missing.
 struct Variant {
     const char* name;
-    Kernel dispatch, combine;
+    moegen_host_entry *dispatch[kRanks], *combine[kRanks];
+    unsigned long (*dispatch_bytes)();
+    unsigned long (*combine_bytes)();
     uint32_t threads;
     bool late, masked;
     Regions dispatch_at, combine_at;
@@ -59,8 +62,8 @@ class Ranks {
 
   private:
     void work(Rank& rank);
-    void launch(Rank& rank, const Kernel& kernel, const void* params, uint32_t blocks) {
-        if (!launched(rank, kernel, params, blocks, variant_.threads, seed_ != 0)) failed_ = true;
+    void launch(Rank& rank, moegen_host_entry* entry, const void* params, uint32_t blocks) {
+        if (!launched(rank, entry, params, blocks, variant_.threads, seed_ != 0)) failed_ = true;
     }
     template <typename Params>
     Params common_params(Rank& rank, const Round& round, uint32_t op, const Regions& at);
@@ -154,7 +157,7 @@ void Ranks::dispatch_with(Rank& rank, Round& round) {
     p.shares = 1;
     p.senders = {1, kBlocksPerRole};
     p.receivers = {1 + kBlocksPerRole, kBlocksPerRole};
-    launch(rank, variant_.dispatch, &p, 1 + 2 * kBlocksPerRole);
+    launch(rank, variant_.dispatch[rank.number], &p, 1 + 2 * kBlocksPerRole);
 }
 
 void Ranks::combine(Rank& rank, Round& round, std::vector<Bf16>& result) {
@@ -185,7 +188,7 @@ void Ranks::combine_with(Rank& rank, Round& round, std::vector<Bf16>& result) {
     p.tokens = round.rows;
     p.senders = {0, kBlocksPerRole};
     p.receivers = {kBlocksPerRole, kBlocksPerRole};
-    launch(rank, variant_.combine, &p, 2 * kBlocksPerRole);
+    launch(rank, variant_.combine[rank.number], &p, 2 * kBlocksPerRole);
 }
 
 // Rows that no token came to stay NaN: a sum that one of them enters is found.
@@ -284,7 +287,11 @@ bool Ranks::verify() const {
     return right;
 }
 
-bool fits(const Variant& variant) { return variant.dispatch.fits() && variant.combine.fits(); }
+bool fits(const Variant& variant) {
+    const auto dispatch_bytes = variant.masked ? sizeof(MaskedDispatchParams) : sizeof(DispatchParams);
+    const auto combine_bytes = variant.masked ? sizeof(MaskedCombineParams) : sizeof(CombineParams);
+    return variant.dispatch_bytes() == dispatch_bytes && variant.combine_bytes() == combine_bytes;
+}
 
 }  // namespace
 

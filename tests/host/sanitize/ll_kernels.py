@@ -12,18 +12,18 @@ from host.sanitize.build import (
     TOPK,
     Kernel,
     KernelSet,
+    entries_of,
     flag,
     initialiser,
-    kernel_of,
     kernels_of,
+    params_bytes_of,
     shape_header,
     struct,
     variants_header,
 )
 
-from moegen.codegen.spec import WarpGroups
-from moegen.low_latency.regions import regions
-from moegen.low_latency.spec import LowLatencyCombine, LowLatencyDispatch
+from moegen.kernels.ll import LowLatencyCombine, LowLatencyDispatch, regions
+from moegen.kernels.spec import WarpGroups
 
 HIDDEN = 64
 MAX_TOKENS = 8
@@ -53,10 +53,8 @@ def _row(variant: Variant) -> str:
     dispatch_at = regions(dispatch, MAX_TOKENS, 0)
     combine_at = regions(combine, MAX_TOKENS, dispatch_at.end)
     late, masked = map(flag, (combine.weights == "atcombine", dispatch.masked))
-    structs = (
-        ("MaskedDispatchParams", "MaskedCombineParams") if dispatch.masked else ("DispatchParams", "CombineParams")
-    )
-    columns = (*map(kernel_of, variant.kernels, structs), str(dispatch.block_threads), late, masked)
+    kernels = (variant.dispatch, variant.combine)
+    columns = (*map(entries_of, kernels), *map(params_bytes_of, kernels), str(dispatch.block_threads), late, masked)
     return ", ".join(
         (f'"{variant.name}"', *columns, initialiser(astuple(dispatch_at)), initialiser(astuple(combine_at)))
     )

@@ -49,42 +49,14 @@ struct RankState {
     }
 };
 
-// Where a parameter lies among all of its op's, and in the struct of one kernel.
-struct Place {
-    uint64_t from, to, bytes;
-};
-
-// A kernel's parameters: those of the op's that it reads. The list ends with one of no bytes.
-struct Packing {
-    uint64_t bytes;
-    Place places[64];
-
-    std::vector<uint8_t> operator()(const void* params) const {
-        std::vector<uint8_t> packed(bytes);
-        for (const Place* place = places; place->bytes != 0; ++place)
-            std::memcpy(packed.data() + place->to, static_cast<const uint8_t*>(params) + place->from, place->bytes);
-        return packed;
-    }
-};
-
-// A kernel, a copy for each rank.
-struct Kernel {
-    moegen_host_entry* entry[kRanks];
-    unsigned long (*params_bytes)();
-    Packing pack;
-
-    bool fits() const { return params_bytes() == pack.bytes; }
-};
-
-// Sometimes after a pause. `params`: all of the op's. Whether it succeeded.
-inline bool launched(RankState& rank, const Kernel& kernel, const void* params, uint32_t blocks, uint32_t threads,
+// Sometimes after a pause. Whether it succeeded.
+inline bool launched(RankState& rank, moegen_host_entry* entry, const void* params, uint32_t blocks, uint32_t threads,
                      bool seeded, uint32_t shared_bytes = 0) {
     if (rank.random() / 256 % 2) std::this_thread::sleep_for(std::chrono::microseconds(rank.random() / 256 % 300));
     char error[4000];
     const uint64_t seed = seeded ? rank.random() : 0;
-    const std::vector<uint8_t> packed = kernel.pack(params);
-    const moegen_host_launch request = {packed.data(), blocks, threads, shared_bytes, 0, seed, nullptr};
-    if (kernel.entry[rank.number](&request, error, sizeof error) == 0) return true;
+    const moegen_host_launch request = {params, blocks, threads, shared_bytes, 0, seed, nullptr};
+    if (entry(&request, error, sizeof error) == 0) return true;
     std::printf("rank %u: %s\n", rank.number, error);
     return false;
 }

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from host.sanitize.a2a_kernels import Variant, headers, variant
 from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
-from host.sanitize.edits import EPOCH, LAUNCH, REPORT, ROUTING, barrier_before, leaving, relaxed_load, relaxed_store
+from host.sanitize.edits import REPORT, barrier_before, entering, relaxed_load, relaxed_store
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, Sanitizer, built_once, race_in, run
 
-from moegen.codegen.spec import WarpGroups
+from moegen.kernels.spec import WarpGroups
 
 RIGHT = [
     variant(WarpGroups(2, 1), 3),
@@ -29,30 +29,26 @@ BULK = variant(WarpGroups(2, 1), 3, copy="bulk")
 TWO_RANKS = variant(WarpGroups(2, 1), 3, ranks=2)
 
 
-WORDS = "moegen/presence.cuh"
-"""Where words of progress are published and waited for."""
-
-
-def no_wait(word: str, file: str = KERNEL) -> Edit:
+def no_wait(word: str) -> Edit:
     """Looks once, and takes whatever is there for what was waited for."""
-    return Edit(file, rf"(return load_acquire_sys\({word}\));", r"\1, watch.epoch;")
+    return Edit(KERNEL, rf"(return load_acquire_sys\({word}\));", r"\1, watch.epoch;")
 
 
-def no_wait_for_packet(phase: str, place: str, packet: str) -> Edit:
-    """The same for a packet."""
-    pattern = rf"!await_packet\(watch, Awaited\{{{phase}, source, -1\}},\s*({place}\(.*?), {packet}\)"
-    return Edit(KERNEL, pattern, rf"(({packet} = load_packet(\1)), false)")
+def no_wait_for_whole(phase: str, place: str, piece: str) -> Edit:
+    """The same for 16 bytes that carry their epoch."""
+    pattern = rf"!wait_for_whole\(watch, Awaited\{{{phase}, source, -1\}},\s*({place}\(.*?), {piece}\)"
+    return Edit(KERNEL, pattern, rf"(({piece} = load_whole_relaxed_sys(\1)), false)")
 
 
 PRESENCE = {
-    "presence_store": relaxed_store(r"presence_at\(", WORDS),
-    "presence_load": relaxed_load("word", file=LAUNCH),
+    "presence_store": relaxed_store(r"presence_at\("),
+    "presence_load": relaxed_load("word"),
 }
 """How ranks know that what they overwrite has been read."""
 
 CALLS = {
-    "call_store": relaxed_store("to, ", WORDS),
-    "call_load": relaxed_load("word", file=WORDS),
+    "call_store": relaxed_store("to, "),
+    "call_load": relaxed_load("word"),
 }
 """The same in combine, whose words of progress are two: one statement stores both."""
 
@@ -66,10 +62,10 @@ FLAGS = {
 """How a block announces its rows."""
 
 TAGS = {
-    "tag_barrier": barrier_before(r"store_release_sys\(returned_tag_at\(", r"Group::sync"),
-    "tag_store": relaxed_store(r"returned_tag_at\("),
+    "tag_barrier": barrier_before(r"store_release_sys\(tag_at\(", "team_sync"),
+    "tag_store": relaxed_store(r"tag_at\("),
     "tag_load": relaxed_load("tag"),
-    "tag_vote": Edit(KERNEL, r"(wait_for\(watch, what[^}]*\}\);\s*\}\s*)Group::sync\(\);", r"\1"),
+    "tag_vote": Edit(KERNEL, r"(wait_for\(watch, what[^}]*\}\);\s*\}\s*)team_sync\(\);", r"\1"),
 }
 """How a team announces a row of combine, and how another learns of it."""
 
@@ -86,18 +82,18 @@ PLANS = {
 }
 """How they plan."""
 
-LEAVING = {
-    "leaving": leaving("__ATOMIC_RELAXED"),
-    "leaving_release": leaving("__ATOMIC_ACQUIRE"),
-    "leaving_acquire": leaving("__ATOMIC_RELEASE"),
-    "leaving_barrier": Edit(EPOCH, r"__syncthreads_and\(sound\) != 0", "sound"),
+ENTERING = {
+    "entering": entering("__ATOMIC_RELAXED"),
+    "entering_release": entering("__ATOMIC_ACQUIRE"),
+    "entering_acquire": entering("__ATOMIC_RELEASE"),
+    "entering_barrier": Edit(KERNEL, r"__syncthreads_and\(sound\) != 0", "sound"),
 }
-"""How the last block to leave knows that all threads have read the epoch; and, in dispatch, how its threads learn what
+"""How the last block to enter knows that all threads have read the epoch; and, in dispatch, how its threads learn what
 each warp has counted.
 """
 
 COPIES = {
-    "settle": Edit(KERNEL, r"if \(Group::thread\(\) == 0\) bulk_wait<0>\(\);", ""),
+    "settle": Edit(KERNEL, r"if \(team_thread\(\) == 0\) bulk_wait<0>\(\);", ""),
     "stage": Edit(KERNEL, r"bulk_wait_read<0>\(\);", ""),
     "loaded": Edit(KERNEL, r"while \(!mbarrier_test\(loaded, [^)]*\)\) poll_pause\(\);", "(void)loaded;"),
 }
@@ -107,18 +103,18 @@ Its lists of copies grow in one thread of a block and shrink in another, which T
 kernels are for AddressSanitizer.
 """
 
-NO_PRESENCE = {"presence_wait": Edit(LAUNCH, r"int32_t\(seen - needed\) >= 0", "seen != needed")}
-NO_CALLS = {"call_wait": no_wait("word", WORDS)}
-NO_ROWS = {"counts_wait": no_wait_for_packet("kCounts", "row_count_at", "first"), "flag_wait": no_wait("flag")}
+NO_PRESENCE = {"presence_wait": Edit(KERNEL, r"int32_t\(seen - needed\) >= 0", "seen != needed")}
+NO_CALLS = {"call_wait": no_wait("word")}
+NO_ROWS = {"counts_wait": no_wait_for_whole("kCounts", "counts_at", "first"), "flag_wait": no_wait("flag")}
 NO_PARTIALS = {
     "tag_wait": no_wait("tag"),
-    "halves": Edit(KERNEL, r"parity_of\(watch\.epoch\) \* p\.half_bytes", "(0 & watch.epoch) * p.half_bytes"),
+    "halves": Edit(KERNEL, r"half_of\(watch\.epoch\) \* p\.half_bytes", "(0 & watch.epoch) * p.half_bytes"),
 }
 """Not orders, but what they are good for: waits, and that staging has two halves."""
 
 PULLING = {
     **{f"pulled_{name}": edit for name, edit in {**CALLS, **NO_CALLS}.items()},
-    "pulled_leaving_barrier": LEAVING["leaving_barrier"],
+    "pulled_entering_barrier": ENTERING["entering_barrier"],
 }
 """How a block learns that others have made the rows that it reads; its barrier is that of the epoch."""
 
@@ -127,8 +123,8 @@ WEAKENED = [
     *without(APART, "combine", CALLS, TAGS),
 ]
 MORE = [
-    *without(APART, "dispatch", PLANS, LEAVING, NO_PRESENCE, NO_ROWS),
-    *without(APART, "combine", LEAVING, NO_CALLS, NO_PARTIALS),
+    *without(APART, "dispatch", PLANS, ENTERING, NO_PRESENCE, NO_ROWS),
+    *without(APART, "combine", ENTERING, NO_CALLS, NO_PARTIALS),
     *without(ONE_TEAM, "combine", {f"{name}_of_block": TAGS[name] for name in ("tag_barrier", "tag_vote")}),
     *without(PULLED, "combine", PULLING),
     *without(TOGETHER, "combine", {f"{name}_of_team": TAGS[name] for name in ("tag_barrier", "tag_vote")}),
@@ -153,14 +149,14 @@ EARLY = weakened(
     "stats_wait",
     Edit(
         KERNEL,
-        r"!await_packet\(watch, Awaited\{kStats, source, -1\},\s*(stats_at\(.*?), packet\)(.*?)"
-        r"(await_row_counts\(p, watch, arrivals\);.*?)(if \(p\.stats_words != 0\) gather_stats\(p, watch\);)",
-        r"((packet = load_packet(\1)), false)\2\4\n    \3",
+        r"!wait_for_whole\(watch, Awaited\{kStats, source, -1\},\s*(stats_at\(.*?), piece\)(.*?)"
+        r"(await_counts\(p, watch, arrivals\);.*?)(if \(p\.stats_words != 0\) gather_stats\(p, watch\);)",
+        r"((piece = load_whole_relaxed_sys(\1)), false)\2\4\n    \3",
     ),
 )
 """Statistics are told before rows, so that they are here when the rows are: they are read before those, too."""
 
-BEYOND = weakened(APART, "dispatch", "beyond", Edit(ROUTING, r"const Id id = ids\[k\]", "const Id id = ids[k + 1]"))
+BEYOND = weakened(APART, "dispatch", "beyond", Edit(KERNEL, r"const Id id = ids\[k\]", "const Id id = ids[k + 1]"))
 
 
 slow = pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
-from host.sanitize.edits import CONSUMED, EPOCH, barrier_before, leaving, relaxed_load, relaxed_store
+from host.sanitize.edits import barrier_before, relaxed_load, relaxed_store
 from host.sanitize.ht_kernels import Variant, headers, variant
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, Sanitizer, built_once, race_in, run
 
@@ -19,18 +19,29 @@ blocks that have one role and blocks that have both; at most 576 fibers."""
 
 TOKEN, PACKED, QUANTISED = RIGHT
 
-TAG = r"outgoing_tag\("
+TAG = r"tag_at\("
 
 
-LEAVING = {
-    "leaving_release": leaving("__ATOMIC_ACQUIRE"),
-    "leaving_acquire": leaving("__ATOMIC_RELEASE"),
+def finishing(order: str) -> Edit:
+    pattern = r"atomic_add_acq_rel_gpu\((&p\.control->blocks_entered), 1\)"
+    return Edit(KERNEL, pattern, rf"__atomic_fetch_add(\1, 1, {order})")
+
+
+CONSUMED = {
+    "consumed_store": relaxed_store(r"consumed_at\("),
+    "consumed_load": relaxed_load("word"),
+}
+"""How ranks know that what they overwrite has been read."""
+
+FINISHING = {
+    "finishing_release": finishing("__ATOMIC_ACQUIRE"),
+    "finishing_acquire": finishing("__ATOMIC_RELEASE"),
 }
 """How the last block of a rank knows that all of them have."""
 
 BARRIERS = {
-    "opening_barrier": Edit(EPOCH, r"__syncthreads_and\(ready\) != 0", "ready"),
-    "leaving_barrier": Edit(EPOCH, r"(__shared__ bool last;\s*)__syncthreads\(\);", r"\1"),
+    "opening_barrier": Edit(KERNEL, r"__syncthreads_and\(ready\) != 0", "ready"),
+    "finishing_barrier": Edit(KERNEL, r"(__shared__ bool last;\s*)__syncthreads\(\);", r"\1"),
 }
 """How the threads of a block share either."""
 
@@ -62,14 +73,14 @@ CHUNKS = {
 
 
 WEAKENED = [
-    *without(TOKEN, "whole", CONSUMED, LEAVING, ROWS, ARRIVALS, CHUNKS),
+    *without(TOKEN, "whole", CONSUMED, FINISHING, ROWS, ARRIVALS, CHUNKS),
     *without(PACKED, "combine", ROWS, PARTIALS),
 ]
 MORE = [
     *without(TOKEN, "whole", BARRIERS),
-    *without(PACKED, "rows", CONSUMED, LEAVING, BARRIERS, ROWS, ARRIVALS),
-    *without(TOKEN, "plan", LEAVING, CHUNKS),
-    *without(PACKED, "combine", CONSUMED, LEAVING, BARRIERS),
+    *without(PACKED, "rows", CONSUMED, FINISHING, BARRIERS, ROWS, ARRIVALS),
+    *without(TOKEN, "plan", FINISHING, CHUNKS),
+    *without(PACKED, "combine", CONSUMED, FINISHING, BARRIERS),
 ]
 """The same orders in the other kernels, which have the same text.
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from host.sanitize.build import KERNEL, Edit, kernels_of, weakened, without
-from host.sanitize.edits import CONSUMED, REPORT, barrier_before, leaving, relaxed_load, relaxed_store
+from host.sanitize.edits import REPORT, barrier_before, entering, relaxed_load, relaxed_store
 from host.sanitize.ll_kernels import Variant, headers, variant
 from host.sanitize.running import ASAN, FIXED, SEEDED, TSAN, built_once, race_in, run
 
-from moegen.codegen.spec import WarpGroups
+from moegen.kernels.spec import WarpGroups
 
 RIGHT = [
     variant("inline", "atdispatch", WarpGroups(2, 1)),
@@ -36,32 +36,31 @@ MASKED = RIGHT[-1]
 
 ORDERS = {
     "tag_load": relaxed_load("tag"),
-    **CONSUMED,
-    "leaving": leaving("__ATOMIC_RELAXED"),
+    "consumed_store": relaxed_store(r"consumed_at\("),
+    "consumed_load": relaxed_load("word"),
+    "entering": entering("__ATOMIC_RELAXED"),
 }
 """What wire format `row` rests on, by name, and how to take it away. `inline` has no such order: its payload crosses in
 relaxed 16-byte atomics, which are no data race.
 """
-TAG = r"tag_at<uint64_t>\("
+TAG = r"tag_at\("
 OF_DISPATCH = {
     "tag_store": relaxed_store(TAG),
-    "tag_barrier": barrier_before(rf"store_release_sys\({TAG}", r"Group::sync"),
+    "tag_barrier": barrier_before(rf"store_release_sys\({TAG}", "team_sync"),
 }
 OF_COMBINE = {
     "tag_store": relaxed_store("tag, "),
-    "tag_barrier": barrier_before(r"\}\s*announce\(sent", r"Group::sync"),
+    "tag_barrier": barrier_before(r"\}\s*announce\(sent", "team_sync"),
 }
 
 WEAKENED = [
     *without(ROW, "dispatch", ORDERS | OF_DISPATCH),
     *without(ROW, "combine", ORDERS | OF_COMBINE),
-    weakened(ROW, "dispatch", "leaving_release", leaving("__ATOMIC_ACQUIRE")),
-    weakened(ROW, "dispatch", "leaving_acquire", leaving("__ATOMIC_RELEASE")),
+    weakened(ROW, "dispatch", "entering_release", entering("__ATOMIC_ACQUIRE")),
+    weakened(ROW, "dispatch", "entering_acquire", entering("__ATOMIC_RELEASE")),
 ]
 UNORDERED_REPORT = weakened(ROW, "dispatch", "report", REPORT)
-BEYOND = weakened(
-    ROW, "dispatch", "beyond", Edit(KERNEL, r"(p\.topk_weights\[[^]]*\+ Group::thread\(\))\]", r"\1 + 1]")
-)
+BEYOND = weakened(ROW, "dispatch", "beyond", Edit(KERNEL, r"(p\.topk_weights\[[^]]*\+ team_thread\(\))\]", r"\1 + 1]"))
 
 
 @pytest.fixture(scope="session")
