@@ -38,9 +38,9 @@ struct Slot {
     uint32_t source;
     const uint32_t& capacity;  // a parameter of the kernel: it is read where it is needed, and not before
     uint32_t row;
-};
 
-__device__ __forceinline__ uint64_t number_of(Slot slot) { return uint64_t(slot.source) * slot.capacity + slot.row; }
+    __device__ __forceinline__ uint64_t number() const { return uint64_t(source) * capacity + row; }
+};
 
 // Double-buffered memory is [parity][source]: epochs that follow each other use different halves.
 template <uint32_t kRanks>
@@ -51,7 +51,7 @@ __device__ __forceinline__ uint32_t source_in_half(uint32_t epoch, uint32_t sour
 // A slot in the receive buffer of a rank: kVectors for a row and what travels with it.
 template <uint32_t kVectors, class Params>
 __device__ __forceinline__ uint4* slot_at(const Params& p, uint32_t rank, const Slot& slot) {
-    return peer_memory<uint4>(p, rank, p.rows_offset) + number_of(slot) * kVectors;
+    return peer_memory<uint4>(p, rank, p.rows_offset) + slot.number() * kVectors;
 }
 
 // What lies in a slot behind a row of kRowVectors.
@@ -67,7 +67,7 @@ __device__ __forceinline__ const T* behind_row(const uint4* slot) {
 // A slot's tag at a rank: the sender releases it behind the row, the receiver acquires it ahead of the row.
 template <class Tag, class Params>
 __device__ __forceinline__ Tag* tag_at(const Params& p, uint32_t rank, Slot slot) {
-    return peer_memory<Tag>(p, rank, p.tags_offset) + number_of(slot);
+    return peer_memory<Tag>(p, rank, p.tags_offset) + slot.number();
 }
 
 // ---- copies -------------------------------------------------------------------------------------
