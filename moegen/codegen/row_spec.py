@@ -153,6 +153,11 @@ class RowDispatch(RowSpec):
         return self.phase != "plan"
 
     @property
+    def checks_sources(self) -> bool:
+        """Whether what comes from a source says to which call it belongs, once for all of its rows."""
+        return self.plans
+
+    @property
     def entry_words(self) -> int:
         """Of what the plan tells of a row: its token, then a selection and a weight for each k."""
         return 1 + 2 * self.num_topk

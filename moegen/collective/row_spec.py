@@ -155,6 +155,10 @@ class CollectivePlace(CollectiveSend, family="coll", op="place"):
     """
 
     @property
+    def checks_sources(self) -> bool:
+        return True
+
+    @property
     def _of_layout(self) -> tuple[Param, ...]:
         plans, moves = self.plans, self.moves
         slot_tokens = "[local experts, ranks * max_tokens]: the source's token of each row"
