@@ -53,10 +53,10 @@ MAX_STAGE_BYTES = 200 * 1024
 VECTOR_BYTES = 16
 """What one access of a thread moves; addresses and lengths of rows are multiples of it."""
 
-PIECE_BYTES = VECTOR_BYTES
-"""A vector that carries its epoch: one access is never seen in halves (`templates/device/ptx.cuh`)."""
+PACKET_BYTES = VECTOR_BYTES
+"""A vector that carries its epoch: one access is never seen in halves (`templates/device/packets.cuh`)."""
 
-PIECE_WORDS = PIECE_BYTES // 4 - 1
+PACKET_WORDS = PACKET_BYTES // 4 - 1
 """32-bit words of it that are not the epoch."""
 
 WORD_BYTES = 4

@@ -16,7 +16,7 @@ from moegen.limits import (
     MAX_ROW_BYTES,
     MAX_SHARED_BYTES,
     MAX_TOPK,
-    PIECE_WORDS,
+    PACKET_WORDS,
     VECTOR_BYTES,
     WARP_SIZE,
     ceil_div,
@@ -163,8 +163,8 @@ class RowDispatch(RowSpec):
         return 1 + 2 * self.num_topk
 
     @property
-    def entry_pieces(self) -> int:
-        return ceil_div(self.entry_words, PIECE_WORDS)
+    def entry_packets(self) -> int:
+        return ceil_div(self.entry_words, PACKET_WORDS)
 
     @property
     def call(self) -> int:
@@ -177,7 +177,7 @@ class RowDispatch(RowSpec):
         return 1 + self.num_ranks
 
     @property
-    def record_bytes(self) -> int:
+    def slot_bytes(self) -> int:
         """Of a row and its scales, as they are staged."""
         return ceil_div(self.format.moved_bytes(self.hidden), VECTOR_BYTES) * VECTOR_BYTES
 
@@ -189,7 +189,7 @@ class RowDispatch(RowSpec):
     def shared_bytes(self) -> int:
         plan = self.num_counters * (8 + 4) + CHUNK * self.num_topk * (2 + 4)
         receive = 4 * (self.num_ranks + 1) * (1 + self.max_local_experts)
-        receive += self.num_warps * 4 * (self.entry_pieces * PIECE_WORDS + self.num_topk)
+        receive += self.num_warps * 4 * (self.entry_packets * PACKET_WORDS + self.num_topk)
         return plan + receive + 256
 
 
@@ -206,7 +206,7 @@ class RowCombine(RowSpec):
     borrowed: ClassVar[bool] = False
 
     @property
-    def record_bytes(self) -> int:
+    def slot_bytes(self) -> int:
         """Of a row and its weights, as they are staged."""
         return self.row_bytes + ceil_div(4 * self.num_topk, VECTOR_BYTES) * VECTOR_BYTES
 

@@ -117,7 +117,7 @@ class CollectiveSend(_Chunked, RowDispatch, family="coll", op="send"):
         return self.header_bytes + rows * self.entry_bytes
 
     def chunk_bytes(self, rows: int) -> int:
-        end = self.records_offset(rows) + (rows * self.record_bytes if self.moves else 0)
+        end = self.records_offset(rows) + (rows * self.slot_bytes if self.moves else 0)
         return ceil_div(end, CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
 
     @cached_property
@@ -225,7 +225,7 @@ class CollectiveReturn(_Chunked, RowCombine, family="coll", op="return"):
 
     def chunk_bytes(self, rows: int) -> int:
         """Of a chunk that has room for so many."""
-        return ceil_div(self.header_bytes + rows * self.record_bytes, CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
+        return ceil_div(self.header_bytes + rows * self.slot_bytes, CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
 
     @cached_property
     def params(self) -> ParamStruct:

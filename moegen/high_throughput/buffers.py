@@ -122,16 +122,16 @@ class RowMemory:
         return memory.data_ptr() + WORD_BYTES * self._at[name]
 
     def lend(self, staged: torch.Tensor) -> None:
-        """Rows are not made but lie here, uint8, a record for each (source, token)."""
+        """Rows are not made but lie here, uint8, a slot for each (source, token)."""
         self._lent = staged
 
     def _borrowed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens and scales, [source, token, ...], as they were received."""
         spec = self._spec
-        records = self._lent[: self.capacity * spec.record_bytes].view(spec.num_ranks, -1, spec.record_bytes)
+        slots = self._lent[: self.capacity * spec.slot_bytes].view(spec.num_ranks, -1, spec.slot_bytes)
         end = spec.row_bytes + WORD_BYTES * spec.scale_words
-        tokens = records[:, :, : spec.row_bytes].view(self.dtype)
-        return tokens, records[:, :, spec.row_bytes : end].view(self.scales_dtype) if spec.scale_words else None
+        tokens = slots[:, :, : spec.row_bytes].view(self.dtype)
+        return tokens, slots[:, :, spec.row_bytes : end].view(self.scales_dtype) if spec.scale_words else None
 
     def part(self, memory: torch.Tensor, name: str) -> torch.Tensor:
         """The numbers `name` of a dispatch's memory, as int32."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moegen.base.regions import offsets
 from moegen.codegen.call_words import REGION_BYTES
 from moegen.high_throughput.spec import HighThroughputCombine, HighThroughputDispatch
-from moegen.limits import PIECE_BYTES
+from moegen.limits import PACKET_BYTES
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ def regions(spec: HighThroughputDispatch | HighThroughputCombine, max_tokens: in
     rows = spec.num_ranks * max_tokens
     counts = entries = 0
     if isinstance(spec, HighThroughputDispatch):
-        counts, entries = spec.num_ranks * spec.count_pieces, rows * spec.entry_pieces
+        counts, entries = spec.num_ranks * spec.count_packets, rows * spec.entry_packets
     sizes = (
         spec.num_ranks * 4,
         REGION_BYTES,
-        counts * PIECE_BYTES,
-        entries * PIECE_BYTES,
-        rows * spec.record_bytes,
+        counts * PACKET_BYTES,
+        entries * PACKET_BYTES,
+        rows * spec.slot_bytes,
         rows * 8,
     )
     return Regions(*offsets(sizes, start))

@@ -15,7 +15,7 @@ from typing import ClassVar
 from moegen.codegen.call_words import PLACE
 from moegen.codegen.params import Param, ParamStruct, read_if
 from moegen.codegen.row_spec import RowCombine, RowDispatch
-from moegen.limits import PIECE_WORDS, ceil_div
+from moegen.limits import PACKET_WORDS, ceil_div
 from moegen.tuning.under_way import ROW_AHEAD
 
 PHASES = {
@@ -38,7 +38,7 @@ def _common(moves: bool) -> tuple[Param, ...]:
         PLACE,
         *read_if(
             moves,
-            Param("uint64_t", "rows_offset", "[source][max_tokens] records, each at its token's number"),
+            Param("uint64_t", "rows_offset", "[source][max_tokens] slots, each with its token's number"),
             Param("uint64_t", "tags_offset", "[source][max_tokens] u64: call word and epoch of the row there"),
         ),
         Param("uint64_t", "timeout_ns", "how long one wait may take"),
@@ -85,11 +85,11 @@ class HighThroughputDispatch(RowDispatch, family="ht", op="dispatch"):
         return {"kPeerReady": True, **plans, "kRow": self.moves}
 
     @property
-    def count_pieces(self) -> int:
+    def count_packets(self) -> int:
         """Packets that a source sends first: its rows for a rank, how many select each of that rank's experts, its
         tokens, its rows for each rank, and its call word.
         """
-        return ceil_div(1 + self.max_local_experts + self.source_words + 1, PIECE_WORDS)
+        return ceil_div(1 + self.max_local_experts + self.source_words + 1, PACKET_WORDS)
 
     @property
     def _told(self) -> tuple[Param, ...]:
@@ -131,8 +131,8 @@ class HighThroughputDispatch(RowDispatch, family="ht", op="dispatch"):
                 ),
                 *_common(moves),
                 Param("uint64_t", "x_stride", "bytes from one token of x to the next", when=moves),
-                Param("uint64_t", "counts_offset", "[source][count pieces]", when=plans),
-                Param("uint64_t", "entries_offset", "[source][max_tokens][entry pieces]", when=plans),
+                Param("uint64_t", "counts_offset", "[source][count packets]", when=plans),
+                Param("uint64_t", "entries_offset", "[source][max_tokens][entry packets]", when=plans),
                 *read_if(
                     places_scales,
                     Param("uint64_t", "scale_row_stride", "words from one row's scales to the next's"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moegen.base.regions import offsets
 from moegen.codegen import call_words
-from moegen.limits import HALVES, PIECE_BYTES, PIECE_WORDS, ceil_div
+from moegen.limits import HALVES, PACKET_BYTES, PACKET_WORDS, ceil_div
 from moegen.low_latency.spec import LowLatencyCombine, LowLatencyDispatch
 
 
@@ -31,13 +31,13 @@ def regions(spec: LowLatencyDispatch | LowLatencyCombine, max_tokens: int, start
         spec.num_ranks * 4,
         0 if isinstance(spec, LowLatencyDispatch) else call_words.REGION_BYTES,
         _routes_bytes(spec, max_tokens) if isinstance(spec, LowLatencyDispatch) else 0,
-        rows * spec.record_bytes,
+        rows * spec.slot_bytes,
         rows * 8 if spec.wire == "row" else 0,
         # Reserved for either combine, so that weights may come at combine on any call.
-        0 if isinstance(spec, LowLatencyDispatch) else rows * ceil_div(spec.num_topk, PIECE_WORDS) * PIECE_BYTES,
+        0 if isinstance(spec, LowLatencyDispatch) else rows * ceil_div(spec.num_topk, PACKET_WORDS) * PACKET_BYTES,
     )
     return Regions(*offsets(sizes, start))
 
 
 def _routes_bytes(spec: LowLatencyDispatch, max_tokens: int) -> int:
-    return HALVES * spec.num_ranks * (1 + max_tokens * spec.route_pieces) * PIECE_BYTES
+    return HALVES * spec.num_ranks * (1 + max_tokens * spec.route_packets) * PACKET_BYTES

@@ -24,8 +24,8 @@ from moegen.limits import (
     MAX_SHARED_BYTES,
     MAX_TEAMS,
     MAX_TOPK,
-    PIECE_BYTES,
-    PIECE_WORDS,
+    PACKET_BYTES,
+    PACKET_WORDS,
     VECTOR_BYTES,
     WARP_SIZE,
     ceil_div,
@@ -46,11 +46,11 @@ PHASES = {
 }
 """What a wait of this family waits for: the name in the kernel, and in words for PeerTimeoutError."""
 
-WIRE_WORDS = {"inline": PIECE_WORDS, "row": VECTOR_BYTES // 4}
-"""32-bit payload words in each 16 bytes of a staged record: `inline` spends the fourth on the epoch."""
+WIRE_WORDS = {"inline": PACKET_WORDS, "row": VECTOR_BYTES // 4}
+"""32-bit payload words in a unit, the 16 bytes of a row that cross at once: `inline` spends the fourth on the epoch."""
 
-IDS_OF_PIECE = 2 * PIECE_WORDS
-"""16-bit expert ids in a piece of routes."""
+IDS_OF_PACKET = 2 * PACKET_WORDS
+"""16-bit expert ids in a packet of routes."""
 
 PHASE_WORDS = ("whole", "send", "receive")
 """What of an op one launch does: all of it, or (with hooks) one half, the other following in a launch of its own."""
@@ -124,12 +124,12 @@ class LowLatencySpec(Spec):
         return self.format.scale_words(self.hidden)
 
     @property
-    def piece_words(self) -> int:
+    def unit_words(self) -> int:
         return WIRE_WORDS[self.wire]
 
     @property
-    def row_pieces(self) -> int:
-        return ceil_div(self.row_bytes // 4, self.piece_words)
+    def row_units(self) -> int:
+        return ceil_div(self.row_bytes // 4, self.unit_words)
 
     @property
     def teams(self) -> int:
@@ -168,7 +168,7 @@ def _common(spec: LowLatencySpec) -> tuple[Param, ...]:
         *(_waiting(spec) if spec.masked else (Param("uint32_t*", "aborted", "this object's abort word"),)),
         Param("Failure*", "failure", "where the host reads what went wrong"),
         Param("uint64_t", "consumed_offset", "[rank] u32: the last epoch that the peer has read", when=spec.sends),
-        Param("uint64_t", "rows_offset", "[half][source][capacity] records, each at its token's number"),
+        Param("uint64_t", "rows_offset", "[half][source][capacity] slots, each with its token's number"),
         Param("uint64_t", "tags_offset", of_row, when=spec.wire == "row"),
     )
 
@@ -199,21 +199,21 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
         return {"kPeerReady": self.sends, "kRoutes": self.receives, "kRow": self.receives}
 
     @property
-    def route_pieces(self) -> int:
-        """Pieces that tell what one token selects."""
-        return ceil_div(self.num_topk, IDS_OF_PIECE)
+    def route_packets(self) -> int:
+        """Packets that tell what one token selects."""
+        return ceil_div(self.num_topk, IDS_OF_PACKET)
 
     @property
     def routes_ahead(self) -> int:
         """Tokens whose routes a thread asks for at once."""
         if self.num_ranks <= under_way.ROUTES_AHEAD_RANKS or self.block_threads > under_way.ROUTES_AHEAD_THREADS:
             return 1
-        return max(1, under_way.ROUTES_AHEAD_PIECES // self.route_pieces)
+        return max(1, under_way.ROUTES_AHEAD_PACKETS // self.route_packets)
 
     @property
-    def head_pieces(self) -> int:
-        """Pieces ahead of a row: its selections' weights, then its scales."""
-        return ceil_div(self.num_topk, self.piece_words) + ceil_div(self.scale_words, self.piece_words)
+    def head_units(self) -> int:
+        """Units ahead of a row: its selections' weights, then its scales."""
+        return ceil_div(self.num_topk, self.unit_words) + ceil_div(self.scale_words, self.unit_words)
 
     def validate(self) -> None:
         super().validate()
@@ -230,15 +230,15 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
         """
         group = self.format.group
         groups = self.hidden // group if group else 0
-        head = (self.head_pieces * self.piece_words + groups) * 4
-        incoming = head + self.num_topk * 16 + self.route_pieces * IDS_OF_PIECE * 2 + 16
+        head = (self.head_units * self.unit_words + groups) * 4
+        incoming = head + self.num_topk * 16 + self.route_packets * IDS_OF_PACKET * 2 + 16
         tally = 4 * (self.max_local_experts + 1)
         verdicts = 4 * (self.num_ranks + self.teams) + 16 if self.masked else 0
         return self.teams * (head + incoming + tally) + self.num_ranks * tally + 2 * 4 * self.num_ranks + verdicts + 64
 
     @property
-    def record_bytes(self) -> int:
-        return (self.head_pieces + self.row_pieces) * PIECE_BYTES
+    def slot_bytes(self) -> int:
+        return (self.head_units + self.row_units) * PACKET_BYTES
 
     @property
     def _results(self) -> tuple[Param, ...]:
@@ -277,7 +277,7 @@ class LowLatencyDispatch(LowLatencySpec, family="ll", op="dispatch"):
                     Param("int32_t*", "tokens_sent", "one number: the tokens of this call"),
                     Param("uint64_t", "x_stride", "bytes from one token of x to the next"),
                 ),
-                Param("uint64_t", "routes_offset", "[half][source][1 + capacity * route pieces]"),
+                Param("uint64_t", "routes_offset", "[half][source][1 + capacity * route packets]"),
                 *_common(self),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_roles(self),
@@ -302,8 +302,8 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
     weights: str = tag(one_of=("atdispatch", "atcombine"))
 
     @property
-    def record_bytes(self) -> int:
-        return self.row_pieces * PIECE_BYTES
+    def slot_bytes(self) -> int:
+        return self.row_units * PACKET_BYTES
 
     @property
     def resident_blocks(self) -> int:
@@ -313,7 +313,7 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
     @property
     def two_rows_ahead(self) -> bool:
         """Whether a thread has the registers for its parts of two rows; else they would spill."""
-        steps = ceil_div(self.row_pieces, self.team_threads)
+        steps = ceil_div(self.row_units, self.team_threads)
         return steps * self.block_threads * self.resident_blocks <= under_way.TWO_ROWS_VECTORS
 
     @property
@@ -355,7 +355,7 @@ class LowLatencyCombine(LowLatencySpec, family="ll", op="combine"):
                 Param("const int32_t*", "tokens_sent", "one number: the tokens of that dispatch"),
                 *_common(self),
                 *read_if(looks, call_words.PLACE),
-                Param("uint64_t", "weights_offset", "[half][source][capacity][weight pieces]", when=sends_late),
+                Param("uint64_t", "weights_offset", "[half][source][capacity][weight packets]", when=sends_late),
                 Param("uint64_t", "timeout_ns", "how long one wait may take"),
                 *_roles(self),
                 _TOKENS,

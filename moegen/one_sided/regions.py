@@ -13,8 +13,8 @@ from moegen.limits import (
     MAX_PAYLOADS,
     MAX_SENDERS,
     MAX_STATS,
-    PIECE_BYTES,
-    PIECE_WORDS,
+    PACKET_BYTES,
+    PACKET_WORDS,
     ceil_div,
 )
 
@@ -52,8 +52,8 @@ def regions(num_ranks: int, max_tokens: int, payload_bytes: int, combine_bytes: 
     sizes = (
         num_ranks * 8,
         REGION_BYTES,
-        HALVES * num_ranks * PIECE_BYTES,
-        HALVES * num_ranks * ceil_div(MAX_STATS, PIECE_WORDS) * PIECE_BYTES,
+        HALVES * num_ranks * PACKET_BYTES,
+        HALVES * num_ranks * ceil_div(MAX_STATS, PACKET_WORDS) * PACKET_BYTES,
         num_ranks * MAX_SENDERS * 4,
         slots * payload_bytes + MAX_PAYLOADS * PLANE_ALIGNMENT,
         HALVES * slots * 4,

@@ -28,7 +28,7 @@ from moegen.limits import (
     MAX_STAGE_BYTES,
     MAX_STATS,
     MAX_TEAMS,
-    PIECE_WORDS,
+    PACKET_WORDS,
     VECTOR_BYTES,
     WARP_SIZE,
     ceil_div,
@@ -194,9 +194,9 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
         return FIELDS["a2a_dispatch"][0].bits
 
     @property
-    def stats_pieces(self) -> int:
+    def stats_packets(self) -> int:
         """Of a rank's statistics, at most."""
-        return ceil_div(MAX_STATS, PIECE_WORDS)
+        return ceil_div(MAX_STATS, PACKET_WORDS)
 
     @cached_property
     def params(self) -> ParamStruct:
@@ -217,8 +217,8 @@ class OneSidedDispatch(OneSidedSpec, family="a2a", op="dispatch"):
                 Param("int32_t*", "unused_ids", "[ranks, slots, id words]: filled behind a source's rows; or null"),
                 *BEGIN,
                 Param("uint64_t", "call", "call word, whose lowest bits are zero"),
-                Param("uint64_t", "counts_offset", "[half][source] pieces"),
-                Param("uint64_t", "stats_offset", "[half][source][stats pieces]"),
+                Param("uint64_t", "counts_offset", "[half][source] packets"),
+                Param("uint64_t", "stats_offset", "[half][source][stats packets]"),
                 Param(
                     "uint64_t", "flags_offset", f"[source][{MAX_SENDERS}] u32: the last epoch whose rows it has sent"
                 ),

@@ -14,10 +14,10 @@ LOW_LATENCY_STEPS = 8
 TWO_ROWS_VECTORS = 2048
 """Of a row of `ll`, with all threads of a multiprocessor: up to here combine has its parts of two rows ahead."""
 
-ROUTES_AHEAD_PIECES = 8
+ROUTES_AHEAD_PACKETS = 8
 ROUTES_AHEAD_RANKS = 4
 ROUTES_AHEAD_THREADS = 128
-"""Pieces of routes of `ll` that a thread asks for at once: with more ranks than these, in blocks of up to so many
+"""Packets of routes of `ll` that a thread asks for at once: with more ranks than these, in blocks of up to so many
 threads. With few ranks there are few, and more text takes longer to fetch than that saves; only small blocks have the
 registers.
 """

@@ -14,7 +14,7 @@ import torch
 import moegen
 from moegen.codegen.spec import Spec
 from moegen.errors import PeerTimeoutError
-from moegen.limits import FIRST_EPOCH, MAX_RANKS, MAX_SENDERS, MAX_STATS, PIECE_BYTES, PIECE_WORDS, ceil_div
+from moegen.limits import FIRST_EPOCH, MAX_RANKS, MAX_SENDERS, MAX_STATS, PACKET_BYTES, PACKET_WORDS, ceil_div
 from moegen.one_sided.ops import combine_word, dispatch_word
 from moegen.one_sided.spec import PHASES, OneSidedCombine, OneSidedDispatch
 from moegen.runtime.streams import current_stream
@@ -55,7 +55,7 @@ def tell_counts(layer: PayloadLayer, rows: int, blocks: int, stats_words: int = 
     dtypes = tuple(dtype for _, dtype in SHAPE.columns)
     call = dispatch_word(widths, dtypes, SHAPE.max_tokens, stats_words, EVERYONE)
     words = [rows, call & 0xFFFFFFFF | blocks, call >> 32, FIRST_EPOCH]
-    poke(layer, of_absent(at.counts, PIECE_BYTES), words)
+    poke(layer, of_absent(at.counts, PACKET_BYTES), words)
 
 
 def begin_next(layer: PayloadLayer) -> None:
@@ -151,7 +151,7 @@ def test_fault_while_waiting_for_statistics(device: str) -> None:
     """Of seven numbers, in three packets, the last is missing."""
     layer = start(device)
     tell_counts(layer, 0, 0, stats_words=7)
-    place = of_absent(layer.ranks[0]._alive().at.stats, ceil_div(MAX_STATS, PIECE_WORDS) * PIECE_BYTES)
+    place = of_absent(layer.ranks[0]._alive().at.stats, ceil_div(MAX_STATS, PACKET_WORDS) * PACKET_BYTES)
     poke(layer, place, [1, 2, 3, FIRST_EPOCH] * 2)
     stats = torch.ones(7, dtype=torch.int32, device=device)
     with pytest.raises(PeerTimeoutError) as caught:

@@ -92,8 +92,8 @@ def assert_reported(error: PeerTimeoutError, layer: Layer, site: str, index: int
 
 def routes_of_peer(layer: Layer) -> int:
     """Where rank 1's routes lie in rank 0's memory, in the half of the first epoch."""
-    pieces = 1 + SHAPE.max_tokens * layer.ranks[0].selection.dispatch.route_pieces
-    return dispatch_regions(layer).routes + ABSENT * pieces * 16
+    packets = 1 + SHAPE.max_tokens * layer.ranks[0].selection.dispatch.route_packets
+    return dispatch_regions(layer).routes + ABSENT * packets * 16
 
 
 def announce_a_token(layer: Layer) -> None:
@@ -131,15 +131,15 @@ def test_fault_while_waiting_for_a_row(device: str, wire: str) -> None:
     assert_reported(caught.value, layer, "kRow", 0)
 
 
-@pytest.mark.parametrize("missing", ["head", "last piece"])
-def test_fault_while_waiting_for_a_piece_of_an_inline_row(device: str, missing: str) -> None:
+@pytest.mark.parametrize("missing", ["head", "last unit"])
+def test_fault_while_waiting_for_a_unit_of_an_inline_row(device: str, missing: str) -> None:
     layer = make(device, "inline")
     announce_one_row(layer)
     spec = layer.ranks[0].selection.dispatch
-    record = dispatch_regions(layer).rows + ABSENT * SHAPE.max_tokens * spec.record_bytes
-    first = spec.head_pieces if missing == "head" else 0
-    pieces = spec.row_pieces if missing == "head" else spec.head_pieces + spec.row_pieces - 1
-    poke(layer, record + first * 16, [0, 0, 0, FIRST_EPOCH] * pieces)
+    record = dispatch_regions(layer).rows + ABSENT * SHAPE.max_tokens * spec.slot_bytes
+    first = spec.head_units if missing == "head" else 0
+    units = spec.row_units if missing == "head" else spec.head_units + spec.row_units - 1
+    poke(layer, record + first * 16, [0, 0, 0, FIRST_EPOCH] * units)
     with pytest.raises(PeerTimeoutError) as caught:
         dispatch_alone(layer, [])
     assert_reported(caught.value, layer, "kRow", 0)

@@ -19,7 +19,7 @@ from moegen.errors import PeerTimeoutError
 from moegen.high_throughput.regions import Regions, regions
 from moegen.high_throughput.roles import roles
 from moegen.high_throughput.spec import PHASES
-from moegen.limits import FIRST_EPOCH, PIECE_BYTES, PIECE_WORDS
+from moegen.limits import FIRST_EPOCH, PACKET_BYTES, PACKET_WORDS
 from moegen.runtime.worlds import RankWorld
 from support.ht_layer import RowsLayer, RowsShape, expert_outputs
 from support.layer import random_routing
@@ -54,26 +54,26 @@ def poke(layer: RowsLayer, offset: int, words: list[int]) -> None:
 def tell_counts(layer: RowsLayer) -> None:
     """Rank 1 has one row for rank 0, which selects its first expert."""
     spec = layer.ranks[0].selection.dispatch
-    at = dispatch_regions(layer).counts + ABSENT * spec.count_pieces * PIECE_BYTES
+    at = dispatch_regions(layer).counts + ABSENT * spec.count_packets * PACKET_BYTES
     poke(layer, at, [1, 1, 0, FIRST_EPOCH])  # its rows for rank 0, by expert
-    for piece in range(1, spec.count_pieces):  # its tokens, and its rows by rank: for DeepEP's handle only
-        poke(layer, at + piece * PIECE_BYTES, [1, 1, 0, FIRST_EPOCH])
+    for packet in range(1, spec.count_packets):  # its tokens, and its rows by rank: for DeepEP's handle only
+        poke(layer, at + packet * PACKET_BYTES, [1, 1, 0, FIRST_EPOCH])
     phase = "plan" if layer.ranks[0].mode == "exact" else "whole"
     last = 1 + spec.max_local_experts + spec.source_words  # the call word
-    poke(layer, at + last // PIECE_WORDS * PIECE_BYTES + 4 * (last % PIECE_WORDS), [spec.in_phase(phase).call])
+    poke(layer, at + last // PACKET_WORDS * PACKET_BYTES + 4 * (last % PACKET_WORDS), [spec.in_phase(phase).call])
 
 
 TOKEN = 5
 """Rank 1's token which that row is."""
 
 
-def tell_entry(layer: RowsLayer, pieces: tuple[int, ...] = (0, 1)) -> None:
+def tell_entry(layer: RowsLayer, packets: tuple[int, ...] = (0, 1)) -> None:
     spec = layer.ranks[0].selection.dispatch
-    assert spec.entry_pieces == 2
-    at = dispatch_regions(layer).entries + ABSENT * SHAPE.max_tokens * spec.entry_pieces * PIECE_BYTES
+    assert spec.entry_packets == 2
+    at = dispatch_regions(layer).entries + ABSENT * SHAPE.max_tokens * spec.entry_packets * PACKET_BYTES
     words = ([TOKEN, 0, NO_SELECTION, FIRST_EPOCH], [ONE, ONE, 0, FIRST_EPOCH])
-    for piece in pieces:
-        poke(layer, at + piece * PIECE_BYTES, words[piece])
+    for packet in packets:
+        poke(layer, at + packet * PACKET_BYTES, words[packet])
 
 
 def arguments(layer: RowsLayer, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +142,7 @@ def test_a_missing_rank(device: str, layout: str, mode: str) -> None:
 
 @pytest.mark.parametrize("there", [(), (0,), (1,)])
 def test_fault_while_waiting_for_an_entry(device: str, there: tuple[int, ...]) -> None:
-    """Of its pieces none, or only one, is there."""
+    """Of its packets none, or only one, is there."""
     layer = start(device)
     tell_counts(layer)
     tell_entry(layer, there)

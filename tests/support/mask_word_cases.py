@@ -31,11 +31,11 @@ def poke(layer: Layer, offset: int, words: list[int]) -> None:
 
 def announce(layer: Layer, routes: list[list[int]], tokens: int) -> None:
     """Rank 1 says how many tokens it has, and what the first of them select."""
-    pieces = layer.ranks[0].selection.dispatch.route_pieces
-    start = pair_regions(layer).routes + (1 + layer.shape.max_tokens * pieces) * 16
+    packets = layer.ranks[0].selection.dispatch.route_packets
+    start = pair_regions(layer).routes + (1 + layer.shape.max_tokens * packets) * 16
     poke(layer, start, [tokens, 0, 0, FIRST_EPOCH])
     for token, words in enumerate(routes):
-        poke(layer, start + (1 + token * pieces) * 16, [*words, FIRST_EPOCH])
+        poke(layer, start + (1 + token * packets) * 16, [*words, FIRST_EPOCH])
 
 
 SELECTS_EXPERT_0 = [0xFFFF0000, 0xFFFFFFFF, 0xFFFFFFFF]
@@ -49,8 +49,8 @@ def test_row_that_was_announced_and_does_not_come(device: str, wire: str, head: 
     announce(layer, [SELECTS_EXPERT_0], 1)
     if head:
         spec = layer.ranks[0].selection.dispatch
-        record = pair_regions(layer).rows + PAIR.max_tokens * spec.record_bytes
-        poke(layer, record, [0, 0, 0, FIRST_EPOCH] * spec.head_pieces)
+        record = pair_regions(layer).rows + PAIR.max_tokens * spec.slot_bytes
+        poke(layer, record, [0, 0, 0, FIRST_EPOCH] * spec.head_units)
     rank = layer.ranks[0]
     x = torch.ones(2, PAIR.hidden, dtype=torch.bfloat16, device=device)
     ids = torch.tensor([[0, 1], [0, 3]], device=device)

@@ -68,7 +68,7 @@ def test_fp8_dispatch_equals_quantised_reference(device: str, shape: Shape, kind
 
 @pytest.mark.slow
 def test_fp8_by_two_teams_of_sixteen_warps(device: str) -> None:
-    """64 registers a thread, where NVRTC 13.5 once compiled the order of an inline row's pieces wrongly."""
+    """64 registers a thread, where NVRTC 13.5 once compiled the order of an inline row's packets wrongly."""
     shape = Shape(2, 16, 4, 7168, 4)
     layer = Layer(shape, device, quantize="fp8", wire="inline", warp_groups="2x16")
     routing = random_routing(shape, (4, 3), 1)
