@@ -31,6 +31,15 @@ __device__ __forceinline__ const uint4* token_at(const Params& p, uint64_t token
     return reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
 }
 
+// Ids behind a plane's rows, which nobody sends, become one that names no expert. Threads take turns.
+template <class Params>
+__device__ __forceinline__ void fill_unused_ids(const Params& p, int32_t* plane, uint32_t rows, uint64_t thread,
+                                                uint64_t threads) {
+    const uint64_t end = uint64_t(p.slots) * p.id_words;
+#pragma unroll 1
+    for (uint64_t at = uint64_t(rows) * p.id_words + thread; at < end; at += threads) plane[at] = p.unused_id;
+}
+
 // ---- receive buffers ----------------------------------------------------------------------------
 
 // A receive buffer has a slot for each row that a source may send: slots are [source][capacity].

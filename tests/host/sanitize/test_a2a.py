@@ -74,7 +74,7 @@ TAGS = {
 """How a team announces a row of combine, and how another learns of it."""
 
 VOTES = {
-    "chunk_vote": Edit(KERNEL, r"__syncthreads_and\(ready\) == 0", "!ready"),
+    "chunk_vote": Edit(KERNEL, r"__syncthreads_and\(peers\.ready\) != 0", "peers.ready"),
     "arrivals": Edit(KERNEL, r"(p\.counts\[source\] = [^}]*\}\s*)__syncthreads\(\);", r"\1"),
 }
 """How the threads of a block learn what one warp has planned, and how many rows come."""
