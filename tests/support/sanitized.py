@@ -2,8 +2,8 @@
 """Round trips of virtual ranks on one GPU, as a program to run under compute-sanitizer.
 
 Kernels load lazily here (the sanitizer would instrument all of torch otherwise), and loading one waits for those that
-run: the ranks go in step. A rank without tokens launches none of torch's kernels, and another one that needs them for
-the first time would wait for a launch that waits for it: in the first round of each layer every rank has tokens.
+run: the ranks go in step. A rank without tokens launches none of torch's kernels, and another one that needs one for
+the first time may wait for a launch that waits for it: in the first round of each layer every rank has tokens.
 """
 
 from __future__ import annotations
